@@ -1,0 +1,358 @@
+"""Events: what a run says about itself, one JSON object per line of ``events.jsonl``.
+
+The file is append-only and the only channel between a run and whoever watches. Every line has ``seq`` (1, 2, 3 …
+without gaps), ``time`` (seconds since the epoch) and ``type``; the rest is the payload of that type. The supervisor
+and rank 0 write to the same file, so an append takes a lock; readers take none, so no viewer can hold up a run.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import fcntl
+import json
+import math
+import os
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+
+@dataclass(frozen=True)
+class State:
+    """The run changed its state; ``cause`` says why it failed."""
+
+    type: ClassVar[str] = "state"
+    state: str
+    cause: str | None = None
+    message: str = ""
+    do: str = ""
+    attempt: int = 1
+
+
+@dataclass(frozen=True)
+class Step:
+    """One optimiser step. ``tokens`` counts all tokens processed so far, over all ranks."""
+
+    type: ClassVar[str] = "step"
+    step: int
+    epoch: float
+    loss: float
+    learning_rate: float
+    grad_norm: float
+    tokens: int
+    tokens_per_s: float
+    step_s: float
+    steps: int = 0
+
+
+@dataclass(frozen=True)
+class Eval:
+    """Mean loss per token on held-out data after ``step`` steps."""
+
+    type: ClassVar[str] = "eval"
+    step: int
+    loss: float
+
+
+@dataclass(frozen=True)
+class Metrics:
+    """Further figures of a step (accuracy, rewards, margins, KL) under the trainer's own names."""
+
+    type: ClassVar[str] = "metrics"
+    step: int
+    values: dict[str, float]
+
+
+@dataclass(frozen=True)
+class MemoryUse:
+    """What one rank's allocator holds, in GiB; ``peak_gib`` is the most that was ever allocated."""
+
+    type: ClassVar[str] = "memory"
+    rank: int
+    allocated_gib: float
+    reserved_gib: float
+    peak_gib: float
+
+
+@dataclass(frozen=True)
+class GpuSample:
+    """One NVML reading of one GPU. A figure the driver does not give is None."""
+
+    type: ClassVar[str] = "gpu"
+    index: int
+    name: str
+    memory_used_gib: float | None
+    memory_total_gib: float | None
+    sm_percent: float | None
+    power_w: float | None
+    temperature_c: float | None
+    sm_clock_mhz: float | None
+    throttle: list[str]
+
+
+@dataclass(frozen=True)
+class HostSample:
+    """One reading of the machine; ``disk_free_gib`` is that of the run directory's disk."""
+
+    type: ClassVar[str] = "host"
+    cpu_percent: float
+    memory_used_gib: float
+    disk_free_gib: float
+    memory_total_gib: float = 0.0
+
+
+@dataclass(frozen=True)
+class CheckpointSaved:
+    """A checkpoint is complete on disk."""
+
+    type: ClassVar[str] = "checkpoint"
+    step: int
+    path: str
+    bytes: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Fallback:
+    """Something the plan asked for is done in another way."""
+
+    type: ClassVar[str] = "fallback"
+    what: str
+    why: str
+
+
+@dataclass(frozen=True)
+class Warn:
+    """Something the user should know; training goes on."""
+
+    type: ClassVar[str] = "warning"
+    what: str
+    where: str = ""
+    do: str = ""
+
+
+@dataclass(frozen=True)
+class LogLine:
+    """One line for the reader's eyes."""
+
+    type: ClassVar[str] = "log"
+    rank: int
+    line: str
+
+
+@dataclass(frozen=True)
+class Phase:
+    """What a run is busy with before, between and after steps: loading, tokenizing, saving …; ``done`` of ``total``."""
+
+    type: ClassVar[str] = "phase"
+    phase: str
+    detail: str = ""
+    done: int = 0
+    total: int = 0
+
+
+@dataclass(frozen=True)
+class Sample:
+    """What the model answers to a held-out prompt after ``step`` steps."""
+
+    type: ClassVar[str] = "sample"
+    step: int
+    prompt: str
+    answer: str
+    expected: str = ""
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Why one rank ended; the supervisor turns it into the run's state."""
+
+    type: ClassVar[str] = "failure"
+    rank: int
+    cause: str
+    message: str
+    where: str = ""
+    do: str = ""
+
+
+Payload = (
+    State | Step | Eval | Metrics | MemoryUse | GpuSample | HostSample | CheckpointSaved | Fallback | Warn | LogLine
+    | Phase | Sample | Failure
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Event:
+    """One line of ``events.jsonl`` as read back; "nan", "inf" and "-inf" are floats again in ``data``."""
+
+    seq: int
+    time: float
+    type: str
+    data: dict[str, Any]
+
+
+class EventLog:
+    """Appends events to one file, safely from several processes.
+
+    Each append is one ``write`` under an exclusive lock. A half-written last line, left behind by a process that was
+    killed, is cut off before the next append, so complete lines are all a reader ever has to understand.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self._fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
+        self._end = -1
+        self._seq = 0
+
+    def append(self, payload: Payload) -> Event:
+        """Write one event.
+
+        Raises:
+            OSError: the disk is full or the file is gone; nothing of the event stays behind.
+        """
+        fcntl.flock(self._fd, fcntl.LOCK_EX)
+        try:
+            size = os.fstat(self._fd).st_size
+            if size != self._end:
+                size, self._seq = self._last_complete(size)
+            data = {k: v for k, v in dataclasses.asdict(payload).items() if v is not None or k in _KEEP_NONE}
+            event = Event(self._seq + 1, time.time(), payload.type, data)
+            head = {"seq": event.seq, "time": round(event.time, 3), "type": event.type}
+            line = json.dumps(_encodable({**head, **data}), ensure_ascii=False, separators=(",", ":")) + "\n"
+            raw = line.encode("utf-8")
+            try:
+                written = os.write(self._fd, raw)
+                if written != len(raw):
+                    raise OSError(28, "No space left on device", str(self.path))
+            except OSError:
+                os.ftruncate(self._fd, size)
+                raise
+            self._end, self._seq = size + len(raw), event.seq
+            return event
+        finally:
+            fcntl.flock(self._fd, fcntl.LOCK_UN)
+
+    def _last_complete(self, size: int) -> tuple[int, int]:
+        """Cut off a half-written last line; return the size and the last sequence number."""
+        end, block = size, b""
+        while end > 0:
+            start = max(0, end - 65536)
+            block = os.pread(self._fd, end - start, start) + block
+            end = start
+            if block.count(b"\n") >= 2 or start == 0:
+                break
+        complete = block[: block.rfind(b"\n") + 1]
+        if len(complete) != len(block):
+            os.ftruncate(self._fd, size - (len(block) - len(complete)))
+            size -= len(block) - len(complete)
+        for raw in reversed(complete.splitlines()):
+            try:
+                return size, int(json.loads(raw)["seq"])
+            except (ValueError, KeyError, TypeError):
+                continue  # a line damaged by something else: numbering goes on from the last good one
+        return size, 0
+
+    def close(self) -> None:
+        """Release the file."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+    def __enter__(self) -> EventLog:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+#: Fields whose absence is itself the message: the driver does not give the figure.
+_KEEP_NONE = frozenset({"cause", "memory_used_gib", "memory_total_gib", "sm_percent", "power_w", "temperature_c",
+                        "sm_clock_mhz"})  # fmt: skip
+
+
+class EventReader:
+    """Reads a growing event file in pieces, without a lock and without reading anything twice.
+
+    Args:
+        path: the file, which need not exist yet.
+        after: skip events up to this sequence number.
+    """
+
+    def __init__(self, path: str | Path, after: int = 0) -> None:
+        self.path = Path(path)
+        self.after = after
+        self._offset = 0
+        self._inode = 0
+
+    def read(self, limit: int | None = None) -> list[Event]:
+        """All complete events that were not returned before, at most ``limit`` of them."""
+        try:
+            with open(self.path, "rb") as file:
+                status = os.fstat(file.fileno())
+                if status.st_ino != self._inode or status.st_size < self._offset:  # copied anew, or a cut-off tail
+                    self._inode = status.st_ino
+                    self._offset = 0
+                file.seek(self._offset)
+                events: list[Event] = []
+                while limit is None or len(events) < limit:
+                    raw = file.readline()
+                    if not raw.endswith(b"\n"):
+                        break
+                    self._offset += len(raw)
+                    event = parse_line(raw)
+                    if event is not None and event.seq > self.after:
+                        self.after = event.seq
+                        events.append(event)
+                return events
+        except FileNotFoundError:
+            return []
+
+
+def parse_line(raw: bytes | str) -> Event | None:
+    """One line as an event, or None if it is damaged."""
+    try:
+        tree = json.loads(raw)
+        head = int(tree.pop("seq")), float(tree.pop("time")), str(tree.pop("type"))
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return None
+    return Event(*head, data=_decoded(tree))
+
+
+def read_events(path: str | Path, after: int = 0) -> list[Event]:
+    """All complete events of a file after a sequence number."""
+    return EventReader(path, after).read()
+
+
+def follow(path: str | Path, after: int = 0, poll_s: float = 0.25) -> Iterator[Event]:
+    """Yield events as they are written, forever; the caller stops by leaving the loop."""
+    reader = EventReader(path, after)
+    while True:
+        events = reader.read()
+        yield from events
+        if not events:
+            time.sleep(poll_s)
+
+
+_NON_FINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
+#: Fields that hold text: "inf" in a log line is a word, not a number.
+_TEXT_FIELDS = frozenset({"line", "what", "why", "where", "do", "message", "state", "cause", "name", "path", "phase",
+                          "detail", "prompt", "answer", "expected", "throttle"})  # fmt: skip
+
+
+def _encodable(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return "nan" if math.isnan(value) else "inf" if value > 0 else "-inf"
+    if isinstance(value, dict):
+        return {key: _encodable(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_encodable(item) for item in value]
+    return value
+
+
+def _decoded(value: Any, key: str = "") -> Any:
+    if isinstance(value, str) and key not in _TEXT_FIELDS:
+        return _NON_FINITE.get(value, value)
+    if isinstance(value, dict):
+        return {k: _decoded(v, k) for k, v in value.items()}
+    return value

@@ -1,0 +1,335 @@
+"""Run: a plan carried out. A directory of plain files, and a process that outlives the terminal.
+
+    runs/<name>/
+      recipe.yaml plan.json      what was asked, what was decided and predicted
+      run.json                   state, process, attempt, why it ended; replaced atomically
+      events.jsonl               see events.py
+      log/rank0.log …            what each rank printed
+      control/                   requests as files: stop, checkpoint
+      checkpoints/step-000200/   see checkpoint.py
+      output/                    the adapter or the model
+
+The directory is the only contract between a run and whoever watches it: there is no server and no socket.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import fcntl
+import json
+import os
+import re
+import shutil
+import socket
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import psutil
+
+from ..planner.errors import RunError
+from ..planner.plan import Plan
+from ..planner.recipe import Recipe
+from ..planner.version import VERSION
+from .events import EventLog, State
+
+RunState = Literal["preparing", "running", "stopping", "finished", "stopped", "failed", "lost"]
+Cause = Literal["oom", "nan", "data", "crash", "disk", "preempted", "cost"]
+Request = Literal["stop", "checkpoint"]
+
+#: States in which a process is (or should be) at work.
+LIVE_STATES: frozenset[str] = frozenset({"preparing", "running", "stopping"})
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+
+
+@dataclass(frozen=True)
+class Status:
+    """The content of ``run.json``.
+
+    ``pid`` and ``pid_started`` (seconds since the epoch) together name the supervisor's process: a pid alone may
+    belong to somebody else after a reboot.
+    """
+
+    state: RunState = "preparing"
+    cause: Cause | None = None
+    message: str = ""
+    do: str = ""
+    attempt: int = 0
+    pid: int = 0
+    pid_started: float = 0.0
+    host: str = ""
+    created: float = 0.0
+    started: float = 0.0
+    ended: float = 0.0
+    version: str = ""
+
+
+class Run:
+    """One run directory. Cheap to make; nothing is read until asked for."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.name = self.path.name
+
+    def __repr__(self) -> str:
+        return f"Run({str(self.path)!r})"
+
+    @classmethod
+    def create(cls, recipe: Recipe, plan: Plan, *, root: Path | None = None, name: str | None = None) -> Self:
+        """Make a new run directory, whole or not at all.
+
+        Raises:
+            RunError: the name is taken or not a plain name, or the directory can't be written.
+        """
+        root = root or default_root()
+        if name is not None and not _NAME.fullmatch(name):
+            raise RunError(f"{name!r} is not a run name", do="Use letters, digits, '.', '_' and '-' only.")
+        if name is not None and (root / name).exists():
+            raise RunError(f"a run named {name!r} exists already", where=str(root / name), do="Choose another --name.")
+        try:
+            root.mkdir(parents=True, exist_ok=True)
+            partial = Path(tempfile.mkdtemp(prefix=".new-", dir=root))
+            partial.chmod(0o755)
+            try:
+                for folder in ("log", "control", "checkpoints"):
+                    (partial / folder).mkdir()
+                recipe.save(partial / "recipe.yaml")
+                plan.save(partial / "plan.json")
+                status = Status(created=time.time(), host=socket.gethostname(), version=VERSION)
+                write_atomically(partial / "run.json", json.dumps(dataclasses.asdict(status), indent=2))
+                (partial / "events.jsonl").touch()
+                target = _claim(partial, root, name or suggest_name(recipe, plan), exact=name is not None)
+            except BaseException:
+                shutil.rmtree(partial, ignore_errors=True)
+                raise
+        except OSError as error:
+            raise RunError(f"the run directory can't be made ({error.strerror})", where=str(root)) from error
+        run = cls(target)
+        _remember(run.path)
+        return run
+
+    @classmethod
+    def open(cls, name_or_path: str | Path, *, root: Path | None = None) -> Self:
+        """Find a run by its directory or by its name.
+
+        Raises:
+            RunError: there is no such run; the message names the ones there are.
+        """
+        direct = Path(name_or_path)
+        if (direct / "run.json").is_file():
+            return cls(direct.resolve())
+        runs = list_runs(root)
+        found = [run for run in runs if run.name == str(name_or_path)]
+        if found:
+            return cls(found[0].path)
+        known = ", ".join(run.name for run in runs[:5])
+        raise RunError(
+            f"there is no run {str(name_or_path)!r}",
+            do=f"The latest runs are: {known}." if known else "Start one with: finetui quickstart",
+        )
+
+    # --- what was asked and decided
+
+    @property
+    def recipe(self) -> Recipe:
+        """What was asked."""
+        return Recipe.load(self.path / "recipe.yaml")
+
+    @property
+    def plan(self) -> Plan:
+        """What was decided and predicted.
+
+        Raises:
+            RunError: the file is missing or damaged.
+        """
+        try:
+            return Plan.load(self.path / "plan.json")
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise RunError(f"the plan can't be read ({error})", where=str(self.path / "plan.json")) from None
+
+    @property
+    def events_path(self) -> Path:
+        """The event file."""
+        return self.path / "events.jsonl"
+
+    @property
+    def output_path(self) -> Path:
+        """Where the finished adapter or model lies."""
+        return self.path / "output"
+
+    def log_path(self, rank: int = 0) -> Path:
+        """What one rank printed."""
+        return self.path / "log" / f"rank{rank}.log"
+
+    # --- state
+
+    @property
+    def recorded(self) -> Status:
+        """``run.json`` as it was last written, whether or not its process still lives.
+
+        Raises:
+            RunError: the file is missing or damaged.
+        """
+        try:
+            tree = json.loads((self.path / "run.json").read_text(encoding="utf-8"))
+            known = {f.name for f in dataclasses.fields(Status)}
+            return Status(**{key: value for key, value in tree.items() if key in known})
+        except (OSError, ValueError, TypeError) as error:
+            raise RunError(f"this is not a run ({error})", where=str(self.path / "run.json")) from None
+
+    @property
+    def status(self) -> Status:
+        """``run.json``, with ``lost`` for a live state whose process is gone."""
+        status = self.recorded
+        if status.state in LIVE_STATES and status.host == socket.gethostname() and not self._process_lives(status):
+            return dataclasses.replace(
+                status,
+                state="lost",
+                message="the process ended without a word: killed, or the machine went down",
+                do=f"Continue from the last checkpoint with: finetui resume {self.name}",
+            )
+        return status
+
+    @property
+    def live(self) -> bool:
+        """Whether a process is at work on this run."""
+        return self.status.state in LIVE_STATES
+
+    def _process_lives(self, status: Status) -> bool:
+        if status.pid == 0:  # not started yet: young enough to be on its way?
+            return time.time() - max(status.created, status.started) < 60
+        try:
+            process = psutil.Process(status.pid)
+            return abs(process.create_time() - status.pid_started) < 2 and process.status() != psutil.STATUS_ZOMBIE
+        except psutil.Error:
+            return False
+
+    def update(self, **changes: Any) -> Status:
+        """Change fields of ``run.json`` atomically; a change of state is an event too."""
+        with self._locked("run.json.lock"):
+            before = self.recorded
+            after = dataclasses.replace(before, **changes)
+            write_atomically(self.path / "run.json", json.dumps(dataclasses.asdict(after), indent=2))
+        if (before.state, before.attempt) != (after.state, after.attempt):
+            with EventLog(self.events_path) as log:
+                log.append(State(after.state, after.cause, after.message, after.do, after.attempt))
+        return after
+
+    @contextlib.contextmanager
+    def _locked(self, name: str) -> Iterator[None]:
+        fd = os.open(self.path / name, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX)
+            yield
+        finally:
+            os.close(fd)
+
+    def claim(self) -> int:
+        """Become the one supervisor of this run; the lock is held until the process ends or closes the descriptor.
+
+        Raises:
+            RunError: another process is at work on it.
+        """
+        fd = os.open(self.path / "control" / "supervisor.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(fd)
+            raise RunError(
+                "another process is at work on this run",
+                where=self.name,
+                do=f"Watch it with: finetui attach {self.name}",
+            ) from None
+        return fd
+
+    # --- requests
+
+    def request(self, what: Request) -> None:
+        """Ask the run to stop (with a checkpoint) or to write a checkpoint now."""
+        (self.path / "control" / what).touch()
+
+    def requested(self, what: Request) -> bool:
+        """Whether a request is waiting."""
+        return (self.path / "control" / what).exists()
+
+    def withdraw(self, what: Request) -> None:
+        """Take a request back, or mark it as done."""
+        (self.path / "control" / what).unlink(missing_ok=True)
+
+
+def default_root() -> Path:
+    """Where new runs go: ``$FINETUI_RUNS``, else ``runs`` in the current folder."""
+    return Path(os.environ.get("FINETUI_RUNS") or "runs").resolve()
+
+
+def state_dir() -> Path:
+    """Small files that finetui keeps per user: ``$XDG_STATE_HOME/finetui``."""
+    return Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state") / "finetui"
+
+
+def list_runs(root: Path | None = None) -> list[Run]:
+    """All runs under ``root`` and all others this user has started anywhere, newest first."""
+    found: dict[Path, float] = {}
+    root = root or default_root()
+    candidates = list(root.iterdir()) if root.is_dir() else []
+    index = state_dir() / "runs"
+    if index.is_file():
+        candidates += [Path(line) for line in index.read_text(encoding="utf-8").splitlines() if line]
+    for path in candidates:
+        if path.name.startswith(".") or path in found:
+            continue
+        with contextlib.suppress(RunError):
+            found[path] = Run(path).recorded.created
+    return [Run(path) for path in sorted(found, key=lambda path: -found[path])]
+
+
+def suggest_name(recipe: Recipe, plan: Plan) -> str:
+    """A name that tells runs apart at a glance: model, tuning and date."""
+    model = re.sub(r"[^a-z0-9.]+", "-", Path(recipe.model).name.lower()).strip("-.") or "model"
+    return f"{model[:40]}-{plan.resolved.tuning}-{time.strftime('%m%d-%H%M')}"
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Replace a small file so that a reader, or a crash, sees the old content or the new, never a mixture."""
+    fd, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    try:
+        with os.fdopen(fd, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
+        raise
+
+
+def _claim(partial: Path, root: Path, name: str, *, exact: bool) -> Path:
+    """Give the finished directory its name; a suggested name that is taken gets a number."""
+    for number in range(1, 1000):
+        target = root / (name if number == 1 else f"{name}-{number}")
+        if not target.exists():
+            try:
+                os.rename(partial, target)
+            except OSError:
+                if exact or not target.exists():
+                    raise
+                continue
+            return target
+        if exact:
+            break
+    raise RunError(f"a run named {name!r} exists already", where=str(root / name), do="Choose another --name.")
+
+
+def _remember(path: Path) -> None:
+    """Add a run to this user's index, so that it is found from any folder."""
+    with contextlib.suppress(OSError):  # a read-only home must not stop a run
+        state_dir().mkdir(parents=True, exist_ok=True)
+        with open(state_dir() / "runs", "a", encoding="utf-8") as file:
+            file.write(f"{path}\n")
