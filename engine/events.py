@@ -220,7 +220,7 @@ class EventLog:
             event = Event(self._seq + 1, time.time(), payload.type, data)
             head = {"seq": event.seq, "time": round(event.time, 3), "type": event.type}
             line = json.dumps(_encodable({**head, **data}), ensure_ascii=False, separators=(",", ":")) + "\n"
-            raw = line.encode("utf-8")
+            raw = line.encode("utf-8", errors="replace")  # half a surrogate pair is no character
             try:
                 written = os.write(self._fd, raw)
                 if written != len(raw):
@@ -235,23 +235,25 @@ class EventLog:
 
     def _last_complete(self, size: int) -> tuple[int, int]:
         """Cut off a half-written last line; return the size and the last sequence number."""
-        end, block = size, b""
-        while end > 0:
-            start = max(0, end - 65536)
-            block = os.pread(self._fd, end - start, start) + block
-            end = start
-            if block.count(b"\n") >= 2 or start == 0:
-                break
-        complete = block[: block.rfind(b"\n") + 1]
-        if len(complete) != len(block):
-            os.ftruncate(self._fd, size - (len(block) - len(complete)))
-            size -= len(block) - len(complete)
-        for raw in reversed(complete.splitlines()):
-            try:
-                return size, int(json.loads(raw)["seq"])
-            except (ValueError, KeyError, TypeError):
-                continue  # a line damaged by something else: numbering goes on from the last good one
-        return size, 0
+        start, block = size, b""
+        while start > 0:
+            begin = max(0, start - 65536)
+            block = os.pread(self._fd, start - begin, begin) + block
+            start = begin
+            newline = block.rfind(b"\n")
+            if newline < 0:
+                continue
+            # The first piece is the end of a line that starts further up, unless this is the top of the file.
+            for raw in reversed(block[:newline].split(b"\n")[1 if start else 0 :]):
+                event = parse_line(raw)
+                if event is not None:  # else damaged by something else: numbering goes on from the last good line
+                    return self._cut(size, start + newline + 1), event.seq
+        return self._cut(size, block.rfind(b"\n") + 1), 0
+
+    def _cut(self, size: int, end: int) -> int:
+        if end < size:
+            os.ftruncate(self._fd, end)
+        return end
 
     def close(self) -> None:
         """Release the file."""

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import fcntl
 import json
 import os
@@ -24,10 +25,10 @@ import shutil
 import socket
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, TypeVar
 
 import psutil
 
@@ -35,14 +36,20 @@ from ..planner.errors import RunError
 from ..planner.plan import Plan
 from ..planner.recipe import Recipe
 from ..planner.version import VERSION
-from .events import EventLog, State
+from .events import EventLog, Payload, State
 
+T = TypeVar("T")
 RunState = Literal["preparing", "running", "stopping", "finished", "stopped", "failed", "lost"]
 Cause = Literal["oom", "nan", "data", "crash", "disk", "preempted", "cost"]
 Request = Literal["stop", "checkpoint"]
 
 #: States in which a process is (or should be) at work.
 LIVE_STATES: frozenset[str] = frozenset({"preparing", "running", "stopping"})
+
+#: Room on the disk that is kept so that a full disk can still be reported.
+RESERVE_BYTES = 256 * 1024
+#: A live run samples its machine every few seconds; one that is silent for so long is gone.
+SILENCE_S = 120.0
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
@@ -52,7 +59,7 @@ class Status:
     """The content of ``run.json``.
 
     ``pid`` and ``pid_started`` (seconds since the epoch) together name the supervisor's process: a pid alone may
-    belong to somebody else after a reboot.
+    belong to somebody else after a reboot. ``spent_s`` is the time that earlier attempts were at work.
     """
 
     state: RunState = "preparing"
@@ -67,6 +74,13 @@ class Status:
     started: float = 0.0
     ended: float = 0.0
     version: str = ""
+    spent_s: float = 0.0
+
+    def elapsed_s(self, now: float | None = None) -> float:
+        """Seconds at work so far, over all attempts; ``now`` defaults to the clock."""
+        if not self.started:
+            return self.spent_s
+        return self.spent_s + max(0.0, (self.ended or now or time.time()) - self.started)
 
 
 class Run:
@@ -86,7 +100,7 @@ class Run:
         Raises:
             RunError: the name is taken or not a plain name, or the directory can't be written.
         """
-        root = root or default_root()
+        root = (root or default_root()).resolve()
         if name is not None and not _NAME.fullmatch(name):
             raise RunError(f"{name!r} is not a run name", do="Use letters, digits, '.', '_' and '-' only.")
         if name is not None and (root / name).exists():
@@ -184,16 +198,33 @@ class Run:
 
     @property
     def status(self) -> Status:
-        """``run.json``, with ``lost`` for a live state whose process is gone."""
+        """``run.json``, with ``lost`` for a live state whose process is gone.
+
+        The process of a run on another machine can't be seen; that run is lost when its events fall silent.
+        """
         status = self.recorded
-        if status.state in LIVE_STATES and status.host == socket.gethostname() and not self._process_lives(status):
-            return dataclasses.replace(
-                status,
-                state="lost",
-                message="the process ended without a word: killed, or the machine went down",
-                do=f"Continue from the last checkpoint with: finetui resume {self.name}",
-            )
-        return status
+        if status.state not in LIVE_STATES:
+            return status
+        heard = self._last_heard()
+        if status.host == socket.gethostname():
+            lives = self._process_lives(status)
+        else:
+            lives = time.time() - max(heard, status.started, status.created) < SILENCE_S
+        if lives:
+            return status
+        return dataclasses.replace(
+            status,
+            state="lost",
+            message="the process ended without a word: killed, or the machine went down",
+            do=f"Continue from the last checkpoint with: finetui resume {self.name}",
+            ended=max(heard, status.started),
+        )
+
+    def _last_heard(self) -> float:
+        try:
+            return self.events_path.stat().st_mtime
+        except OSError:
+            return 0.0
 
     @property
     def live(self) -> bool:
@@ -205,7 +236,12 @@ class Run:
             return time.time() - max(status.created, status.started) < 60
         try:
             process = psutil.Process(status.pid)
-            return abs(process.create_time() - status.pid_started) < 2 and process.status() != psutil.STATUS_ZOMBIE
+            if process.status() == psutil.STATUS_ZOMBIE:
+                return False
+            if abs(process.create_time() - status.pid_started) < 2:
+                return True
+            # Linux knows start times since boot only, so a clock that was set since then moves them all.
+            return str(self.path) in process.cmdline()
         except psutil.Error:
             return False
 
@@ -214,11 +250,42 @@ class Run:
         with self._locked("run.json.lock"):
             before = self.recorded
             after = dataclasses.replace(before, **changes)
-            write_atomically(self.path / "run.json", json.dumps(dataclasses.asdict(after), indent=2))
+            text = json.dumps(dataclasses.asdict(after), indent=2)
+            self._despite_full_disk(lambda: write_atomically(self.path / "run.json", text))
         if (before.state, before.attempt) != (after.state, after.attempt):
-            with EventLog(self.events_path) as log:
-                log.append(State(after.state, after.cause, after.message, after.do, after.attempt))
+            self.append(State(after.state, after.cause, after.message, after.do, after.attempt))
         return after
+
+    def append(self, payload: Payload) -> None:
+        """Append one event that must not get lost: on a full disk the reserve is given up for it."""
+        with EventLog(self.events_path) as log:
+            self._despite_full_disk(lambda: log.append(payload))
+
+    def hold_reserve(self) -> None:
+        """Keep a little of the disk, so that a run that fills it can still say so."""
+        with contextlib.suppress(OSError):  # a disk that is full from the start is reported by whoever writes next
+            # Random bytes, because a file system that compresses keeps no room for zeros.
+            self._reserve_path.write_bytes(os.urandom(RESERVE_BYTES))
+
+    def free_reserve(self) -> bool:
+        """Give that room up; False if it was given up before."""
+        try:
+            self._reserve_path.unlink()
+        except OSError:
+            return False
+        return True
+
+    @property
+    def _reserve_path(self) -> Path:
+        return self.path / "control" / "reserve"
+
+    def _despite_full_disk(self, write: Callable[[], T]) -> T:
+        try:
+            return write()
+        except OSError as error:
+            if error.errno not in {errno.ENOSPC, errno.EDQUOT} or not self.free_reserve():
+                raise
+            return write()
 
     @contextlib.contextmanager
     def _locked(self, name: str) -> Iterator[None]:
@@ -233,8 +300,10 @@ class Run:
         """Become the one supervisor of this run; the lock is held until the process ends or closes the descriptor.
 
         Raises:
-            RunError: another process is at work on it.
+            RunError: another process is at work on it, or this is no run.
         """
+        self.recorded  # noqa: B018 - raises where there is no run
+        (self.path / "control").mkdir(exist_ok=True)
         fd = os.open(self.path / "control" / "supervisor.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -251,7 +320,9 @@ class Run:
 
     def request(self, what: Request) -> None:
         """Ask the run to stop (with a checkpoint) or to write a checkpoint now."""
-        (self.path / "control" / what).touch()
+        folder = self.path / "control"
+        folder.mkdir(exist_ok=True)
+        (folder / what).touch()
 
     def requested(self, what: Request) -> bool:
         """Whether a request is waiting."""
@@ -269,17 +340,17 @@ def default_root() -> Path:
 
 def state_dir() -> Path:
     """Small files that finetui keeps per user: ``$XDG_STATE_HOME/finetui``."""
-    return Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state") / "finetui"
+    return Path(os.environ.get("XDG_STATE_HOME") or Path("~/.local/state").expanduser()) / "finetui"
 
 
 def list_runs(root: Path | None = None) -> list[Run]:
     """All runs under ``root`` and all others this user has started anywhere, newest first."""
     found: dict[Path, float] = {}
-    root = root or default_root()
+    root = (root or default_root()).resolve()
     candidates = list(root.iterdir()) if root.is_dir() else []
-    index = state_dir() / "runs"
-    if index.is_file():
-        candidates += [Path(line) for line in index.read_text(encoding="utf-8").splitlines() if line]
+    with contextlib.suppress(OSError, RuntimeError):  # no index yet, or no home folder that can be read
+        lines = (state_dir() / "runs").read_text(encoding="utf-8").splitlines()
+        candidates += [Path(line) for line in lines if line]
     for path in candidates:
         if path.name.startswith(".") or path in found:
             continue
@@ -329,7 +400,7 @@ def _claim(partial: Path, root: Path, name: str, *, exact: bool) -> Path:
 
 def _remember(path: Path) -> None:
     """Add a run to this user's index, so that it is found from any folder."""
-    with contextlib.suppress(OSError):  # a read-only home must not stop a run
+    with contextlib.suppress(OSError, RuntimeError):  # a home that is read-only or missing must not stop a run
         state_dir().mkdir(parents=True, exist_ok=True)
         with open(state_dir() / "runs", "a", encoding="utf-8") as file:
             file.write(f"{path}\n")

@@ -1,0 +1,318 @@
+"""What is found wrong before a run starts, and what is told to do about it."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import json
+import shutil
+import subprocess
+import sys
+import threading
+import time
+import tomllib
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+import finetui
+from finetui.engine import preflight as module
+from finetui.engine.preflight import GIB, PACKAGES, Check, preflight
+from finetui.planner.plan import HardwareSummary, Memory, Plan
+from finetui.planner.recipe import Recipe
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Recipe:
+    """A model folder and a dataset that are all right."""
+    model = tmp_path / "model"
+    model.mkdir()
+    for name in ("config.json", "tokenizer.json", "model.safetensors"):
+        (model / name).write_text("{}")
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"prompt": "one", "completion": "two"}\n' * 30)
+    return Recipe.build({"model": str(model), "data": str(rows)})
+
+
+def found(checks: list[Check], name: str) -> Check:
+    (check,) = [check for check in checks if check.name == name]
+    return check
+
+
+def with_(plan: Plan, **changes: Any) -> Plan:
+    return dataclasses.replace(plan, **changes)
+
+
+def test_all_is_well_within_a_second(recipe: Recipe, make_plan: Callable[..., Plan], tmp_path: Path) -> None:
+    began = time.monotonic()
+    checks = preflight(recipe, make_plan(), tmp_path / "runs")
+    assert time.monotonic() - began < 1.0
+    assert {check.status for check in checks} == {"ok"}, checks
+    assert {check.name for check in checks} == {"plan", "packages", "memory", "run folder", "data", "model", "disk"}
+    assert not (tmp_path / "runs").exists()
+
+
+def test_it_imports_neither_torch_nor_textual(recipe: Recipe, make_plan: Callable[..., Plan], tmp_path: Path) -> None:
+    recipe.save(tmp_path / "recipe.yaml")
+    make_plan().save(tmp_path / "plan.json")
+    probe = (
+        "import sys; from finetui.engine.preflight import preflight; from finetui.planner.recipe import Recipe;"
+        "from finetui.planner.plan import Plan; import finetui.engine.launcher;"
+        f"preflight(Recipe.load({str(tmp_path / 'recipe.yaml')!r}), Plan.load({str(tmp_path / 'plan.json')!r}));"
+        "print([name for name in ('torch', 'textual', 'transformers', 'datasets') if name in sys.modules])"
+    )
+    folder = str(Path(finetui.__file__).parent.parent)
+    answer = subprocess.run(
+        [sys.executable, "-P", "-c", probe], env={"PYTHONPATH": folder}, capture_output=True, text=True
+    )
+    assert answer.stdout.strip() == "[]", answer.stderr
+
+
+def test_the_packages_are_those_of_the_extra() -> None:
+    project = tomllib.loads((Path(finetui.__file__).parent / "pyproject.toml").read_text())
+    extra = [requirement.partition(";")[0] for requirement in project["project"]["optional-dependencies"]["train"]]
+    stated = {}
+    for requirement in extra:
+        name, _, bounds = requirement.partition(">=")
+        first, _, beyond = bounds.partition(",<")
+        stated[name.strip()] = (first.strip(), beyond.strip() or None)
+    assert stated == PACKAGES
+
+
+@pytest.mark.parametrize(
+    ("versions", "words"),
+    [
+        ({"peft": None, "trl": None}, "not installed: peft, trl"),
+        ({"torch": "2.10.1"}, "torch 2.10.1 (needed: 2.11 or later, before 2.14)"),
+        ({"torch": "2.14.0"}, "torch 2.14.0"),
+        ({"transformers": "5.9"}, "transformers 5.9"),
+    ],
+)
+def test_packages_that_are_missing_or_out_of_range(
+    recipe: Recipe,
+    make_plan: Callable[..., Plan],
+    monkeypatch: pytest.MonkeyPatch,
+    versions: dict[str, str | None],
+    words: str,
+) -> None:
+    real = importlib.metadata.version
+
+    def version(name: str) -> str:
+        known = versions.get(name, real(name))
+        if known is None:
+            raise importlib.metadata.PackageNotFoundError(name)
+        return known
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    check = found(preflight(recipe, make_plan()), "packages")
+    assert check.status == "fail"
+    assert words in check.detail
+    assert "finetui[train]" in check.do
+
+
+def test_a_cpu_build_of_torch_is_told_where_the_plan_wants_a_gpu(
+    recipe: Recipe, make_plan: Callable[..., Plan], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(importlib.metadata, "version", {**dict.fromkeys(PACKAGES, "9"), "torch": "2.13.0+cpu"}.get)
+    plan = make_plan(device="cuda", gpus=[0])
+    monkeypatch.setattr(module, "PACKAGES", {"torch": ("2.11", "2.14"), "transformers": ("5", None)})
+    assert "build for the CPU alone" in module._packages(recipe, plan)[0].detail
+
+
+def test_a_plan_that_does_not_fit_or_is_for_another_machine(make_plan: Callable[..., Plan]) -> None:
+    plan = make_plan()
+    bad = with_(plan, fits=False, warnings=["Use qlora."], memory=Memory(30, 31, 32, 31, 33))
+    assert module._fits(bad) == [Check("plan", "fail", "the plan does not fit: 32.0 of 8.0 GiB on CPU", "Use qlora.")]
+    elsewhere = with_(plan, hardware=HardwareSummary("H100", 1, 79.1))
+    assert module._fits(elsewhere)[0].status == "fail"
+    assert "for H100, not for this machine" in module._fits(elsewhere)[0].detail
+    tight = with_(plan, memory=Memory(7, 7, 7.5, 7, 8.5, lever="micro_batch: 1"))
+    assert (module._fits(tight)[0].status, "micro_batch: 1" in module._fits(tight)[0].do) == ("warn", True)
+
+
+class FakeNvml:
+    """Two GPUs of 24 GiB; the second is used by process 77."""
+
+    class NVMLError(Exception):
+        """As in pynvml."""
+
+    def __init__(self, driver: bool = True) -> None:
+        self.driver = driver
+
+    def nvmlInit(self) -> None:
+        if not self.driver:
+            raise self.NVMLError("Driver Not Loaded")
+
+    def nvmlShutdown(self) -> None:
+        pass
+
+    def nvmlDeviceGetCount(self) -> int:
+        return 2
+
+    def nvmlDeviceGetHandleByIndex(self, index: int) -> int:
+        return index
+
+    def nvmlDeviceGetName(self, handle: int) -> str:
+        return "NVIDIA Test"
+
+    def nvmlDeviceGetMemoryInfo(self, handle: int) -> Any:
+        return SimpleNamespace(free=(23 if handle == 0 else 10) * GIB)
+
+    def nvmlDeviceGetComputeRunningProcesses(self, handle: int) -> list[Any]:
+        return [] if handle == 0 else [SimpleNamespace(pid=77)]
+
+
+def gpus(plan: Plan, need_gib: float, nvml: Any) -> list[Check]:
+    return module._gpus(with_(plan, memory=Memory(1, 1, need_gib, 1, 1)), lambda: nvml)
+
+
+def test_gpus(make_plan: Callable[..., Plan], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    both = make_plan(device="cuda", gpus=[0, 1])
+    assert [check.status for check in gpus(both, 8.0, FakeNvml())] == ["ok", "warn"]
+    idle, busy = gpus(both, 20.0, FakeNvml())
+    assert (idle.status, busy.status) == ("ok", "fail")
+    assert busy.detail == "GPU 1 (NVIDIA Test): 10.0 GiB free of the 20.0 needed, used by process 77"
+    (absent,) = gpus(make_plan(device="cuda", gpus=[1, 2]), 8.0, FakeNvml())
+    assert (absent.status, absent.detail) == ("fail", "there is no GPU 2")
+    (driverless,) = gpus(both, 8.0, FakeNvml(driver=False))
+    assert "driver does not answer (Driver Not Loaded)" in driverless.detail
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
+    assert "leaves out GPU 0" in gpus(both, 8.0, FakeNvml())[-1].detail
+
+
+def test_a_machine_without_driver_says_so(recipe: Recipe, make_plan: Callable[..., Plan]) -> None:
+    if shutil.which("nvidia-smi"):
+        pytest.skip("this machine has a driver")
+    assert found(preflight(recipe, make_plan(device="cuda", gpus=[0])), "gpu").status == "fail"
+
+
+def test_a_run_folder_that_can_not_be_written(recipe: Recipe, make_plan: Callable[..., Plan], tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    check = found(preflight(recipe, make_plan(), tmp_path / "file" / "runs"), "run folder")
+    assert (check.status, "file can't be written (Not a directory)" in check.detail) == ("fail", True)
+    assert module._writable(Path("/proc/runs"))[0].status == "fail"
+
+
+@pytest.mark.parametrize(
+    ("content", "words"), [(None, "there is no such file"), ("", "empty"), ('{"a": 1}\n{"b"\n', "rows.jsonl:2")]
+)
+def test_data_that_can_not_be_read(
+    recipe: Recipe, make_plan: Callable[..., Plan], tmp_path: Path, content: str | None, words: str
+) -> None:
+    (tmp_path / "rows.jsonl").unlink() if content is None else (tmp_path / "rows.jsonl").write_text(content)
+    check = found(preflight(recipe, make_plan()), "data")
+    assert check.status == "fail"
+    assert words in check.detail
+
+
+def test_a_recipe_without_data(recipe: Recipe, make_plan: Callable[..., Plan]) -> None:
+    assert "no dataset" in found(preflight(Recipe.build({"model": recipe.model}), make_plan()), "data").detail
+
+
+def test_a_model_folder_that_lacks_files(recipe: Recipe) -> None:
+    folder = Path(recipe.model)
+    (folder / "tokenizer.json").unlink()
+    (folder / "model.safetensors").unlink()
+    (check,) = module._model(recipe.model)
+    assert check.status == "fail"
+    assert "lacks a tokenizer (tokenizer.json), weights (*.safetensors)" in check.detail
+
+
+def test_disk(recipe: Recipe, make_plan: Callable[..., Plan], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    plan = make_plan()
+    plan = with_(plan, model=dataclasses.replace(plan.model, trainable=10**9))
+    # 4 bytes of weights and 8 of AdamW per parameter, in 3 checkpoints, and 4 in the output.
+    need = (4 + 8) * 3 + 4
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=need * 10**9))
+    (check,) = module._disk(recipe, plan, tmp_path)
+    assert (check.status, f"{(need * 10**9 + 2**26) / GIB:.1f} needed" in check.detail) == ("fail", True)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=(need + 1) * 10**9))
+    assert module._disk(recipe, plan, tmp_path)[0].status == "ok"
+
+
+def test_shared_memory_matters_to_several_ranks(
+    make_plan: Callable[..., Plan], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=64 * 2**20))
+    assert module._shared_memory(make_plan()) == []
+    (check,) = module._shared_memory(make_plan(gpus=[0, 1]))
+    assert (check.status, "--shm-size" in check.do) == ("warn", True)
+
+
+def test_a_machine_that_ends_what_a_user_leaves_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.geteuid", lambda: 1000)
+    assert module._logout(tmp_path) == []
+    (tmp_path / "logind.conf").write_text("[Login]\n#KillUserProcesses=no\nKillUserProcesses=yes\n")
+    assert module._logout(tmp_path)[0].status == "warn"
+    (tmp_path / "logind.conf.d").mkdir()
+    (tmp_path / "logind.conf.d" / "10.conf").write_text("KillUserProcesses=no\n")
+    assert module._logout(tmp_path) == []
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
+    """A Hub with one open model, one gated one, and no other."""
+
+    class Hub(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            name = self.path.removeprefix("/api/models/")
+            if name in {"org/gated/auth-check", "org/gated"} and name.endswith("auth-check"):
+                return self.answer(403, {"error": "gated"}, ("X-Error-Code", "GatedRepo"))
+            if name.startswith(("org/open", "org/gated")):
+                return self.answer(200, {"id": "org/open", "modelId": "org/open", "siblings": []})
+            return self.answer(404, {"error": "none"}, ("X-Error-Code", "RepoNotFound"))
+
+        def answer(self, status: int, body: Any, *headers: tuple[str, str]) -> None:
+            self.send_response(status)
+            for header in headers:
+                self.send_header(*header)
+            self.end_headers()
+            self.wfile.write(json.dumps(body).encode())
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    point_at(monkeypatch, tmp_path, f"http://127.0.0.1:{server.server_port}")
+    yield
+    server.shutdown()
+    server.server_close()
+
+
+def point_at(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, endpoint: str) -> None:
+    from huggingface_hub import constants, hf_api
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "ENDPOINT", endpoint)
+    monkeypatch.setattr(hf_api, "constants", constants)
+
+
+def test_models_of_the_hub(hub: None, tmp_path: Path) -> None:
+    assert module._model("org/open")[0].status == "ok"
+    gated = module._model("org/gated")[0]
+    assert (gated.status, "gated" in gated.detail, "HF_TOKEN" in gated.do) == ("fail", True, True)
+    absent = module._model("org/absent")[0]
+    assert (absent.status, "no such model on the Hub" in absent.detail) == ("fail", True)
+    assert module._model("/no/such/folder")[0].status == "fail"
+    snapshot = tmp_path / "cache" / "models--org--absent" / "snapshots" / "1"
+    snapshot.mkdir(parents=True)
+    (snapshot / "config.json").touch()
+    (snapshot / "model.safetensors").touch()
+    assert "local cache" in module._model("org/absent")[0].detail
+
+
+def test_a_hub_that_does_not_answer_or_is_switched_off(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from huggingface_hub import constants
+
+    point_at(monkeypatch, tmp_path, "http://127.0.0.1:9")
+    check = module._model("org/open")[0]
+    assert (check.status, "does not answer" in check.detail) == ("fail", True)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert "switched off" in module._model("org/open")[0].detail

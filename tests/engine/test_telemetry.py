@@ -1,0 +1,262 @@
+"""NVML and host samples against a driver that fails in every way a driver can."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from finetui.engine.cgroup import MemoryLimit
+from finetui.engine.events import EventLog, read_events
+from finetui.engine.telemetry import RETRY_S, GpuMonitor, HostMonitor, Sampler, gpu_interval_s
+
+GIB = 2**30
+
+
+class NVMLError(Exception):
+    """The base of a driver's errors, as in pynvml."""
+
+
+class NVMLError_NotSupported(NVMLError):
+    """A figure that this GPU does not give."""
+
+
+class NVMLError_NoPermission(NVMLError):
+    """A figure that this container does not give."""
+
+
+class NVMLError_GpuIsLost(NVMLError):
+    """The GPU fell off the bus."""
+
+
+class NVMLError_Uninitialized(NVMLError):
+    """The driver was unloaded."""
+
+
+class NVMLError_LibraryNotFound(NVMLError):
+    """There is no driver."""
+
+
+class FakeNvml:
+    """A driver with healthy GPUs; ``fail`` maps a function's name, or (name, index), to the error it raises."""
+
+    NVMLError = NVMLError
+    nvmlMemory_v2 = 2
+    NVML_TEMPERATURE_GPU = NVML_CLOCK_SM = 0
+
+    def __init__(self, count: int = 1) -> None:
+        self.count, self.fail, self.reasons = count, dict[Any, NVMLError](), 0
+
+    def _answer(self, name: str, index: int | None, value: Any) -> Any:
+        error = self.fail.get(name) or self.fail.get((name, index)) or self.fail.get("*")
+        if error is not None:
+            raise error
+        return value
+
+    def nvmlInit(self) -> None:
+        self._answer("init", None, None)
+
+    def nvmlShutdown(self) -> None:
+        pass
+
+    def nvmlDeviceGetCount(self) -> int:
+        return self._answer("count", None, self.count)
+
+    def nvmlDeviceGetHandleByIndex(self, index: int) -> int:
+        return self._answer("handle", index, index)
+
+    def nvmlDeviceGetName(self, handle: int) -> bytes:
+        return self._answer("name", handle, b"NVIDIA Test")
+
+    def nvmlDeviceGetMemoryInfo(self, handle: int, version: int | None = None) -> Any:
+        return self._answer(f"memory{version or ''}", handle, SimpleNamespace(used=3 * GIB, total=24 * GIB))
+
+    def nvmlDeviceGetUtilizationRates(self, handle: int) -> Any:
+        return self._answer("use", handle, SimpleNamespace(gpu=97))
+
+    def nvmlDeviceGetPowerUsage(self, handle: int) -> int:
+        return self._answer("power", handle, 301_440)
+
+    def nvmlDeviceGetTemperature(self, handle: int, sensor: int) -> int:
+        return self._answer("temperature", handle, 61)
+
+    def nvmlDeviceGetClockInfo(self, handle: int, clock: int) -> int:
+        return self._answer("clock", handle, 1980)
+
+    def nvmlDeviceGetCurrentClocksThrottleReasons(self, handle: int) -> int:
+        return self._answer("throttle", handle, self.reasons)
+
+
+class Clock:
+    """Seconds, set by the test."""
+
+    now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock() -> Clock:
+    """A clock that stands still."""
+    return Clock()
+
+
+def monitor(nvml: FakeNvml, clock: Clock, indices: list[int] | None = None) -> GpuMonitor:
+    return GpuMonitor(indices, load=lambda: nvml, clock=clock)
+
+
+def test_a_healthy_gpu(clock: Clock) -> None:
+    nvml = FakeNvml(2)
+    nvml.reasons = 0x1 | 0x4 | 0x40
+    gpus = monitor(nvml, clock)
+    samples = gpus.sample()
+    assert [sample.index for sample in samples] == [0, 1]
+    first = samples[0]
+    assert (first.name, first.memory_used_gib, first.memory_total_gib) == ("NVIDIA Test", 3.0, 24.0)
+    assert (first.sm_percent, first.power_w, first.temperature_c, first.sm_clock_mhz) == (97.0, 301.4, 61.0, 1980.0)
+    assert first.throttle == ["power cap", "hardware thermal"]
+    assert gpus.take_warnings() == []
+
+
+@pytest.mark.parametrize("error", [NVMLError_NotSupported, NVMLError_NoPermission])
+@pytest.mark.parametrize(
+    ("figure", "field"),
+    [("use", "sm_percent"), ("power", "power_w"), ("temperature", "temperature_c"), ("clock", "sm_clock_mhz")],
+)
+def test_a_figure_that_is_not_given_is_none_and_the_others_stay(
+    clock: Clock, error: type[NVMLError], figure: str, field: str
+) -> None:
+    nvml = FakeNvml()
+    nvml.fail[figure] = error()
+    gpus = monitor(nvml, clock)
+    (sample,) = gpus.sample()
+    assert getattr(sample, field) is None
+    others = {"sm_percent", "power_w", "temperature_c", "sm_clock_mhz", "memory_used_gib"} - {field}
+    assert all(getattr(sample, other) is not None for other in others)
+    assert gpus.take_warnings() == []
+
+
+def test_memory_falls_back_to_the_first_version_of_the_call(clock: Clock) -> None:
+    nvml = FakeNvml()
+    nvml.fail["memory2"] = NVMLError_NotSupported()
+    assert monitor(nvml, clock).sample()[0].memory_used_gib == 3.0
+    nvml.fail["memory"] = NVMLError_NotSupported()
+    assert monitor(nvml, clock).sample()[0].memory_used_gib is None
+
+
+def test_a_lost_gpu_is_told_once_asked_again_later_and_told_when_it_is_back(clock: Clock) -> None:
+    nvml = FakeNvml(2)
+    gpus = monitor(nvml, clock)
+    gpus.sample()
+    nvml.fail["use", 1] = NVMLError_GpuIsLost("GPU is lost")
+    samples = gpus.sample()
+    assert samples[0].sm_percent == 97.0
+    assert (samples[1].name, samples[1].sm_percent, samples[1].memory_used_gib) == ("NVIDIA Test", None, None)
+    (warning,) = gpus.take_warnings()
+    assert "GPU 1 does not answer: GPU is lost" in warning.what
+    clock.now += RETRY_S + 1
+    gpus.sample()
+    assert gpus.take_warnings() == []
+    nvml.fail.clear()
+    assert gpus.sample()[1].sm_percent is None, "asked again too soon"
+    clock.now += RETRY_S + 1
+    assert gpus.sample()[1].sm_percent == 97.0
+    assert [warning.what for warning in gpus.take_warnings()] == ["GPU 1 answers again"]
+
+
+def test_a_driver_that_is_unloaded_and_comes_back(clock: Clock) -> None:
+    nvml = FakeNvml()
+    gpus = monitor(nvml, clock)
+    gpus.sample()
+    nvml.fail["*"] = NVMLError_Uninitialized("Uninitialized")
+    assert gpus.sample() == []
+    assert len(gpus.take_warnings()) == 1
+    nvml.fail.clear()
+    clock.now += RETRY_S + 1
+    assert gpus.sample()[0].sm_percent == 97.0
+    assert [warning.what for warning in gpus.take_warnings()] == ["GPUs can be watched again"]
+
+
+def test_no_driver_is_told_once(clock: Clock) -> None:
+    nvml = FakeNvml()
+    nvml.fail["init"] = NVMLError_LibraryNotFound("NVML Shared Library Not Found")
+    gpus = monitor(nvml, clock, [0, 1])
+    for _ in range(3):
+        assert [sample.memory_used_gib for sample in gpus.sample()] == [None, None]
+        clock.now += RETRY_S + 1
+    assert [warning.what for warning in gpus.take_warnings()] == [
+        "GPUs can't be watched: NVML Shared Library Not Found"
+    ]
+
+
+def test_a_missing_package_is_told_once(clock: Clock) -> None:
+    def load() -> Any:
+        raise ImportError
+
+    gpus = GpuMonitor(load=load, clock=clock)
+    assert gpus.sample() == gpus.sample() == []
+    assert [warning.do for warning in gpus.take_warnings()] == ["pip install nvidia-ml-py"]
+
+
+def test_memory_of_a_container_is_that_of_its_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    host = HostMonitor(tmp_path)
+    monkeypatch.setattr("finetui.engine.telemetry.memory_limit", lambda: MemoryLimit(GIB // 2, GIB // 4))
+    sample = host.sample()
+    assert (sample.memory_total_gib, sample.memory_used_gib) == (0.5, 0.25)
+    monkeypatch.setattr("finetui.engine.telemetry.memory_limit", lambda: None)
+    assert host.sample().memory_total_gib > 0.5
+    assert host.sample().disk_free_gib > 0
+
+
+def test_sampling_thins_out_with_time() -> None:
+    assert gpu_interval_s(0) == 1.0
+    assert gpu_interval_s(86_400) == 5.0
+
+
+def test_the_sampler_goes_on_when_a_monitor_fails_in_an_unforeseen_way(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("finetui.engine.telemetry.HOST_INTERVAL_S", 0.05)
+
+    def fail(self: GpuMonitor) -> Any:
+        raise UnicodeDecodeError("utf-8", b"", 0, 1, "a name that is no text")
+
+    monkeypatch.setattr(GpuMonitor, "sample", fail)
+    monkeypatch.setattr("finetui.engine.telemetry.gpu_interval_s", lambda _: 0.05)
+    sampler = Sampler(tmp_path / "events.jsonl", [0])
+    sampler.start()
+    end = time.monotonic() + 5
+    while len(read_events(tmp_path / "events.jsonl")) < 2:
+        assert time.monotonic() < end
+        time.sleep(0.01)
+    sampler.stop()
+    assert capsys.readouterr().err.count("a name that is no text") == 1
+
+
+def test_the_sampler_goes_on_after_a_full_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("finetui.engine.telemetry.HOST_INTERVAL_S", 0.05)
+    append = EventLog.append
+    failed: list[Any] = []
+
+    def full_at_first(self: EventLog, payload: Any) -> Any:
+        if len(failed) < 3:
+            failed.append(payload)
+            raise OSError(28, "No space left on device")
+        return append(self, payload)
+
+    monkeypatch.setattr(EventLog, "append", full_at_first)
+    sampler = Sampler(tmp_path / "events.jsonl", [])
+    sampler.start()
+    end = time.monotonic() + 5
+    while not read_events(tmp_path / "events.jsonl"):
+        assert time.monotonic() < end
+        time.sleep(0.01)
+    sampler.stop()
+    assert {event.type for event in read_events(tmp_path / "events.jsonl")} == {"host"}
+    assert capsys.readouterr().err.count("No space left") == 1
