@@ -1,0 +1,132 @@
+"""Formats: detection, reading, and every error with its line and field."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from finetui.engine.data.files import Row
+from finetui.engine.data.formats import Example, Message, detect, to_example
+from finetui.planner.errors import DataError
+
+U, A, S = "user", "assistant", "system"
+
+
+def read(values: dict[str, Any], wanted: str = "auto") -> Example:
+    row = Row(values, "rows.jsonl:7")
+    return to_example(row, detect([row], wanted))
+
+
+def turns(*pairs: tuple[str, str]) -> tuple[Message, ...]:
+    return tuple(Message(role, content) for role, content in pairs)
+
+
+def chat(*pairs: tuple[str, str], keys: tuple[str, str] = ("role", "content")) -> list[dict[str, str]]:
+    return [dict(zip(keys, pair, strict=True)) for pair in pairs]
+
+
+FOUND: list[tuple[str, dict[str, Any], tuple[Message, ...]]] = [
+    ("messages", {"messages": chat((U, "q"), (A, "a"))}, turns((U, "q"), (A, "a"))),
+    ("messages", {"conversations": chat((S, "s"), (U, "q"), (A, "a"))}, turns((S, "s"), (U, "q"), (A, "a"))),
+    ("messages", {"prompt": "q", "messages": chat((U, "q"), (A, "a")), "text": "t"}, turns((U, "q"), (A, "a"))),
+    (
+        "sharegpt",
+        {"system": "s", "conversations": chat(("human", "q"), ("gpt", "a"), keys=("from", "value"))},
+        turns((S, "s"), (U, "q"), (A, "a")),
+    ),
+    ("alpaca", {"instruction": "i", "input": "x", "output": "o"}, turns((U, "i\n\nx"), (A, "o"))),
+    ("alpaca", {"instruction": "i", "input": "", "output": "o"}, turns((U, "i"), (A, "o"))),
+    ("alpaca", {"instruction": "i", "context": "x", "response": "o"}, turns((U, "i\n\nx"), (A, "o"))),
+    (
+        "alpaca",
+        {"instruction": "i", "output": "o", "system": "s", "history": [["q", "a"]]},
+        turns((S, "s"), (U, "q"), (A, "a"), (U, "i"), (A, "o")),
+    ),
+]
+
+
+@pytest.mark.parametrize(("name", "values", "expected"), FOUND)
+def test_chats(name: str, values: dict[str, Any], expected: tuple[Message, ...]) -> None:
+    row = Row(values, "x:1")
+    assert detect([row]).format == name
+    assert to_example(row, detect([row])).messages == expected
+
+
+@pytest.mark.parametrize(
+    ("p", "c"), [("prompt", "completion"), ("prompt", "response"), ("question", "answer"), ("input", "output")]
+)
+def test_prompt_and_completion(p: str, c: str) -> None:
+    example = read({p: "q", c: "a"})
+    assert (example.kind, example.prompt, example.completion) == ("completion", "q", "a")
+
+
+def test_prompt_and_completion_as_messages_train_the_completion_only() -> None:
+    example = read({"prompt": chat((U, "q"), (A, "a"), (U, "r")), "completion": chat((A, "b"))})
+    assert (example.kind, example.train_from, len(example.messages)) == ("chat", 3, 4)
+
+
+def test_text() -> None:
+    assert read({"content": "words", "id": 3}).text == "words"
+
+
+def test_confidence_is_the_share_of_rows_that_fit() -> None:
+    rows = [Row({"instruction": "i", "output": "o"}, "x:1")] * 3 + [Row({"text": "t"}, "x:4")]
+    found = detect(rows)
+    assert (found.format, found.confidence, found.why) == ("alpaca", 0.75, "instruction and output are there")
+
+
+def test_a_wanted_format_is_taken_even_if_another_fits_better() -> None:
+    assert read({"instruction": "i", "output": "o", "text": "t"}, "text").text == "t"
+
+
+BAD: list[tuple[dict[str, Any], str]] = [
+    ({"messages": chat((U, "q"), ("wizard", "a"))}, r"rows\.jsonl:7: messages\[1\]\.role: unknown role 'wizard'"),
+    ({"messages": chat((A, "a"))}, r"messages\[0\]: roles are out of order: assistant where user was expected"),
+    ({"messages": chat((U, "q"), (U, "q"), (A, "a"))}, r"messages\[1\]: roles are out of order"),
+    ({"messages": chat((U, "q"), (S, "s"), (A, "a"))}, r"messages\[1\]: a system message must come first"),
+    ({"messages": chat((U, "q"))}, r"messages: the last message is from user"),
+    ({"messages": chat((U, "q"), (A, " \n"))}, r"messages\[1\]: the answer is empty"),
+    ({"messages": [*chat((U, "q")), {"role": A}]}, r"messages\[1\]\.content: 'content' is missing"),
+    ({"messages": [*chat((U, "q")), {"content": "a"}]}, r"messages\[1\]: 'role' is missing"),
+    ({"messages": [*chat((U, "q")), {"role": A, "content": 3}]}, r"messages\[1\]\.content: must be text, not a number"),
+    ({"messages": [*chat((U, "q")), "a"]}, r"messages\[1\]: must be an object with role and content"),
+    ({"messages": chat((U, "q"), ("tool", "t"), (A, "a"))}, r"messages\[1\]: tool calls can't be trained on yet"),
+    (
+        {"conversations": chat(("human", "q"), ("bard", "a"), keys=("from", "value"))},
+        r"conversations\[1\]\.from: unknown role",
+    ),
+    (
+        {"system": "s", "conversations": chat(("gpt", "a"), keys=("from", "value"))},
+        r"conversations\[0\]: roles are out of",
+    ),
+    ({"instruction": "i", "output": ""}, r"rows\.jsonl:7: output: the answer is empty"),
+    ({"instruction": "i", "output": "o", "history": [["q"]]}, r"history\[0\]: must be a pair"),
+    ({"prompt": "q", "completion": " "}, r"completion: the answer is empty"),
+    ({"text": " "}, r"text: the text is empty"),
+]
+
+
+@pytest.mark.parametrize(("values", "message"), BAD)
+def test_bad_rows_are_told_with_line_and_field(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        read(values)
+
+
+def test_a_later_row_without_the_column() -> None:
+    found = detect([Row({"instruction": "i", "output": "o"}, "x:1")])
+    with pytest.raises(DataError, match=r"x:2: column 'output' is missing; the row has instruction, reply"):
+        to_example(Row({"instruction": "i", "reply": "o"}, "x:2"), found)
+    with pytest.raises(DataError, match=r"x:3: output: must be text, not null"):
+        to_example(Row({"instruction": "i", "output": None}, "x:3"), found)
+
+
+def test_unknown_columns_are_listed_with_what_is_accepted() -> None:
+    with pytest.raises(
+        DataError, match=r"x:1: the format is not recognised: the columns are body, title\. Accepted: mess"
+    ):
+        detect([Row({"body": "b", "title": "t"}, "x:1")])
+    with pytest.raises(DataError, match="preference pairs"):
+        detect([Row({"prompt": "p", "chosen": "c", "rejected": "r"}, "x:1")])
+    with pytest.raises(DataError, match=r"not in alpaca format: .*alpaca needs instruction and output/response"):
+        detect([Row({"text": "t"}, "x:1")], "alpaca")
