@@ -132,11 +132,12 @@ def training_run(
         steps = plan.pop("steps", 6)
         asked = {
             "model": str(model_folder(family)), "tuning": tuning, "data": str(rows_file), "max_steps": steps,
-            "checkpoint": {"every": 2}, "evaluation": {"every": 2, "holdout": 0.15}, "track": [],
+            "epochs": 1000, "checkpoint": {"every": 2}, "evaluation": {"every": 2, "holdout": 0.15}, "track": [],
         }  # fmt: skip
         knobs = {
             "tuning": tuning, "quantization": "nf4" if tuning == "qlora" else "none", "micro_batch": 8, "steps": steps,
-            "learning_rate": 1e-2, "checkpoint_every": 2, "eval_every": 2, "gpus": [0], "schedule": "linear",
+            "epochs": 1000.0, "learning_rate": 1e-2, "checkpoint_every": 2, "eval_every": 2, "gpus": [0],
+            "schedule": "linear",
         }  # fmt: skip
         return make_run({**asked, **(recipe or {})}, **{**knobs, **plan})
 

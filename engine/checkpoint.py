@@ -1,0 +1,258 @@
+"""Checkpoints: the state of a run on disk, written whole or not at all, verified, and found again.
+
+A checkpoint is a folder ``checkpoints/step-000200`` that exists only when it is complete: everything is written into
+the hidden folder ``.partial-step-000200`` and flushed to disk, then ``manifest.json`` with the size and SHA-256 of each
+file, and only then is the folder given its name. A process that is killed at any instant therefore leaves behind the
+older checkpoints, untouched, and at most one partial folder that the next write removes.
+
+Nothing here imports torch: the app and ``finetui runs`` read checkpoints too.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import re
+import shutil
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..planner.errors import TrainingError
+
+MANIFEST = "manifest.json"
+PARTIAL_PREFIX = ".partial-"
+_NAME = re.compile(r"step-(\d{6,})")
+#: ``EFBIG`` is what a file-size limit answers with; for the user it is the same as a full disk.
+_DISK_ERRNOS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """One complete checkpoint.
+
+    Args:
+        path: its folder.
+        step: optimiser steps done when it was written.
+        bytes: size of all its files.
+        facts: what the writer noted down: tokens so far, rows and batch size of the data.
+    """
+
+    path: Path
+    step: int
+    bytes: int
+    facts: dict[str, Any] = field(default_factory=dict)
+
+
+def folder_name(step: int) -> str:
+    """The name of the checkpoint after ``step`` optimiser steps."""
+    return f"step-{step:06d}"
+
+
+def find(directory: str | Path) -> list[Checkpoint]:
+    """All checkpoints of a folder that have a manifest and all their files at full size, oldest first.
+
+    Cheap: contents are not read. :func:`damage` does that.
+    """
+    directory = Path(directory)
+    found: list[Checkpoint] = []
+    for path in directory.iterdir() if directory.is_dir() else ():
+        if _NAME.fullmatch(path.name) and _shallow_damage(path) is None:
+            manifest = _read_manifest(path)
+            sizes = [entry["bytes"] for entry in manifest["files"].values()]
+            found.append(Checkpoint(path, manifest["step"], sum(sizes), manifest.get("facts", {})))
+    return sorted(found, key=lambda checkpoint: checkpoint.step)
+
+
+def damage(path: str | Path) -> str | None:
+    """What is wrong with a checkpoint, or None if every file is as it was written (sizes and SHA-256)."""
+    path = Path(path)
+    shallow = _shallow_damage(path)
+    if shallow is not None:
+        return shallow
+    expected = _read_manifest(path)["files"]
+    for name, entry in _hash_files(path, sorted(expected)).items():
+        if entry["sha256"] != expected[name]["sha256"]:
+            return f"{name} has other content than was written"
+    return None
+
+
+@dataclass(frozen=True)
+class Latest:
+    """The newest sound checkpoint, if there is one, and why newer ones were passed over."""
+
+    checkpoint: Checkpoint | None
+    skipped: list[str]
+
+
+def latest(directory: str | Path) -> Latest:
+    """The newest checkpoint whose content is verified, and a line for each damaged one that is newer."""
+    directory = Path(directory)
+    skipped: list[str] = []
+    names = [path for path in directory.iterdir() if _NAME.fullmatch(path.name)] if directory.is_dir() else []
+    for path in sorted(names, key=lambda path: -int(path.name.removeprefix("step-"))):
+        wrong = damage(path)
+        if wrong is None:
+            return Latest(next(c for c in find(directory) if c.path == path), skipped)
+        skipped.append(f"{path.name}: {wrong}")
+    return Latest(None, skipped)
+
+
+# --- writing
+
+
+def begin(directory: str | Path, step: int) -> Path:
+    """An empty hidden folder to write a checkpoint into; whatever a killed process left behind is removed."""
+    directory = Path(directory)
+    with reported_as_disk_error("the checkpoint can't be written", directory):
+        directory.mkdir(parents=True, exist_ok=True)
+        for leftover in directory.glob(f"{PARTIAL_PREFIX}*"):
+            shutil.rmtree(leftover, ignore_errors=True)
+        partial = directory / f"{PARTIAL_PREFIX}{folder_name(step)}"
+        partial.mkdir()
+    return partial
+
+
+def commit(partial: Path, step: int, *, keep: int, facts: dict[str, Any] | None = None) -> Checkpoint:
+    """Make a filled folder a checkpoint, then remove all but the ``keep`` newest complete ones.
+
+    Raises:
+        TrainingError: the disk is full (cause ``disk``); the partial folder is gone and older checkpoints stay.
+    """
+    directory = partial.parent
+    try:
+        with reported_as_disk_error("the checkpoint can't be written", directory):
+            names = sorted(str(path.relative_to(partial)) for path in partial.rglob("*") if path.is_file())
+            files = _hash_files(partial, names)
+            for name in names:
+                _flush(partial / name)
+            manifest = {"step": step, "written": round(time.time(), 3), "facts": facts or {}, "files": files}
+            (partial / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+            _flush(partial / MANIFEST)
+            _flush(partial)
+            target = directory / folder_name(step)
+            if target.exists():  # a damaged one of the same step that resume passed over
+                shutil.rmtree(target)
+            os.rename(partial, target)
+            _flush(directory)
+    except BaseException:
+        discard(partial)
+        raise
+    prune(directory, keep)
+    return Checkpoint(target, step, sum(entry["bytes"] for entry in files.values()), facts or {})
+
+
+def discard(partial: Path) -> None:
+    """Remove a folder that will not become a checkpoint."""
+    shutil.rmtree(partial, ignore_errors=True)
+
+
+def prune(directory: str | Path, keep: int) -> None:
+    """Remove all but the ``keep`` newest complete checkpoints; folders that are not complete are left for a look."""
+    for checkpoint in find(directory)[: -max(keep, 1)]:
+        # Renamed first, so that a crash in mid-removal leaves no folder that looks like a checkpoint.
+        doomed = checkpoint.path.with_name(f"{PARTIAL_PREFIX}old-{checkpoint.path.name}")
+        with contextlib.suppress(OSError):
+            os.rename(checkpoint.path, doomed)
+            shutil.rmtree(doomed, ignore_errors=True)
+
+
+# --- the full disk
+
+
+def is_disk_error(error: BaseException) -> bool:
+    """Whether an error, or one that it was raised from, says that there is no room left on the disk.
+
+    torch and safetensors wrap the operating system's error in exceptions of their own, with its words but not its
+    number.
+    """
+    seen: BaseException | None = error
+    while seen is not None:
+        if isinstance(seen, OSError) and seen.errno in _DISK_ERRNOS:
+            return True
+        text = str(seen).lower()
+        if any(words in text for words in ("no space left", "disk quota exceeded", "file too large", "os error 28")):
+            return True
+        if "pytorchstreamwriter failed" in text or "inline_container" in text:
+            return True
+        seen = seen.__cause__ or seen.__context__
+    return False
+
+
+@contextlib.contextmanager
+def reported_as_disk_error(what: str, where: Path) -> Any:
+    """Turn a full disk inside the block into a :class:`TrainingError` of cause ``disk`` that says how full it is."""
+    try:
+        yield
+    except TrainingError:
+        raise
+    except Exception as error:
+        if not is_disk_error(error):
+            raise
+        raise disk_full(what, where) from error
+
+
+def disk_full(what: str, where: Path) -> TrainingError:
+    """The error for a disk without room."""
+    free = ""
+    with contextlib.suppress(OSError):
+        free = f" ({shutil.disk_usage(where).free / 2**30:.1f} GiB free)"
+    return TrainingError(
+        f"{what}: no space is left on the disk{free}",
+        cause="disk",
+        where=str(where),
+        do="Free some space, or lower checkpoint.keep, then resume the run: older checkpoints are intact.",
+    )
+
+
+# --- details
+
+
+def _read_manifest(path: Path) -> dict[str, Any]:
+    manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+    if not isinstance(manifest, dict) or not isinstance(manifest.get("files"), dict) or "step" not in manifest:
+        raise ValueError("it is no manifest")
+    return manifest
+
+
+def _shallow_damage(path: Path) -> str | None:
+    try:
+        files = _read_manifest(path)["files"]
+    except OSError:
+        return "it has no manifest, so it was not finished"
+    except ValueError:
+        return "its manifest can't be read"
+    for name, entry in files.items():
+        try:
+            size = (path / name).stat().st_size
+        except OSError:
+            return f"{name} is missing"
+        if size != entry["bytes"]:
+            return f"{name} has {size} of {entry['bytes']} bytes"
+    return None
+
+
+def _hash_files(folder: Path, names: list[str]) -> dict[str, dict[str, Any]]:
+    """Size and SHA-256 of files; hashing releases the interpreter lock, so threads help."""
+
+    def one(name: str) -> dict[str, Any]:
+        with open(folder / name, "rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+            return {"bytes": os.fstat(file.fileno()).st_size, "sha256": digest}
+
+    with ThreadPoolExecutor(max_workers=4) as pool:
+        return dict(zip(names, pool.map(one, names), strict=True))
+
+
+def _flush(path: Path) -> None:
+    """Wait until a file, or a folder's list of names, is on the disk."""
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)

@@ -1,0 +1,154 @@
+"""Held-out loss: the mean over trained tokens, exact however rows are batched, packed or spread over ranks.
+
+For a token t with label y and logits z, the loss is -log softmax(z)_y in fp32; the mean is the sum over all tokens
+with a label divided by their number, not a mean of the means of batches.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ..planner.errors import RunError
+from ..planner.plan import Resolved
+from .data.prepare import DataSettings
+
+if TYPE_CHECKING:
+    from .run import Run
+
+IGNORED = -100
+Collate = Callable[[Sequence[Any]], dict[str, Tensor]]
+
+
+@dataclass(frozen=True)
+class Scored:
+    """What one batch adds up to: ``loss`` summed over ``trained`` tokens (0-d tensors), of which the model would have
+    chosen ``right`` ones itself; ``auxiliary`` is the load-balancing loss of a mixture of experts."""
+
+    loss: Tensor
+    trained: Tensor
+    right: Tensor
+    auxiliary: Tensor | None = None
+
+
+def score(model: Any, batch: dict[str, Tensor], *, fused: bool, routed: bool = False) -> Scored:
+    """The summed loss of a batch with ``labels`` (``[batch, length]``, aligned with ``input_ids``).
+
+    Args:
+        fused: the model has TRL's fused output head, which never holds all logits at once. It needs Triton, so on the
+            CPU the logits are made, and those of labelled positions are upcast.
+        routed: ask a mixture of experts for its auxiliary loss.
+    """
+    inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
+    labels = batch["labels"]
+    extra = {"output_router_logits": True} if routed else {}
+    if fused:
+        out = model(**inputs, labels=labels, use_cache=False, fused_lm_head=True, **extra)
+        return Scored(-out.log_probs.sum(), out.label_mask.sum(), out.is_top1.sum(), out.aux_loss)
+    out = model(**inputs, use_cache=False, **extra)
+    targets = labels[:, 1:]
+    counted = targets != IGNORED
+    # A batch without any label still depends on every weight, so that ranks agree on what to reduce.
+    logits = out.logits[:, :-1][counted].float()
+    wanted = targets[counted]
+    loss = torch.nn.functional.cross_entropy(logits, wanted, reduction="sum")
+    right = (logits.argmax(-1) == wanted).sum()
+    return Scored(loss, counted.sum(), right, getattr(out, "aux_loss", None) if routed else None)
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Mean loss per trained token, the share of tokens the model would have chosen itself, and how many tokens."""
+
+    loss: float
+    accuracy: float
+    tokens: int
+
+
+def held_out_loss(
+    model: Any,
+    rows: Any,
+    collate: Collate,
+    *,
+    batch_size: int,
+    device: torch.device,
+    fused: bool = False,
+    rank: int = 0,
+    world: int = 1,
+    context: contextlib.AbstractContextManager[Any] | None = None,
+) -> HeldOut:
+    """Score all ``rows`` without gradients; every rank takes each ``world``-th batch and all get the same answer."""
+    sums = torch.zeros(3, dtype=torch.float64)
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad(), context or contextlib.nullcontext():
+            for start in range(rank * batch_size, len(rows), batch_size * world):
+                chosen = range(start, min(start + batch_size, len(rows)))
+                batch = {name: t.to(device) for name, t in collate([rows[i] for i in chosen]).items()}
+                scored = score(model, batch, fused=fused)
+                sums += torch.stack([scored.loss.double(), scored.trained.double(), scored.right.double()]).cpu()
+    finally:
+        model.train(training)
+    loss, tokens, right = reduce_sum(sums, device).tolist()
+    return HeldOut(loss / tokens if tokens else float("nan"), right / max(tokens, 1), int(tokens))
+
+
+def reduce_sum(values: Tensor, device: torch.device) -> Tensor:
+    """Element-wise sum over all ranks, on ``device``."""
+    moved = values.to(device)
+    if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
+        moved = moved.clone() if moved is values else moved
+        torch.distributed.all_reduce(moved)
+    return moved
+
+
+def evaluate_run(run: Run, *, base: bool = False) -> HeldOut:
+    """Loss of a run's model on its own held-out rows.
+
+    Args:
+        base: score the untouched base model instead.
+
+    Raises:
+        RunError: the run holds nothing to evaluate, or no rows were held out.
+    """
+    from .chat import load_tuned
+    from .data.packing import Collator
+    from .data.prepare import prepare
+    from .model import Numerics
+
+    plan = run.plan
+    tuned = load_tuned(run)
+    prepared = prepare(run.recipe, data_settings(plan.resolved), tuned.tokenizer, data_cache(run))
+    if prepared.evaluation is None:
+        raise RunError("no rows were held out", where=run.name, do="Give a source with split: eval.")
+    with tuned.voice(base=base) as model:
+        return held_out_loss(
+            model,
+            prepared.evaluation,
+            Collator(tuned.tokenizer.pad_token_id),
+            batch_size=plan.resolved.micro_batch,
+            device=tuned.device,
+            context=Numerics.of(plan.resolved).context(tuned.device),
+        )
+
+
+def data_settings(resolved: Resolved) -> DataSettings:
+    """The part of a plan that decides what the rows look like."""
+    return DataSettings(
+        sequence_length=resolved.sequence_length,
+        packing=resolved.packing,
+        train_on=resolved.train_on,
+        seed=resolved.seed,
+    )
+
+
+def data_cache(run: Run) -> Path:
+    """Where a run's tokenised rows lie; inside the run, so that they are there for as long as it is."""
+    return run.path / "data"

@@ -1,0 +1,46 @@
+"""The adapter of a LoRA or QLoRA run in PEFT's format, with its tokenizer: ``PeftModel.from_pretrained`` loads it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+from ...planner.errors import RunError
+from ..chat import result_folder
+from ..checkpoint import MANIFEST
+from ..output import written_whole
+from ..run import Run
+
+#: What only resuming needs, in a checkpoint folder.
+_FOR_RESUMING = (
+    MANIFEST,
+    "optimizer.*",
+    "scheduler.*",
+    "scaler.*",
+    "rng_state*",
+    "trainer_state.json",
+    "progress.json",
+)
+
+
+def export_adapter(run: Run, destination: Path) -> Path:
+    """Copy the adapter to ``destination``.
+
+    Raises:
+        RunError: the run trained the full model, so that there is no adapter, or it has written nothing yet.
+    """
+    folder = result_folder(run)
+    if not (folder / "adapter_config.json").is_file():
+        do = f"Use: finetui export {run.name} --to merged"
+        raise RunError("this run trained the full model and has no adapter", where=run.name, do=do)
+    with written_whole(destination) as partial:
+        copy_model_files(folder, partial)
+        name = json.loads((partial / "adapter_config.json").read_text(encoding="utf-8"))["base_model_name_or_path"]
+        assert name, "an adapter names its base model"
+    return destination
+
+
+def copy_model_files(source: Path, target: Path) -> None:
+    """Copy a model or adapter folder without what only resuming needs."""
+    shutil.copytree(source, target, ignore=shutil.ignore_patterns(*_FOR_RESUMING), dirs_exist_ok=True)

@@ -1,0 +1,295 @@
+"""Load, quantise and adapt the model of a plan.
+
+What is kept in which number format, by precision and tuning (``planner/stacks.py`` predicts memory from the same
+table; ``autocast`` is the format that matrix products run in when it differs from that of the weights):
+
+=============  =========================  =========================  ===========================
+precision      full                       lora                       qlora
+=============  =========================  =========================  ===========================
+``bf16``       weights bf16, no autocast  base bf16, autocast bf16   NF4 base, autocast bf16
+``bf16-mixed`` weights fp32, autocast     base fp32, autocast bf16   NF4 base, autocast bf16
+``fp16``       weights fp32, autocast     base fp16, autocast fp16   NF4 base, autocast fp16
+``fp32``       weights fp32               base fp32                  NF4 base, computes in fp32
+=============  =========================  =========================  ===========================
+
+Adapters, their gradients and their optimiser state are fp32 in every column: at a learning rate of 2e-4 an update is
+smaller than half a bf16 step of most weights and would be rounded away. Their matrix products still run in 16 bits,
+because autocast casts the (small) adapter weights instead of the (large) activations. NF4 is double-quantised
+(Dettmers et al. 2023, arXiv:2305.14314); embeddings, norms and the output head stay in the 16-bit or fp32 format.
+Nothing is upcast for "k-bit training": gradients reach the adapters without it under non-reentrant checkpointing.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..planner.errors import HardwareError, HubError, ModelError, RecipeError
+from ..planner.plan import Resolved
+from .events import Fallback
+
+Emit = Callable[[Any], object]
+"""Receives event payloads."""
+
+
+@dataclass(frozen=True)
+class Numerics:
+    """The format of the (base) weights, and of matrix products when it is another one."""
+
+    weights: torch.dtype
+    autocast: torch.dtype | None
+
+    @classmethod
+    def of(cls, resolved: Resolved) -> Numerics:
+        """The row of the table above.
+
+        Raises:
+            HardwareError: fp16 on the CPU, which has neither its matrix products nor a loss scaler.
+        """
+        adapters = resolved.tuning != "full"
+        if resolved.precision == "fp16":
+            if resolved.device == "cpu":
+                raise HardwareError("fp16 needs a GPU", where="hardware.precision", do="Use fp32 or bf16 on the CPU.")
+            return cls(torch.float16 if adapters else torch.float32, torch.float16)
+        if resolved.precision == "bf16-mixed":
+            return cls(torch.float32, torch.bfloat16)
+        if resolved.precision == "bf16":
+            return cls(torch.bfloat16, torch.bfloat16 if adapters else None)
+        return cls(torch.float32, None)
+
+    def context(self, device: torch.device) -> torch.autocast:
+        """The autocast context of a forward pass outside the trainer."""
+        return torch.autocast(device.type, self.autocast or torch.bfloat16, enabled=self.autocast is not None)
+
+
+def locate(model: str) -> Path:
+    """The folder of a model: a given one, the shipped tiny one with its weights made, or a download from the Hub.
+
+    Raises:
+        ModelError: the folder is no checkpoint.
+        HubError: the Hub can't be reached, does not know the model, or wants a licence accepted first.
+    """
+    folder = Path(model).expanduser()
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise ModelError(
+                "this folder has no config.json", where=model, do="Give a checkpoint in Hugging Face format."
+            )
+        if not any(folder.glob("*.safetensors")) and not any(folder.glob("*.bin")):
+            return _make_weights(folder)
+        return folder
+    if folder.is_absolute() or model.startswith((".", "~")) or model.count("/") != 1:
+        raise ModelError("there is no such folder", where=model, do="Give a folder or a hub id such as Qwen/Qwen3-8B.")
+    return _download(model)
+
+
+def _make_weights(folder: Path) -> Path:
+    from . import tiny
+
+    if tiny.is_tiny(folder):
+        return tiny.ensure_tiny_model(_cache())
+    raise ModelError("this folder holds no weights", where=str(folder), do="It needs *.safetensors files.")
+
+
+def _cache() -> Path:
+    """Where made weights are kept: ``$XDG_CACHE_HOME/finetui``, or a temporary folder where that can't be written."""
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "finetui"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if os.access(folder, os.W_OK):
+            return folder
+    except OSError:
+        pass
+    return Path(tempfile.gettempdir()) / f"finetui-{os.getuid()}"
+
+
+_WANTED = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt"]
+_UNWANTED = ["original/*", "consolidated*", "onnx/*", "*.gguf", "*.msgpack", "*.h5"]
+
+
+def _download(model: str) -> Path:
+    import huggingface_hub
+    from huggingface_hub import errors
+
+    def snapshot(*patterns: str) -> Path:
+        return Path(huggingface_hub.snapshot_download(model, allow_patterns=list(patterns), ignore_patterns=_UNWANTED))
+
+    try:
+        folder = snapshot(*_WANTED)
+        if not any(folder.glob("*.safetensors")):
+            folder = snapshot(*_WANTED, "*.bin")
+    except errors.GatedRepoError:
+        do = f"Accept its licence on https://huggingface.co/{model}, then set HF_TOKEN or run: hf auth login"
+        raise HubError("this model is gated and your account has no access to it", where=model, do=do) from None
+    except errors.RepositoryNotFoundError:
+        do = "Check the spelling; for a private model set HF_TOKEN."
+        raise HubError("the Hub has no such model", where=model, do=do) from None
+    except errors.LocalEntryNotFoundError:
+        do = "Connect to the network (or set HF_ENDPOINT to a mirror), or give a local folder."
+        raise HubError("the Hub can't be reached and the model is not in the cache", where=model, do=do) from None
+    except (errors.HfHubHTTPError, OSError) as error:
+        raise HubError(f"the download failed ({error})", where=model, do="Try again; it resumes.") from error
+    return folder
+
+
+def stored_dtype(folder: Path) -> torch.dtype:
+    """The format that a checkpoint's weights are stored in, as its config says (fp32 if it does not)."""
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    text = config.get("text_config") or {}
+    name = config.get("dtype") or config.get("torch_dtype") or text.get("dtype") or text.get("torch_dtype")
+    found = getattr(torch, str(name), None)
+    return found if isinstance(found, torch.dtype) else torch.float32
+
+
+def load_tokenizer(folder: Path, chat_template: str = "auto") -> tuple[Any, tuple[str, ...]]:
+    """The tokenizer, ready for training, and what had to be decided for that.
+
+    Raises:
+        ModelError: there is none, or it can't be read.
+        DataError: the chat template of the recipe is not usable.
+    """
+    from transformers import AutoTokenizer
+
+    from .data.template import prepare_tokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(folder))
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        do = "The folder needs tokenizer.json, or the files that its tokenizer class reads."
+        raise ModelError(f"the tokenizer can't be loaded ({first})", where=str(folder), do=do) from error
+    return tokenizer, prepare_tokenizer(tokenizer, chat_template)
+
+
+def load_base(
+    folder: Path, resolved: Resolved, device: torch.device, emit: Emit, *, dtype: torch.dtype | None = None
+) -> Any:
+    """The model itself on ``device``, quantised if the plan says so.
+
+    Args:
+        dtype: format of the weights; None is what :class:`Numerics` says for training.
+
+    Raises:
+        ModelError: the checkpoint can't be read, or lacks weights that the architecture has.
+    """
+    from transformers import AutoModelForCausalLM
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
+    numerics = Numerics.of(resolved)
+    dtype = dtype or numerics.weights
+    options: dict[str, Any] = {"dtype": dtype, "attn_implementation": resolved.attention}
+    if resolved.quantization == "nf4":
+        options["quantization_config"] = _nf4(numerics)
+        options["device_map"] = {"": device}
+    elif device.type == "cuda":
+        options["device_map"] = {"": device}
+    loaded: Any
+    try:
+        try:
+            loaded = AutoModelForCausalLM.from_pretrained(str(folder), output_loading_info=True, **options)
+        except ValueError as error:
+            if "attention" not in str(error) or resolved.attention == "eager":
+                raise
+            options["attn_implementation"] = "eager"
+            loaded = AutoModelForCausalLM.from_pretrained(str(folder), output_loading_info=True, **options)
+            emit(Fallback("attention: eager instead of sdpa", "the architecture has no scaled-dot-product path"))
+    except (OSError, ValueError, KeyError, ImportError, AttributeError) as error:
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ModelError(f"the model can't be loaded ({first})", where=str(folder)) from error
+    model, info = loaded
+    missing = sorted(info["missing_keys"])
+    if missing:
+        shown = ", ".join(missing[:3]) + (" …" if len(missing) > 3 else "")
+        what = f"the checkpoint lacks {len(missing)} of the model's weights ({shown})"
+        raise ModelError(what, where=str(folder), do="It would be trained from random numbers there. Use a whole one.")
+    model.config.use_cache = False
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            # bitsandbytes 0.50 repacks a layer for good at its first inference on such a CPU, and the packed product
+            # has no gradient: training after an evaluation would lose every adapter below it, without an error.
+            module.support_avx512bf16_for_cpu = False
+    return model
+
+
+def _nf4(numerics: Numerics) -> Any:
+    from transformers import BitsAndBytesConfig
+
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=numerics.autocast or numerics.weights,
+    )
+
+
+def adapt(model: Any, resolved: Resolved, name: str) -> Any:
+    """Freeze or unfreeze weights and add adapters; returns a ``PeftModel`` unless the tuning is full.
+
+    Args:
+        name: the base model as the adapter will name it: hub id or folder.
+
+    Raises:
+        RecipeError: no module has one of the target names, or nothing would be trained.
+    """
+    if resolved.tuning == "full":
+        model.requires_grad_(True)
+    else:
+        model = _with_adapters(model, resolved, name)
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise RecipeError("no parameter of the model would be trained", where="tuning", do="Choose other targets.")
+    return model
+
+
+def _with_adapters(model: Any, resolved: Resolved, name: str) -> Any:
+    from peft import LoraConfig, get_peft_model
+
+    model.requires_grad_(False)
+    config = LoraConfig(
+        task_type="CAUSAL_LM",
+        r=resolved.rank,
+        lora_alpha=resolved.alpha,
+        lora_dropout=resolved.dropout,
+        target_modules=resolved.targets,
+        bias="none",
+    )
+    torch.manual_seed(resolved.seed)
+    try:
+        adapted: Any = get_peft_model(model, config, autocast_adapter_dtype=True)
+    except ValueError as error:
+        linears = {path.rsplit(".", 1)[-1] for path, m in model.named_modules() if isinstance(m, torch.nn.Linear)}
+        what = f"no adapter can be put on {resolved.targets} ({str(error).splitlines()[0][:200]})"
+        do = f"Linear modules of this model: {', '.join(sorted(linears))}."
+        raise RecipeError(what, where="tuning.targets", do=do) from error
+    adapted.peft_config["default"].base_model_name_or_path = name
+    if Numerics.of(resolved).autocast is not None:
+        # PEFT would cast each adapter's input to fp32 and keep that copy for the backward pass; autocast casts
+        # the adapter's weights to 16 bits instead, with the same result.
+        for module in adapted.modules():
+            if hasattr(module, "cast_input_dtype_enabled"):
+                module.cast_input_dtype_enabled = False
+    return adapted
+
+
+def patch_kernels(model: Any, resolved: Resolved, device: torch.device, emit: Emit) -> None:
+    """Put the fused kernels on a model on CUDA; each kind of module left as it was is a Fallback event."""
+    if device.type != "cuda" or resolved.kernels == "off":
+        return
+    from ..kernels.patch import patch_model
+
+    numerics = Numerics.of(resolved)
+    report = patch_model(model, dtype=numerics.autocast or numerics.weights)
+    for line in report.summary():
+        print(f"kernels: {line}")
+    left: dict[tuple[str, str], int] = {}
+    for item in report.left:
+        left[item.kernel, item.why] = left.get((item.kernel, item.why), 0) + 1
+    for (kernel, why), count in left.items():
+        emit(Fallback(f"kernel {kernel}: {count} modules run as they were", why))

@@ -1,0 +1,70 @@
+"""What a run leaves behind: an adapter or a full model that plain ``from_pretrained`` loads, written atomically."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from .checkpoint import reported_as_disk_error
+
+
+@contextlib.contextmanager
+def written_whole(target: Path) -> Iterator[Path]:
+    """A hidden folder beside ``target`` to write into; it takes the name when the block ends well, else it goes.
+
+    An older folder of that name is replaced at that moment and not before.
+
+    Raises:
+        TrainingError: the disk is full (cause ``disk``).
+    """
+    partial = target.with_name(f".partial-{target.name}")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        with reported_as_disk_error("the result can't be written", target.parent):
+            partial.mkdir(parents=True)
+            yield partial
+            old = target.with_name(f".old-{target.name}")
+            shutil.rmtree(old, ignore_errors=True)
+            if target.exists():
+                os.rename(target, old)
+            os.rename(partial, target)
+            shutil.rmtree(old, ignore_errors=True)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def set_generation(model: Any, tokenizer: Any) -> None:
+    """Make the model stop where it was trained to stop: at the end token, and at what ends a turn of the template.
+
+    A wrong list here is how a well-trained model comes to talk without end in whatever serves it.
+    """
+    from transformers import GenerationConfig
+
+    from .data.template import stop_token_ids
+
+    stops = stop_token_ids(tokenizer)
+    before = model.generation_config
+    known = before.eos_token_id if isinstance(before.eos_token_id, list) else [before.eos_token_id]
+    stops += [token for token in known if token is not None and token not in stops]
+    config = GenerationConfig(
+        bos_token_id=tokenizer.bos_token_id if tokenizer.bos_token_id is not None else before.bos_token_id,
+        eos_token_id=stops,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    for name in ("temperature", "top_p", "top_k", "do_sample"):
+        value = getattr(before, name, None)
+        if value is not None:
+            setattr(config, name, value)
+    model.generation_config = config
+
+
+def write_output(target: Path, save: Callable[[Path], None], model: Any) -> None:
+    """Fill ``target`` with what ``save`` writes and the generation config."""
+    with written_whole(target) as partial:
+        save(partial)
+        model.generation_config.save_pretrained(str(partial))

@@ -1,0 +1,85 @@
+"""What the model answers to a few held-out prompts: the figure in a run that needs no explanation."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from .data.formats import Message
+from .data.template import render
+from .evaluate import IGNORED
+from .events import Sample
+from .model import Emit
+
+#: How many prompts are asked, and for how long all of them together may take.
+PROMPTS, SECONDS = 3, 20.0
+_PROBE = "FinetuiProbe"
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A held-out prompt and the answer that the data gives."""
+
+    ids: list[int]
+    expected: list[int]
+
+
+def held_out_prompts(rows: Any, count: int = PROMPTS) -> list[Prompt]:
+    """The first ``count`` prompts of tokenised rows: what stands before the first trained span, which is the answer.
+
+    Where everything is trained on (plain text), the first half is the prompt.
+    """
+    prompts: list[Prompt] = []
+    for index in range(min(len(rows), 4 * count)):
+        row = rows[index]
+        length = (row.get("seq_lengths") or [len(row["input_ids"])])[0]
+        ids, labels = row["input_ids"][:length], row["labels"][:length]
+        start = next((i for i, label in enumerate(labels) if label != IGNORED), length)
+        if start <= 1:
+            start = length // 2
+        end = next((i for i in range(start, length) if labels[i] == IGNORED), length)
+        if 0 < start < end:
+            prompts.append(Prompt(list(ids[:start]), list(ids[start:end])))
+        if len(prompts) == count:
+            break
+    return prompts
+
+
+def answer(model: Any, tokenizer: Any, prompts: list[Prompt], step: int, emit: Emit, context: Any) -> None:
+    """Answer greedily and emit one Sample per prompt; prompts that there is no time for are left out."""
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad(), context:
+            for prompt in prompts:
+                ids = torch.tensor([prompt.ids], device=next(model.parameters()).device)
+                out = model.generate(
+                    input_ids=ids,
+                    attention_mask=torch.ones_like(ids),
+                    do_sample=False,
+                    max_new_tokens=min(96, len(prompt.expected) + 16),
+                    max_time=SECONDS / len(prompts),
+                    use_cache=True,
+                )
+
+                told = _text(tokenizer, out[0, len(prompt.ids) :].tolist())
+                emit(Sample(step, _question(tokenizer, prompt.ids), told, _text(tokenizer, prompt.expected)))
+    finally:
+        model.train(training)
+
+
+def _text(tokenizer: Any, ids: list[int]) -> str:
+    return str(tokenizer.decode(ids, skip_special_tokens=True)).strip()
+
+
+def _question(tokenizer: Any, ids: list[int]) -> str:
+    """What the user asks in a prompt, without what the chat template puts around it."""
+    if tokenizer.chat_template:
+        frame = render(tokenizer, [Message("user", _PROBE)], "chat template", prompt=True)
+        before, _, after = frame.partition(_PROBE)
+        whole = str(tokenizer.decode(ids))
+        if after and whole.startswith(before) and whole.endswith(after):
+            return whole.removeprefix(before).removesuffix(after).strip()
+    return _text(tokenizer, ids)

@@ -1,0 +1,246 @@
+"""What a trainer tells and is told: events, TensorBoard, requests from ``control/``, and the rules that end a run.
+
+One object, because it is one conversation: each optimiser step all ranks add up their counts and learn rank 0's
+decision to stop or to write a checkpoint in a single reduction, so that all of them act on the same step.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from ...planner.errors import TrainingError
+from ..evaluate import reduce_sum
+from ..events import Eval, Fallback, MemoryUse, Metrics, Step, Warn
+from ..model import Emit
+from ..run import Run
+from .sft import Length, TokenMeanTrainer
+
+_GIB = 2**30
+#: Seconds between memory events of a rank once the first few steps are over.
+_MEMORY_EVERY_S = 5.0
+
+
+class Reporter(TrainerCallback):
+    """Speaks for one rank of one run.
+
+    Args:
+        run: where requests and state are.
+        emit: appends an event.
+        length: when to evaluate and to write checkpoints.
+        nan_steps: steps in a row without a finite loss and gradient after which the run fails.
+        rank: of this process; rank 0 speaks for all about everything but memory.
+        track: also write TensorBoard files.
+    """
+
+    def __init__(self, run: Run, emit: Emit, length: Length, *, nan_steps: int, rank: int, track: bool) -> None:
+        self.run, self.emit, self.length, self.nan_steps, self.rank = run, emit, length, nan_steps, rank
+        self.trainer: TokenMeanTrainer
+        self.stopped = False
+        """The run was asked to stop, and did."""
+        self._board = _Board(run.path / "tensorboard", emit) if track and rank == 0 else None
+        self._marked = self._memory_told = time.perf_counter()
+        self._totals = (0, 0, 0)
+        self._bad_steps = 0
+        self._first_step = 0
+        self._asked_checkpoint = False
+
+    # --- the steps of a run, in the order in which the trainer calls them
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Remember where this attempt begins."""
+        self._first_step = state.global_step
+        self._marked = time.perf_counter()
+        if self._board is not None:
+            self._board.begin(state.global_step)
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        """Check the gradients of the first steps, and drop an update that is not finite."""
+        named = self.trainer.trained_parameters()
+        if state.global_step - self._first_step < 2:
+            self._warn_of_dead_gradients(named)
+        # One non-finite gradient would turn every weight into nan for good; without it the next batch may be fine.
+        if not math.isfinite(float(self.trainer.grad_norm)):
+            for _name, parameter in named:
+                parameter.grad = None
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Agree with the other ranks on counts and on what to do after this step."""
+        asked = [0, 0]
+        if self.rank == 0:
+            asked = [int(self.run.requested("stop")), int(self.run.requested("checkpoint"))]
+        counts = self.trainer.take_counts()
+        agreed = reduce_sum(torch.cat([counts, counts.new_tensor(asked)]), args.device).tolist()
+        tokens, trained, right, stop, save = agreed
+        self._totals = (tokens, trained, right)
+        self.trainer.tokens += tokens
+        last = state.global_step >= self.length.steps
+        self._asked_checkpoint = bool(save)
+        if stop and not last:
+            self.stopped = True
+            control.should_training_stop = True
+            if self.rank == 0:
+                self.run.update(state="stopping")
+        control.should_log = True
+        due = state.global_step % self.length.checkpoint_every == 0
+        control.should_save = bool(last or stop or save or due)
+        measured = last or state.global_step % self.length.eval_every == 0
+        control.should_evaluate = self.trainer.held_out is not None and measured and not self.stopped
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **_: Any,
+    ) -> None:
+        """Tell of one optimiser step, and fail after too many that went wrong."""
+        if not logs or "loss" not in logs:  # the closing summary of the trainer
+            return
+        now = time.perf_counter()
+        seconds, self._marked = now - self._marked, now
+        tokens, trained, right = self._totals
+        loss, grad_norm = float(logs["loss"]), float(logs.get("grad_norm", math.nan))
+        self._tell_memory(args.device, now, early=state.global_step - self._first_step <= 3)
+        if self.rank == 0:
+            if state.global_step == self._first_step + 1:
+                self.run.update(state="stopping" if self.stopped else "running")
+            step = Step(
+                step=state.global_step,
+                epoch=round(state.global_step * self.trainer.order.batch_size / self.trainer.order.rows, 4),
+                loss=loss,
+                learning_rate=float(logs["learning_rate"]),
+                grad_norm=grad_norm,
+                tokens=self.trainer.tokens,
+                tokens_per_s=round(tokens / seconds, 2),
+                step_s=round(seconds, 6),
+                steps=self.length.steps,
+            )
+            self.emit(step)
+            self.emit(Metrics(step.step, {"token_accuracy": round(right / max(trained, 1), 5)}))
+            speed = f"{step.tokens_per_s:.0f} tok/s"
+            print(f"step {step.step}/{step.steps}  loss {loss:.4f}  lr {step.learning_rate:.3g}  {speed}", flush=True)
+            if self._board is not None:
+                self._board.step(step)
+        self._judge(state.global_step, loss, grad_norm, control)
+
+    def on_evaluate(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        metrics: dict[str, float] | None = None,
+        **_: Any,
+    ) -> None:
+        """Tell of a held-out loss."""
+        assert metrics is not None
+        if self.rank == 0:
+            self.emit(Eval(state.global_step, metrics["eval_loss"]))
+            print(f"step {state.global_step}  held-out loss {metrics['eval_loss']:.4f}")
+            if self._board is not None:
+                self._board.write("eval/loss", metrics["eval_loss"], state.global_step)
+        self._marked = time.perf_counter()
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """A request for a checkpoint is done; its time does not count as a step's."""
+        if self._asked_checkpoint and self.rank == 0:
+            self.run.withdraw("checkpoint")
+        self._marked = time.perf_counter()
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Close what is open."""
+        if self._board is not None:
+            self._board.close()
+
+    # --- rules
+
+    def _judge(self, step: int, loss: float, grad_norm: float, control: TrainerControl) -> None:
+        """Every rank sees the same reduced figures, so all come to the same judgement."""
+        overflow = self.trainer.args.fp16 and math.isfinite(loss)  # the loss scaler is finding its scale
+        bad = not math.isfinite(loss) or (not math.isfinite(grad_norm) and not overflow)
+        self._bad_steps = self._bad_steps + 1 if bad else 0
+        if bad and not self.stopped:
+            control.should_save = False
+        if self._bad_steps < self.nan_steps:
+            return
+        what = "loss" if not math.isfinite(loss) else "gradient norm"
+        raise TrainingError(
+            f"the {what} was not finite for {self._bad_steps} steps in a row, up to step {step}",
+            cause="nan",
+            do="Lower optimizer.learning_rate, set max_grad_norm to 1.0, or use precision bf16-mixed; look at the data "
+            "of these steps. The last good checkpoint is kept.",
+        )
+
+    def _warn_of_dead_gradients(self, named: list[tuple[str, torch.nn.Parameter]]) -> None:
+        """A weight that should learn and gets no gradient is a mistake that no loss curve shows.
+
+        While an adapter's B is 0, as it is at first, dA = B' dY X' is 0 by rights; so A counts only once B is not.
+        """
+        names = [name for name, _ in named]
+        weights = torch.stack(torch._foreach_norm([p.detach() for _, p in named])).tolist()
+        zeros = [torch.zeros(()) if p.grad is None else p.grad for _, p in named]
+        gradients = [float(norm) for norm in torch._foreach_norm(zeros)]
+        unborn = {name.replace("lora_B", "lora_A") for name, weight in zip(names, weights, strict=True) if weight == 0}
+        silent = [name for name, norm in zip(names, gradients, strict=True) if norm == 0 and name not in unborn]
+        if silent and self.rank == 0:
+            shown = ", ".join(silent[:3]) + (" …" if len(silent) > 3 else "")
+            what = f"{len(silent)} of {len(named)} trainable tensors get no gradient"
+            self.emit(Warn(what, shown, "They stay as they are. Check tuning.targets and the data."))
+
+    def _tell_memory(self, device: torch.device, now: float, *, early: bool) -> None:
+        if not early and now - self._memory_told < _MEMORY_EVERY_S:
+            return
+        self._memory_told = now
+        self.emit(memory_use(device, self.rank))
+
+
+def memory_use(device: torch.device, rank: int) -> MemoryUse:
+    """What the CUDA allocator holds; on the CPU, what the process holds."""
+    if device.type == "cuda":
+        held = torch.cuda.memory_allocated(device), torch.cuda.memory_reserved(device)
+        figures = [*held, torch.cuda.max_memory_allocated(device)]
+    else:
+        import resource
+
+        import psutil
+
+        now = psutil.Process().memory_info().rss
+        figures = [now, now, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024]
+    allocated, reserved, peak = (round(figure / _GIB, 4) for figure in figures)
+    return MemoryUse(rank, allocated, reserved, peak)
+
+
+class _Board:
+    """TensorBoard files; a resumed run overwrites the steps that it repeats."""
+
+    def __init__(self, folder: Path, emit: Emit) -> None:
+        self.folder, self.emit = folder, emit
+        self._writer: Any = None
+
+    def begin(self, step: int) -> None:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError as error:
+            self.emit(Fallback("no TensorBoard files", f"tensorboard is not installed ({error})"))
+            return
+        self._writer = SummaryWriter(str(self.folder), purge_step=step + 1 if step else None, flush_secs=10)
+
+    def step(self, step: Step) -> None:
+        for name in ("loss", "learning_rate", "grad_norm", "tokens_per_s"):
+            self.write(f"train/{name}", getattr(step, name), step.step)
+
+    def write(self, name: str, value: float, step: int) -> None:
+        if self._writer is not None:
+            self._writer.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        if self._writer is not None:
+            self._writer.close()

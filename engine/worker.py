@@ -1,0 +1,326 @@
+"""One rank of a run: model, data, trainer, result.
+
+    python -P -m finetui.engine.worker RUN_DIR
+
+The environment names the rank as torch elastic sets it (RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT). What
+it prints goes to ``log/rank<R>.log``; what it has to say goes to ``events.jsonl``. It dies with the supervisor, which
+alone decides on the final state. Exit codes: 0 (trained, or stopped on request), 1 (a Failure event says why).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import sys
+import time
+import traceback
+from dataclasses import dataclass
+from typing import Any
+
+from .events import EventLog, LogLine, Phase, Warn
+from .failure import classify
+from .run import Run
+
+_QUIET = {
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
+    "TOKENIZERS_PARALLELISM": "true",
+    "TRANSFORMERS_VERBOSITY": "warning",
+    "DO_NOT_TRACK": "1",
+    "TRL_EXPERIMENTAL_SILENCE": "1",
+}
+
+
+@dataclass(frozen=True)
+class Rank:
+    """This process's place among the ranks."""
+
+    rank: int = 0
+    local_rank: int = 0
+    world: int = 1
+
+    @classmethod
+    def from_environment(cls) -> Rank:
+        """As torch elastic set it; a process started by hand is the only rank."""
+        read = os.environ.get
+        return cls(int(read("RANK", "0")), int(read("LOCAL_RANK", "0")), int(read("WORLD_SIZE", "1")))
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Entry point of the process; the run's log takes over stdout and stderr at once."""
+    arguments = sys.argv[1:] if argv is None else argv
+    if len(arguments) != 1:
+        print("usage: python -P -m finetui.engine.worker RUN_DIR", file=sys.stderr)
+        return 2
+    run, rank = Run(arguments[0]), Rank.from_environment()
+    _redirect(run, rank.rank)
+    if not _die_with_parent():
+        print("the supervisor is gone already", file=sys.stderr)
+        return 1
+    for name, value in _QUIET.items():
+        os.environ.setdefault(name, value)
+    print(
+        f"--- {time.strftime('%Y-%m-%d %H:%M:%S')} rank {rank.rank} of {rank.world}, process {os.getpid()}", flush=True
+    )
+    return attempt(run, rank)
+
+
+def attempt(run: Run, rank: Rank | None = None) -> int:
+    """Carry a run out in this process and say why if that fails; returns the exit code."""
+    rank = rank or Rank()
+    with EventLog(run.events_path) as log:
+        resolved = None
+        try:
+            resolved = run.plan.resolved
+            work(run, rank, log)
+        except Exception as error:
+            traceback.print_exc()
+            log.append(classify(error, rank.rank, resolved))
+            return 1
+        finally:
+            _leave_group()
+            sys.stdout.flush()
+    return 0
+
+
+def work(run: Run, rank: Rank, log: EventLog) -> None:
+    """Train, from the beginning or from the newest sound checkpoint, and write the result.
+
+    Raises:
+        UserError: model, data or settings can't be used.
+        TrainingError: training ended badly.
+    """
+    from .samples import answer, held_out_prompts
+
+    recipe, plan = run.recipe, run.plan
+    resolved = plan.resolved
+
+    def say(payload: Any) -> None:
+        """Rank 0 speaks for all."""
+        if rank.rank == 0:
+            log.append(payload)
+
+    say(Phase("importing", "torch, transformers, peft and trl"))
+    import torch
+
+    device = _join_group(rank, resolved.device)
+    _silence_libraries()
+    from .model import Numerics, load_tokenizer, locate
+    from .trainers.callbacks import Reporter
+    from .trainers.order import Order
+    from .trainers.sft import TokenMeanTrainer, arguments, length
+
+    numerics = Numerics.of(resolved)
+    say(Phase("loading the tokenizer", recipe.model))
+    folder = _in_turn(rank, lambda: locate(recipe.model))
+    tokenizer, notes = load_tokenizer(folder, recipe.chat_template)
+    for note in notes:
+        say(LogLine(0, note))
+
+    rows = _in_turn(rank, lambda: _rows(run, tokenizer, say))
+    for warning in rows.facts.warnings:
+        say(Warn(warning, "data", "Raise sequence_length, or leave those rows out."))
+    for path, told in rows.facts.formats.items():
+        say(LogLine(0, f"data: {path}: {told}"))
+
+    resume = _newest_checkpoint(run, rank, say)
+    say(Phase("loading the model", recipe.model))
+    model = _trainable_model(run, folder, resume, device, say)
+    run_length = length(recipe, resolved, len(rows.train), say)
+    order = Order(
+        rows=len(rows.train),
+        steps=run_length.steps,
+        micro_batch=resolved.micro_batch,
+        accumulation=resolved.accumulation,
+        rank=rank.rank,
+        world=rank.world,
+        seed=resolved.seed,
+    )
+    reporter = Reporter(
+        run,
+        log.append,
+        run_length,
+        nan_steps=recipe.limits.nan_steps,
+        rank=rank.rank,
+        track="tensorboard" in recipe.track,
+    )
+    evaluates = rows.evaluation is not None
+    trainer = TokenMeanTrainer(
+        order=order,
+        held_out=rows.evaluation,
+        collate=_collator(tokenizer),
+        keep=recipe.checkpoint.keep,
+        emit=say,
+        numerics=numerics,
+        model=model,
+        args=arguments(resolved, run_length, run.path / "checkpoints", resumed=bool(resume), evaluates=evaluates),
+        train_dataset=rows.train,
+        processing_class=tokenizer,
+        callbacks=[reporter],
+    )
+    reporter.trainer = trainer
+    _drop_printer(trainer)
+    prompts = held_out_prompts(rows.evaluation) if evaluates and rank.rank == 0 else []
+
+    def sample(step: int) -> None:
+        if prompts:
+            say(Phase("answering held-out prompts"))
+            answer(trainer.model, tokenizer, prompts, step, say, numerics.context(device))
+
+    if resume is None:
+        sample(0)
+    say(Phase("training", total=run_length.steps))
+    torch.manual_seed(resolved.seed)
+    trainer.train(resume_from_checkpoint=str(resume.path) if resume else None)
+    if reporter.stopped:
+        return
+    sample(trainer.state.global_step)
+    say(Phase("writing the result", "output"))
+    if rank.rank == 0:
+        _write_result(run, trainer.model, tokenizer, folder)
+    _barrier()
+
+
+def _rows(run: Run, tokenizer: Any, say: Any) -> Any:
+    from .data.prepare import prepare
+    from .evaluate import data_cache, data_settings
+
+    recipe, resolved = run.recipe, run.plan.resolved
+    total = run.plan.workload.examples
+    say(Phase("preparing the data", done=0, total=total))
+
+    last = [0.0]
+
+    def progress(done: int) -> None:
+        if time.monotonic() - last[0] > 0.5:
+            last[0] = time.monotonic()
+            say(Phase("preparing the data", done=done, total=max(total, done)))
+
+    return prepare(recipe, data_settings(resolved), tokenizer, data_cache(run), progress)
+
+
+def _collator(tokenizer: Any) -> Any:
+    from .data.packing import Collator
+
+    return Collator(tokenizer.pad_token_id)
+
+
+def _newest_checkpoint(run: Run, rank: Rank, say: Any) -> Any:
+    """The checkpoint that rank 0 finds sound, for all ranks."""
+    from .checkpoint import latest
+
+    found: list[Any] = [None]
+    if rank.rank == 0:
+        newest = latest(run.path / "checkpoints")
+        for line in newest.skipped:
+            say(Warn(f"a damaged checkpoint is passed over ({line})", "checkpoints", "An older one is used."))
+        found = [newest.checkpoint]
+        if newest.checkpoint is not None:
+            say(LogLine(0, f"continuing from {newest.checkpoint.path.name}"))
+    if rank.world > 1:
+        import torch
+
+        torch.distributed.broadcast_object_list(found, src=0)
+    return found[0]
+
+
+def _trainable_model(run: Run, folder: Any, resume: Any, device: Any, say: Any) -> Any:
+    """A full model is loaded from its checkpoint in the first place; adapters are put on the base and read later."""
+    from .model import adapt, load_base, patch_kernels
+
+    recipe, resolved = run.recipe, run.plan.resolved
+    source = resume.path if resume is not None and resolved.tuning == "full" else folder
+    model = adapt(load_base(source, resolved, device, say), resolved, recipe.model)
+    patch_kernels(model, resolved, device, say)
+    return model
+
+
+def _write_result(run: Run, model: Any, tokenizer: Any, folder: Any) -> None:
+    """An adapter as it is; a full model in the format its base was stored in."""
+    from .model import stored_dtype
+    from .output import set_generation, write_output
+    from .trainers.save import save_weights
+
+    set_generation(model, tokenizer)
+    dtype = stored_dtype(folder)
+    write_output(run.output_path, lambda target: save_weights(model, tokenizer, target, dtype=dtype), model)
+
+
+# --- processes
+
+
+def _redirect(run: Run, rank: int) -> None:
+    path = run.log_path(rank)
+    path.parent.mkdir(exist_ok=True)
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    os.dup2(fd, 1)
+    os.dup2(fd, 2)
+    os.close(fd)
+
+
+def _die_with_parent() -> bool:
+    """Ask the kernel to kill this process when its parent dies; False if that has happened already."""
+    parent = os.getppid()
+    if sys.platform == "linux":
+        ctypes.CDLL(None, use_errno=True).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+    return os.getppid() == parent and parent != 1
+
+
+def _join_group(rank: Rank, kind: str) -> Any:
+    """Join the process group, if there is one; returns this rank's device."""
+    import torch
+
+    device = torch.device("cuda", rank.local_rank) if kind == "cuda" else torch.device("cpu")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if rank.world > 1:
+        if device.type == "cuda":
+            torch.distributed.init_process_group("nccl", device_id=device)
+        else:
+            torch.distributed.init_process_group("gloo")
+    return device
+
+
+def _leave_group() -> None:
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+def _barrier() -> None:
+    import torch
+
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()
+
+
+def _in_turn(rank: Rank, make: Any) -> Any:
+    """Let rank 0 do it (and fill the cache), then the others find it done."""
+    if rank.rank != 0:
+        _barrier()
+    made = make()
+    if rank.rank == 0:
+        _barrier()
+    return made
+
+
+def _silence_libraries() -> None:
+    import datasets
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+
+
+def _drop_printer(trainer: Any) -> None:
+    """The reporter prints one tidy line per step; the trainer's own would print a dictionary."""
+    from transformers import PrinterCallback, ProgressCallback
+
+    trainer.remove_callback(PrinterCallback)
+    trainer.remove_callback(ProgressCallback)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
