@@ -1,0 +1,269 @@
+"""The output projection and the cross-entropy loss in one, without the logits of the whole batch in memory.
+
+    z_v = c(a · h·W_v)        a: logit scale;  c(x) = k·tanh(x/k) if there is a soft cap k
+    l   = logsumexp(z) − z_label + β · logsumexp(z)²          per labelled row; β: z-loss
+    loss = Σ l / N            N: the number of labelled rows, or what the caller normalises by
+
+    ∂l/∂z_v = p_v · (1 + 2β·logsumexp(z)) − [v = label]       p = softmax(z)
+    ∂l/∂(h·W_v) = a · c'(·) · ∂l/∂z_v,   c' = 1 − (z_v/k)²
+
+Only rows with a label are computed. They go through the head in chunks: cuBLAS makes the logits of a chunk, one kernel
+turns them into loss and gradient in place, cuBLAS makes the gradient of h (and of W if it is trained), and the buffer
+is used again. So forward does three products where recomputation would need four, and backward only scales.
+
+Sources: online normaliser, Milakov and Gimelshein, arXiv 1805.02867; z-loss, Chowdhery et al. (PaLM), arXiv
+2204.02311; soft cap, Gemma 2, arXiv 2408.00118; chunking with the gradient in forward, Hsu et al. (Liger), arXiv
+2410.10989. Chunks here are sized by rows, not by vocabulary / hidden size, so that W is streamed few times.
+
+The gradient of h is summed in fp32, scaled in fp32 and rounded once; that of W is summed over chunks in fp32. Backward
+multiplies both by the gradient of the loss, which rounds again unless it is a power of two.
+"""
+
+# mypy: allow-untyped-defs
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch.autograd.function import once_differentiable
+
+from .launch import as_rows, next_power_of_2, on
+
+#: Rows of one chunk: enough for the head's product to run at full speed, 263 MB of bf16 logits at 128,256 words.
+CHUNK_ROWS = 1024
+_BLOCK = 8192
+
+
+@triton.jit
+def _tanh(x):
+    """tanh through the sigmoid; by its series near 0, where the former cancels."""
+    square = x * x
+    series = x * (1.0 - square * (1 / 3 - square * (2 / 15 - square * (17 / 315 - square * (62 / 2835)))))
+    return tl.where(tl.abs(x) < 0.3, series, 2.0 * tl.sigmoid(2.0 * x) - 1.0)
+
+
+@triton.jit
+def _rows_kernel(
+    logits_ptr, label_ptr, loss_ptr, stride, n_columns, scale, cap, z_weight,
+    CAPPED: tl.constexpr, GRADIENT: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Loss of one row, and its gradient written over its logits. A row labelled -1 has neither."""
+    row = tl.program_id(0).to(tl.int64)
+    label = tl.load(label_ptr + row)
+    base = logits_ptr + row * stride
+    column = tl.arange(0, BLOCK)
+    if label == -1:
+        tl.store(loss_ptr + row, 0.0)
+        if GRADIENT:
+            for start in range(0, n_columns, BLOCK):
+                inside = start + column < n_columns
+                tl.store(base + start + column, tl.zeros([BLOCK], logits_ptr.dtype.element_ty), mask=inside)
+    else:
+        top = tl.full([], float("-inf"), tl.float32)
+        total = tl.full([], 0.0, tl.float32)
+        for start in range(0, n_columns, BLOCK):
+            inside = start + column < n_columns
+            z = tl.load(base + start + column, mask=inside, other=0.0).to(tl.float32) * scale
+            if CAPPED:
+                z = cap * _tanh(z / cap)
+            z = tl.where(inside, z, float("-inf"))
+            new_top = tl.maximum(top, tl.max(z, axis=0))
+            total = total * tl.exp(top - new_top) + tl.sum(tl.exp(z - new_top), axis=0)
+            top = new_top
+        lse = top + tl.log(total)
+
+        known = (label >= 0) & (label < n_columns)
+        target = tl.load(base + label, mask=known, other=0.0).to(tl.float32) * scale
+        if CAPPED:
+            target = cap * _tanh(target / cap)
+        loss = lse - target + z_weight * lse * lse
+        # A label outside the vocabulary must not pass unseen, nor read foreign memory.
+        tl.store(loss_ptr + row, tl.where(known, loss, float("nan")))
+
+        if GRADIENT:
+            factor = 1.0 + 2.0 * z_weight * lse
+            for start in range(0, n_columns, BLOCK):
+                inside = start + column < n_columns
+                z = tl.load(base + start + column, mask=inside, other=0.0).to(tl.float32) * scale
+                slope = tl.full([BLOCK], 1.0, tl.float32)
+                if CAPPED:
+                    t = _tanh(z / cap)
+                    z = cap * t
+                    slope = 1.0 - t * t
+                dz = tl.exp(z - lse) * factor - tl.where(start + column == label, 1.0, 0.0)
+                tl.store(base + start + column, (dz * slope * scale).to(logits_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _place_kernel(source_ptr, row_ptr, scale_ptr, out_ptr, n_columns, out_stride, BLOCK: tl.constexpr):
+    """out[row[i]] = scale · source[i], rounded once."""
+    i = tl.program_id(0).to(tl.int64)
+    row = tl.load(row_ptr + i)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = column < n_columns
+    value = tl.load(source_ptr + i * n_columns + column, mask=inside, other=0.0) * tl.load(scale_ptr)
+    tl.store(out_ptr + row * out_stride + column, value.to(out_ptr.dtype.element_ty), mask=inside)
+
+
+def shift_labels(labels: torch.Tensor, ignore_index: int = -100) -> torch.Tensor:
+    """Labels moved so that position t holds the word after it; the last position has none. ``[..., sequence]``.
+
+    With this the hidden states need no slicing, which would copy them.
+    """
+    return torch.nn.functional.pad(labels[..., 1:], (0, 1), value=ignore_index)
+
+
+def linear_cross_entropy(
+    hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, *,
+    num_items: int | torch.Tensor | None = None, labelled: int | None = None, ignore_index: int = -100,
+    softcap: float | None = None, logit_scale: float = 1.0, z_loss: float = 0.0, chunk_rows: int = CHUNK_ROWS,
+) -> torch.Tensor:  # fmt: skip
+    """Cross-entropy of ``hidden @ weight.T`` against ``labels``; a scalar in fp32.
+
+    Args:
+        hidden: ``[..., features]`` in bf16, fp16 or fp32.
+        weight: ``[vocabulary, features]``, of the same dtype or wider; its gradient is made if it is trained.
+        labels: ``[...]`` integers, already shifted (:func:`shift_labels`). A label that is neither ``ignore_index``
+            nor in the vocabulary makes the loss NaN.
+        num_items: what the sum is divided by (``num_items_in_batch`` over accumulated batches and ranks); by default
+            the number of labelled rows.
+        labelled: the number of labelled rows, or a bound on it, if the caller knows it on the host. Without it the
+            count is fetched, and the host waits for the GPU once. Too small a number makes the loss NaN.
+
+    A batch without a label gives loss 0 and zero gradients.
+
+    Raises:
+        ValueError: shapes that don't belong together.
+    """
+    if hidden.shape[-1] != weight.shape[-1] or labels.numel() * hidden.shape[-1] != hidden.numel():
+        raise ValueError(f"shapes {tuple(hidden.shape)}, {tuple(weight.shape)}, {tuple(labels.shape)} do not fit")
+    if torch.compiler.is_compiling():  # torch 2.11 traces a gradient that is made in forward into zeros
+        torch._dynamo.graph_break()
+    device = hidden.device.type
+    if torch.is_autocast_enabled(device):
+        hidden = hidden.to(torch.get_autocast_dtype(device))
+    settings = (ignore_index, softcap, logit_scale, z_loss, chunk_rows, labelled, torch.is_grad_enabled())
+    with torch.autocast(device, enabled=False):
+        return _LinearCrossEntropy.apply(hidden, weight, labels, num_items, settings)
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor,
+        num_items: int | torch.Tensor | None, settings: tuple[Any, ...],
+    ) -> torch.Tensor:  # fmt: skip
+        ignore_index, softcap, logit_scale, z_loss, chunk_rows, labelled, gradient = settings
+        h_grad, w_grad = (gradient and needed for needed in ctx.needs_input_grad[:2])
+        h, w, flat = as_rows(hidden), weight.to(hidden.dtype), labels.reshape(-1)
+        rows, targets, count = _select(flat, ignore_index, labelled)
+        if isinstance(num_items, int | float):
+            items = torch.full((), float(num_items), device=h.device)  # a copy from the host would wait for the GPU
+        else:
+            items = (count.clamp_min(1) if num_items is None else num_items).to(h.device, torch.float32)
+        factor = 1.0 / items
+
+        n, features, words = rows.numel(), h.shape[1], w.shape[0]
+        losses = torch.zeros(n, dtype=torch.float32, device=h.device)
+        # One row more than there are: unused slots of a bound that was too large are written there.
+        dh = torch.zeros(h.shape[0] + 1, features, dtype=h.dtype, device=h.device) if h_grad else None
+        dw = torch.zeros(words, features, dtype=torch.float32, device=h.device) if w_grad else None
+        # Rows that start at multiples of 64 values let cuBLAS and the row kernel use wide loads and stores.
+        buffer = torch.empty(min(n, chunk_rows), -(-words // 64) * 64, dtype=h.dtype, device=h.device)[:, :words]
+        for start in range(0, n, chunk_rows):
+            index = rows[start : start + chunk_rows]
+            part = h.index_select(0, index.clamp_max(h.shape[0] - 1))
+            logits = buffer[: index.numel()]
+            torch.mm(part, w.t(), out=logits)
+            with on(h):
+                _rows_kernel[(index.numel(),)](
+                    logits, targets[start:], losses[start:], logits.stride(0), words,
+                    float(logit_scale), float(softcap or 1.0), float(z_loss),
+                    CAPPED=softcap is not None, GRADIENT=h_grad or w_grad,
+                    BLOCK=min(_BLOCK, next_power_of_2(words)), num_warps=16,
+                )  # fmt: skip
+            if dh is not None:
+                _place(_mm_fp32(logits, w), index, factor, dh)
+            if dw is not None:
+                _add_mm_fp32(dw, logits.t(), part)
+
+        ctx.shape = hidden.shape
+        ctx.save_for_backward(
+            dh[:-1] if dh is not None else None, dw.mul_(factor).to(weight.dtype) if dw is not None else None
+        )
+        # More labels than the caller said would be left out silently.
+        return torch.where(count <= n, losses.sum() * factor, torch.nan)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dloss: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        dh, dw = ctx.saved_tensors
+        dh = (dh * dloss).view(ctx.shape) if dh is not None else None
+        return dh, dw * dloss if dw is not None else None, None, None, None
+
+
+def _select(
+    labels: torch.Tensor, ignore_index: int, labelled: int | None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Rows with a label, in order; their labels; how many there are (on the device).
+
+    Slots beyond the number of labels name the row after the last one and have the label -1.
+    """
+    keep = labels != ignore_index
+    count = keep.sum()
+    n = int(count.item()) if labelled is None else min(labelled, labels.numel())
+    # Each kept row knows its slot by a running count; all others share one slot past the end. nonzero() would make
+    # the host wait for its size.
+    slot = torch.where(keep, keep.cumsum(0) - 1, n).clamp_max(n)
+    rows = torch.full((n + 1,), labels.numel(), dtype=torch.int64, device=labels.device)
+    rows.scatter_(0, slot, torch.arange(labels.numel(), device=labels.device))
+    rows = rows[:n]
+    if not n:
+        return rows, rows, count
+    targets = labels.index_select(0, rows.clamp_max(labels.numel() - 1)).to(torch.int64)
+    # -1 is the kernel's own word for "no label": a label that happens to be -1 is out of range like any other.
+    targets = torch.where(targets == -1, -2, targets)
+    return rows, torch.where(rows < labels.numel(), targets, -1), count
+
+
+def _place(source: torch.Tensor, rows: torch.Tensor, factor: torch.Tensor, out: torch.Tensor) -> None:
+    columns = source.shape[1]
+    block = min(2048, next_power_of_2(columns))
+    with on(source):
+        _place_kernel[(source.shape[0], triton.cdiv(columns, block))](
+            source, rows, factor, out, columns, out.stride(0), BLOCK=block, num_warps=4
+        )
+
+
+def _mm_fp32(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """a @ b with the fp32 sums left as they are."""
+    if a.is_cuda and a.dtype != torch.float32:
+        return torch.mm(a, b, out_dtype=torch.float32)
+    return torch.mm(a.float(), b.float())
+
+
+def _add_mm_fp32(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
+    """total += a @ b in fp32."""
+    if a.is_cuda and a.dtype != torch.float32:
+        torch.ops.aten.addmm.dtype_out(total, a, b, torch.float32, out=total)
+    else:
+        total.addmm_(a.float(), b.float())
+
+
+def linear_cross_entropy_reference(
+    hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, *,
+    num_items: int | torch.Tensor | None = None, ignore_index: int = -100,
+    softcap: float | None = None, logit_scale: float = 1.0, z_loss: float = 0.0,
+) -> torch.Tensor:  # fmt: skip
+    """The same in plain PyTorch, as models write it; float64 in gives float64 arithmetic."""
+    logits = torch.nn.functional.linear(hidden, weight.to(hidden.dtype)).flatten(0, -2) * logit_scale
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    logits = logits if logits.dtype == torch.float64 else logits.float()
+    labels = labels.reshape(-1)
+    keep = labels != ignore_index
+    total = torch.nn.functional.cross_entropy(logits, labels, ignore_index=ignore_index, reduction="sum")
+    total = total + z_loss * (logits.logsumexp(-1).square() * keep).sum()
+    return total / (keep.sum().clamp_min(1) if num_items is None else num_items)

@@ -1,0 +1,231 @@
+"""Proof that a kernel may stand in for the stock operation: on this device, in this dtype, at this width.
+
+Both are run forward and backward on the same random input and held against float64. The kernel passes if for the
+output and for each gradient
+
+    ‖ours − exact‖ ≤ 1.2 · ‖stock − exact‖ + floor · ‖exact‖        (Frobenius)
+
+and if no gradient is zero or non-finite: a wrong kernel most often trains nothing. A verdict is kept for the process
+and on disk, keyed by everything it depends on, so that a start pays for it once per machine and version.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import triton
+
+from . import glu, launch, rms_norm, rope
+
+#: How much worse than stock a kernel may be.
+LIMIT = 1.2
+#: Relative error that passes whatever stock does: where stock is all but exact, a ratio says nothing. The interpreter
+#: cuts fp32 to bf16 where a GPU rounds, so there it is two roundings of one unit in the last place.
+FLOOR = {torch.float32: 5e-7, torch.float16: 1e-5, torch.bfloat16: 1.2e-2 if launch.INTERPRETED else 1e-4}
+
+Operation = Callable[..., torch.Tensor | tuple[torch.Tensor, ...]]
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Whether a kernel may be used, and why not. ``worst`` is the largest ratio of our error to stock's."""
+
+    ok: bool
+    why: str = ""
+    worst: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not self.ok and not self.why:
+            raise ValueError("a failed verdict says why")
+
+
+_verdicts: dict[str, Verdict] = {}
+
+
+def compare(ours: Operation, stock: Operation, exact: Operation, inputs: Sequence[torch.Tensor]) -> Verdict:
+    """Run three versions of one operation, forward and backward, and judge the first by the second.
+
+    Args:
+        inputs: the differentiable inputs; ``exact`` gets them in float64.
+    """
+    device = inputs[0].device
+    results: list[list[torch.Tensor]] = []
+    seeds: list[torch.Tensor] = []
+    with torch.enable_grad(), torch.autocast(device.type, enabled=False):
+        for operation, dtype in ((ours, None), (stock, None), (exact, torch.float64)):
+            leaves = [tensor.detach().clone().to(dtype or tensor.dtype).requires_grad_() for tensor in inputs]
+            out = operation(*leaves)
+            outs = [out] if isinstance(out, torch.Tensor) else list(out)
+            # The same output gradient for all three, in the first one's dtype; a scalar is a loss, so 1.
+            seeds = seeds or [
+                _random(o.shape, o.dtype, device, seed=17 + i) if o.dim() else torch.ones_like(o)
+                for i, o in enumerate(outs)
+            ]
+            given = [seed.to(o.dtype) for seed, o in zip(seeds, outs, strict=True)]
+            results.append([*(o.detach() for o in outs), *torch.autograd.grad(outs, leaves, given)])
+    worst = 0.0
+    n_out = len(results[0]) - len(inputs)
+    for i, (mine, theirs, truth) in enumerate(zip(*results, strict=True)):
+        name = f"output {i}" if i < n_out else f"gradient {i - n_out}"
+        if mine.shape != theirs.shape or mine.dtype != theirs.dtype:
+            return Verdict(False, f"{name} is {mine.dtype} {tuple(mine.shape)}, stock's {theirs.dtype}")
+        error, stock_error = _relative_error(mine, truth), _relative_error(theirs, truth)
+        if not error < float("inf"):
+            return Verdict(False, f"{name} is not finite")
+        if i >= n_out and not mine.any():
+            return Verdict(False, f"{name} is zero")
+        floor = FLOOR[mine.dtype]
+        if launch.INTERPRETED and any(tensor.dtype == torch.bfloat16 for tensor in inputs):
+            floor = FLOOR[torch.bfloat16]  # an fp32 output carries a cut within it
+        if not mine.dim():  # one number: which of two equally good sums lies closer is luck
+            floor = max(floor, torch.finfo(inputs[0].dtype).eps / 4)
+        if error > LIMIT * stock_error + floor:
+            return Verdict(False, f"{name}: error {error:.2e} against float64, stock {stock_error:.2e}")
+        worst = max(worst, error / max(stock_error, floor))
+    return Verdict(True, worst=worst)
+
+
+def proven(kernel: str, source: str, device: torch.device, shape: str, trial: Callable[[], Verdict]) -> Verdict:
+    """The verdict on ``kernel`` for a device and a shape class, from memory, from disk, or from ``trial``.
+
+    Args:
+        source: path of the kernel's file; a changed kernel is proven again.
+        shape: everything about dtype and size that the outcome depends on, as text.
+
+    A trial that raises (a compiler error, no memory) is a failed verdict, kept for this process only.
+    """
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    versions = f"torch {torch.__version__}, triton {triton.__version__}"
+    key = " | ".join((kernel, name, shape, versions, _fingerprint(source)))
+    if key in _verdicts:
+        return _verdicts[key]
+    stored = _read().get(key)
+    if isinstance(stored, dict) and isinstance(stored.get("ok"), bool):
+        why = "" if stored["ok"] else str(stored.get("why") or "it failed its check")
+        verdict = Verdict(stored["ok"], why, float(stored.get("worst", 0.0)))
+    else:
+        try:
+            # A first input may come in the midst of a checkpointed, autocast forward. What those set (saved-tensor
+            # hooks, grad mode, dtype) belongs to a thread, so a trial in its own neither sees nor disturbs them.
+            with ThreadPoolExecutor(max_workers=1) as thread:
+                verdict = thread.submit(trial).result()
+        except Exception as error:  # whatever a compiler may raise: the answer is stock, and the reason is told
+            verdict = Verdict(False, f"{type(error).__name__}: {str(error).strip()}".splitlines()[0][:300])
+        else:
+            _write(key, verdict)
+    _verdicts[key] = verdict
+    return verdict
+
+
+def prove_rms_norm(
+    device: torch.device, dtype: torch.dtype, weight_dtype: torch.dtype, columns: int, eps: float, form: rms_norm.Form
+) -> Verdict:
+    """RMSNorm of one width, in the model's casting form."""
+
+    def trial() -> Verdict:
+        x = _random((_rows(), columns), dtype, device)
+        weight = _random((columns,), weight_dtype, device, seed=1) * 0.2 + (0.0 if form == "one-plus" else 1.0)
+        return compare(
+            lambda x, w: rms_norm.rms_norm(x, w, eps, form),
+            lambda x, w: rms_norm.rms_norm_reference(x, w, eps, form),
+            lambda x, w: rms_norm.rms_norm_reference(x, w, eps, form),
+            (x, weight),
+        )
+
+    shape = f"{form} {dtype} x {weight_dtype} [{columns}]"
+    return proven("rms_norm", rms_norm.__file__, device, shape, trial)
+
+
+def prove_glu(device: torch.device, dtype: torch.dtype, columns: int, activation: glu.Activation) -> Verdict:
+    """A gated unit; its width matters only for where rows end."""
+
+    def trial() -> Verdict:
+        gate, up = (_random((_rows(), columns), dtype, device, seed=seed) * 2 for seed in (0, 1))
+        return compare(
+            lambda g, u: glu.glu(g, u, activation),
+            lambda g, u: glu.glu_reference(g, u, activation),
+            lambda g, u: glu.glu_reference(g, u, activation),
+            (gate, up),
+        )
+
+    return proven("glu", glu.__file__, device, f"{activation} {dtype} [{columns}]", trial)
+
+
+def prove_rope(device: torch.device, dtype: torch.dtype, dim: int, rotary: int, layout: rope.Layout) -> Verdict:
+    """A rotary embedding of one head size; the number of heads matters only for where tiles end."""
+
+    def trial() -> Verdict:
+        q, k = (_random((2, heads, _rows(), dim), dtype, device, seed=heads) for heads in (3, 1))
+        cos, sin = (_random((2, _rows(), rotary), dtype, device, seed=seed) for seed in (5, 6))
+
+        def reference(q: torch.Tensor, k: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            return rope.rope_reference(q, k, cos.to(q.dtype), sin.to(q.dtype), layout)
+
+        return compare(lambda q, k: rope.rope(q, k, cos, sin, layout), reference, reference, (q, k))
+
+    return proven("rope", rope.__file__, device, f"{layout} {dtype} [{rotary} of {dim}]", trial)
+
+
+def cache_file() -> Path:
+    """Where verdicts are kept: ``$FINETUI_CACHE``, or finetui's folder in the user's cache."""
+    folder = os.environ.get("FINETUI_CACHE")
+    base = Path(folder) if folder else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "finetui"
+    return base / "kernels.json"
+
+
+def forget() -> None:
+    """Drop the verdicts of this process (not those on disk)."""
+    _verdicts.clear()
+
+
+def _rows() -> int:
+    return 5 if launch.INTERPRETED else 131
+
+
+def _random(shape: Sequence[int], dtype: torch.dtype, device: torch.device, seed: int = 0) -> torch.Tensor:
+    """Normal values that leave the global random state alone: a check must not change what is trained."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(tuple(shape), generator=generator).to(device=device, dtype=dtype)
+
+
+def _relative_error(value: torch.Tensor, truth: torch.Tensor) -> float:
+    scale = truth.double().norm()
+    error = ((value.double() - truth.double()).norm() / scale.clamp_min(1e-300)).item()
+    return error if error == error else float("inf")
+
+
+@functools.cache
+def _fingerprint(source: str) -> str:
+    files = (source, launch.__file__, __file__)  # the judge is part of the judgement
+    return hashlib.sha256(b"".join(Path(file).read_bytes() for file in files)).hexdigest()[:16]
+
+
+def _read() -> dict[str, object]:
+    """The stored verdicts; none if the file is missing or spoilt, as then they are simply found again."""
+    try:
+        stored = json.loads(cache_file().read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return stored if isinstance(stored, dict) else {}
+
+
+def _write(key: str, verdict: Verdict) -> None:
+    """Add one verdict by replacing the file whole, so that ranks that start together can't spoil it."""
+    path = cache_file()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        stored = _read() | {key: asdict(verdict)}
+        with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".tmp", delete=False, encoding="utf-8") as file:
+            json.dump(stored, file, indent=1, sort_keys=True)
+        os.replace(file.name, path)
+    except OSError:
+        return  # a read-only or full home: the next process proves it again

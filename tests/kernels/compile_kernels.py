@@ -1,0 +1,96 @@
+"""Compile every kernel for GPUs that are not here; run by test_compile.py in a process of its own.
+
+The interpreter accepts what the compiler refuses. Triton needs a GPU to launch, not to compile: in place of a launch,
+each kernel is compiled, with the types and sizes of the launch, for Ampere, Ada and Hopper. Prints one JSON line per
+kernel and target: name, target, whether its global accesses are 16 bytes wide, whether it spills registers.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import warnings
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
+
+TARGETS = (80, 89, 90)
+TYPES = {
+    torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int64: "i64", torch.uint8: "u8",
+}  # fmt: skip
+BF16 = torch.bfloat16
+seen: set[str] = set()
+
+
+def compile_instead(self: JITFunction, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
+    del grid, warmup
+    values = dict(zip(self.arg_names, args, strict=False)) | {n: options.pop(n) for n in self.arg_names if n in options}
+    constant = {p.name for p in self.params if p.is_constexpr}
+    signature, constants, attributes = {}, {}, {}
+    for index, name in enumerate(self.arg_names):
+        value = values[name]
+        if name in constant or (isinstance(value, int) and value == 1):
+            signature[name], constants[name] = "constexpr", value
+        elif isinstance(value, torch.Tensor):
+            signature[name] = "*" + TYPES[value.dtype]
+            attributes[(index,)] = [["tt.divisibility", 16]]
+        elif isinstance(value, int):
+            signature[name] = "i32"
+            if value % 16 == 0:
+                attributes[(index,)] = [["tt.divisibility", 16]]
+        else:
+            signature[name] = "fp32"
+    key = f"{self.fn.__module__}.{self.fn.__name__} {signature} {constants} {options}"
+    if key in seen:
+        return
+    seen.add(key)
+    for target in TARGETS:
+        source = ASTSource(self, signature, constants, attributes)
+        ptx = triton.compile(source, target=GPUTarget("cuda", target, 32), options=options).asm["ptx"]
+        name = f"{self.fn.__module__.rsplit('.', 1)[-1]}.{self.fn.__name__}"
+        line = {"kernel": name, "target": target, "wide": "v4.b32" in ptx, "spills": bool(re.search(r"\.local\b", ptx))}
+        print(json.dumps(line), flush=True)
+
+
+def empty(*shape: int, dtype: torch.dtype = BF16) -> torch.Tensor:
+    return torch.empty(*shape, dtype=dtype, requires_grad=dtype.is_floating_point)
+
+
+def main() -> None:
+    from finetui.kernels import glu, linear_cross_entropy, nf4, rms_norm, rope
+
+    for form in rms_norm.FORMS:
+        rms_norm.rms_norm(empty(8, 4096), empty(4096), 1e-5, form).backward(torch.empty(8, 4096, dtype=BF16))
+    rms_norm.rms_norm(empty(64, 128), empty(128).detach(), 1e-5).backward(torch.empty(64, 128, dtype=BF16))
+    torch.autograd.backward(
+        rms_norm.add_rms_norm(empty(8, 4096), empty(8, 4096), empty(4096), 1e-5), [torch.empty(8, 4096, dtype=BF16)] * 2
+    )
+    for activation in glu.ACTIVATIONS:
+        glu.glu(empty(8, 14336), empty(8, 14336), activation).backward(torch.empty(8, 14336, dtype=BF16))
+    g, u, d = (torch.empty(8, 14336, dtype=BF16) for _ in range(3))
+    glu.backward(d, g, u, "silu", dgate=g, dup=u, h=d)
+    for layout in rope.LAYOUTS:
+        for rotary in (64, 128):
+            table = torch.empty(1, 8, rotary, dtype=BF16)
+            out = rope.rope(empty(2, 32, 8, 128), empty(2, 1, 8, 128), table, table, layout)
+            torch.autograd.backward(out, [torch.empty_like(t) for t in out])
+    hidden, weight, labels = empty(8, 512), empty(4096, 512), torch.zeros(8, dtype=torch.int64)
+    linear_cross_entropy.linear_cross_entropy(hidden, weight, labels)
+    linear_cross_entropy.linear_cross_entropy(hidden, weight, labels, softcap=30.0, z_loss=0.1)
+    scales = torch.empty(1024), torch.empty(1024, dtype=torch.uint8)
+    nested = torch.empty(16), torch.empty(256), 256, torch.empty(())
+    for absmax, inner in ((scales[0], None), (scales[1], nested)):
+        packed = torch.empty(32768, dtype=torch.uint8)
+        state = nf4.NF4(packed, absmax, torch.empty(16), 64, (1024, 64), BF16, inner)
+        nf4.dequantise(state)
+        nf4.dequantise(state, torch.empty(1024, 128, dtype=BF16)[:, :64])
+
+
+if __name__ == "__main__":
+    warnings.simplefilter("ignore")
+    JITFunction.run = compile_instead
+    main()
