@@ -88,9 +88,7 @@ def _problem(model: type[BaseModel], item: Any, source: str, lines: Lines) -> Re
         do = f"Did you mean {near[0]!r}?" if near else f"Known keys here: {', '.join(sorted(known))}."
         return RecipeError(f"unknown key {path[-1]!r}", where=where, do=do)
     if kind == "missing":
-        return RecipeError(
-            f"{field} is missing", where=where.removesuffix(f": {field}"), do=f"Add '{path[-1]}: …'."
-        )
+        return RecipeError(f"{field} is missing", where=where.removesuffix(f": {field}"), do=f"Add '{path[-1]}: …'.")
     if kind == "value_error":
         what, _, do = raw.removeprefix("Value error, ").partition("||")
         return RecipeError(what, where=where, do=do)

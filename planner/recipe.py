@@ -6,6 +6,7 @@ names file, line and field. Nothing here reads a model, a dataset or a GPU.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -20,6 +21,8 @@ Method = Literal["sft", "pretrain", "dpo", "ipo", "orpo", "kto", "cpo", "simpo",
 TuningType = Literal["full", "lora", "qlora"]
 DataFormat = Literal["auto", "messages", "sharegpt", "alpaca", "prompt-completion", "text"]
 OptimizerName = Literal["auto", "adamw", "adamw-8bit", "paged-adamw-8bit", "sgd", "adafactor"]
+#: Changes to a recipe: dotted keys to values, or the same as ``a.b=c`` texts whose values are YAML.
+Overrides = Mapping[str, Any] | Sequence[str]
 Precision = Literal["auto", "bf16", "bf16-mixed", "fp16", "fp32"]
 
 #: Methods that a plan can be carried out for today.
@@ -225,8 +228,8 @@ class Recipe(_Section):
         return self
 
     @classmethod
-    def load(cls, path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Self:
-        """Read a YAML file, with ``a.b=c`` overrides on top.
+    def load(cls, path: str | Path, overrides: Overrides = ()) -> Self:
+        """Read a YAML file, with overrides on top.
 
         Raises:
             RecipeError: the file is missing or not YAML, or a key, a type or a combination is wrong.
@@ -241,9 +244,7 @@ class Recipe(_Section):
         return cls.parse(text, source=str(path), base=path.resolve().parent, overrides=overrides)
 
     @classmethod
-    def parse(
-        cls, text: str, *, source: str = "recipe", base: Path | None = None, overrides: list[str] | tuple[str, ...] = ()
-    ) -> Self:
+    def parse(cls, text: str, *, source: str = "recipe", base: Path | None = None, overrides: Overrides = ()) -> Self:
         """Read YAML text; ``source`` names it in messages, ``base`` is the folder its relative paths start from."""
         try:
             node = yaml.compose(text, Loader=yaml.SafeLoader)
@@ -273,8 +274,8 @@ class Recipe(_Section):
         except ValidationError as error:
             raise explain(cls, error, source, lines or {}) from None
 
-    def with_overrides(self, overrides: list[str] | tuple[str, ...]) -> Self:
-        """This recipe with ``a.b=c`` changes applied and checked."""
+    def with_overrides(self, overrides: Overrides) -> Self:
+        """This recipe with changes applied and checked."""
         return type(self).build(apply_overrides(self.to_dict(), overrides), source="--set")
 
     def to_dict(self) -> dict[str, Any]:
@@ -286,22 +287,17 @@ class Recipe(_Section):
         Path(path).write_text(yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True), encoding="utf-8")
 
 
-def apply_overrides(tree: dict[str, Any], overrides: list[str] | tuple[str, ...]) -> dict[str, Any]:
-    """Apply ``a.b=c`` settings to a nested dictionary; values are YAML, list items are addressed by number.
+def apply_overrides(tree: dict[str, Any], overrides: Overrides) -> dict[str, Any]:
+    """Apply settings to a nested dictionary, in place; list items are addressed by number (``data.0.limit``).
 
     Raises:
         RecipeError: an override is not of the form key=value, or goes through something that is no mapping.
     """
-    for item in overrides:
-        key, equals, text = item.partition("=")
-        if not equals or not key.strip():
-            raise RecipeError(f"{item!r} is not a setting", where="--set", do="Write it as key.subkey=value.")
-        try:
-            value = yaml.safe_load(text) if text else None
-        except yaml.YAMLError:
-            value = text
+    pairs = overrides.items() if isinstance(overrides, Mapping) else map(_parse_override, overrides)
+    for key, value in pairs:
+        item = f"{key}={value}"
         target: Any = tree
-        parts = key.strip().split(".")
+        parts = key.split(".")
         for part in parts[:-1]:
             if isinstance(target, list):
                 target = target[_index(part, target, item)]
@@ -319,6 +315,16 @@ def apply_overrides(tree: dict[str, Any], overrides: list[str] | tuple[str, ...]
         else:
             target[parts[-1]] = value
     return tree
+
+
+def _parse_override(item: str) -> tuple[str, Any]:
+    key, equals, text = item.partition("=")
+    if not equals or not key.strip():
+        raise RecipeError(f"{item!r} is not a setting", where="--set", do="Write it as key.subkey=value.")
+    try:
+        return key.strip(), yaml.safe_load(text) if text else None
+    except yaml.YAMLError:
+        return key.strip(), text
 
 
 def _index(part: str, items: list[Any], item: str) -> int:

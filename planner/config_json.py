@@ -1,0 +1,272 @@
+"""Reads a config.json into the fields of an Architecture, by the table of families or, failing that, by its shapes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from .architecture import Layer, Linear
+from .errors import ModelError
+from .families import FAMILIES, Family, Flag
+
+#: Keys that hold the same figure under the names that different families gave it.
+_ALIASES: dict[str, tuple[str, ...]] = {
+    "vocab_size": ("vocab_size",),
+    "hidden_size": ("hidden_size", "n_embd", "d_model"),
+    "num_hidden_layers": ("num_hidden_layers", "n_layer", "n_layers", "num_layers"),
+    "num_attention_heads": ("num_attention_heads", "n_head", "n_heads"),
+    "num_key_value_heads": ("num_key_value_heads", "num_kv_heads", "n_head_kv"),
+    "intermediate_size": ("intermediate_size", "n_inner", "ffn_dim", "ffn_hidden_size"),
+    "max_position_embeddings": ("max_position_embeddings", "n_positions", "max_seq_len", "max_sequence_length"),
+}
+#: Text towers whose config may leave out its own model_type.
+_TEXT_TYPES = {"gemma3": "gemma3_text", "mistral3": "mistral", "llava": "llama", "llava_next": "llama"}
+#: Models that hold every shape key of a decoder and yet can't be trained to continue text.
+_NOT_DECODERS = {
+    "albert", "bart", "bert", "bge", "blip", "camembert", "clip", "deberta", "deberta-v2", "distilbert", "electra",
+    "ernie", "esm", "longformer", "longt5", "m2m_100", "marian", "mbart", "modernbert", "mpnet", "mt5", "nomic_bert",
+    "pegasus", "roberta", "siglip", "speecht5", "switch_transformers", "t5", "umt5", "vit", "wav2vec2", "whisper",
+    "xlm-roberta", "xlm-roberta-xl",
+}  # fmt: skip
+_NEEDED = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
+
+
+class _Config:
+    """A config.json with the defaults of its family behind it."""
+
+    def __init__(self, config: Mapping[str, Any], family: Family, name: str) -> None:
+        self.config, self.family, self.name = config, family, name
+
+    def get(self, key: str) -> Any:
+        for alias in _ALIASES.get(key, (key,)):
+            if alias in self.config:
+                return self.config[alias]
+        return self.family.defaults.get(key)
+
+    def whole(self, key: str) -> int:
+        value = self.get(key)
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ModelError(f"{key} must be a whole number above 0, not {value!r}", where=f"{self.name}: config.json")
+        return value
+
+    def flag(self, flag: Flag) -> bool:
+        return bool(self.get(flag)) if isinstance(flag, str) else flag
+
+
+def read_config(config: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """The fields of an :class:`.architecture.Architecture` from a parsed config.json.
+
+    Raises:
+        ModelError: it is no decoder-only language model, or a shape is missing or wrong.
+    """
+    outer = config
+    model_type = str(config.get("model_type", ""))
+    inner = next((config[key] for key in ("text_config", "llm_config", "language_config") if key in config), None)
+    if isinstance(inner, Mapping):
+        model_type = str(inner.get("model_type") or _TEXT_TYPES.get(model_type, model_type))
+        config = inner
+    _refuse(config, outer, model_type, name)
+    known = FAMILIES.get(model_type)
+    c = _Config(config, known or _guess(config), name)
+    hidden, heads = c.whole("hidden_size"), c.whole("num_attention_heads")
+    kv_heads = heads if c.family.plain_heads else _kv_heads(c, heads)
+    head_dim = c.whole("head_dim") if c.get("head_dim") and not c.family.plain_heads else hidden // heads
+    value_dim = head_dim
+    if c.family.mla:
+        head_dim, value_dim = c.whole("qk_nope_head_dim") + c.whole("qk_rope_head_dim"), c.whole("v_head_dim")
+    tied = config.get("tie_word_embeddings", outer.get("tie_word_embeddings", c.get("tie_word_embeddings")))
+    norm = {"rms": hidden, "layer": hidden * (1 + c.flag(c.family.norm_bias)), "fixed": 0}[c.family.norm]
+    vocab = c.whole("vocab_size")
+    positions = c.get("max_position_embeddings") or c.get("n_positions") or c.get("max_seq_len") or 0
+    table = (positions + c.family.position_offset) * hidden if c.family.positions else 0
+    window, windowed = _window(c)
+    return {
+        "name": name,
+        "model_type": model_type,
+        "family": known.title if known else model_type or "unknown",
+        "hidden": hidden,
+        "heads": heads,
+        "kv_heads": kv_heads,
+        "head_dim": head_dim,
+        "value_dim": value_dim,
+        "vocab": vocab,
+        "max_positions": int(positions),
+        "tied": bool(tied),
+        "layers": _layers(c, hidden, heads, kv_heads, head_dim, norm),
+        "position_parameters": table,
+        "final_norm": norm,
+        "head_bias": vocab if c.family.head_bias else 0,
+        "window": window,
+        "windowed_layers": windowed,
+        "layer_norm": c.family.norm != "rms",
+        "gated": len(c.family.mlp) == 3 or c.family.fused_gate,
+        "adapted_experts": c.family.moe.adapted if c.family.moe else (),
+        "exact": known is not None,
+        "note": ""
+        if known
+        else f"{model_type or 'no model_type'}: not known, so read by its shapes, as Llama-like layers",
+    }
+
+
+def _refuse(config: Mapping[str, Any], outer: Mapping[str, Any], model_type: str, name: str) -> None:
+    """Raise for what can't be a decoder-only language model."""
+    where = f"{name}: config.json"
+    accepted = "finetui trains decoder-only language models, such as Llama, Qwen, Mistral or Gemma."
+    if "_class_name" in outer or "_diffusers_version" in outer:
+        raise ModelError("this is a diffusion model", where=where, do=accepted)
+    masked = any(str(kind).endswith("ForMaskedLM") for kind in config.get("architectures") or ())
+    if model_type in _NOT_DECODERS or config.get("is_encoder_decoder") or masked:
+        raise ModelError(f"{model_type or 'this'} is no decoder-only language model", where=where, do=accepted)
+    if model_type in FAMILIES:
+        return
+    missing = [key for key in _NEEDED if not any(alias in config for alias in _ALIASES[key])]
+    if missing:
+        raise ModelError(
+            f"no shape can be read: {', '.join(missing)} missing",
+            where=where,
+            do=f"{accepted} A config.json needs {', '.join(_NEEDED)}.",
+        )
+
+
+def _guess(config: Mapping[str, Any]) -> Family:
+    """A family for an unknown model_type: Llama's names, a plain MLP where the activation is one."""
+    activation = str(config.get("hidden_act") or config.get("activation_function") or "silu")
+    plain = activation.startswith(("gelu", "relu")) and "intermediate_size" not in config
+    mlp = ("up_proj", "down_proj") if plain else FAMILIES["llama"].mlp
+    moe = FAMILIES["qwen3_moe"].moe if config.get("num_experts") or config.get("num_local_experts") else None
+    return Family(
+        "unknown", mlp=mlp, qkv_bias="attention_bias", out_bias="attention_bias", mlp_bias="mlp_bias", moe=moe
+    )
+
+
+def _kv_heads(c: _Config, heads: int) -> int:
+    if c.get("multi_query") is not None:  # Falcon and GPT-BigCode
+        if c.get("new_decoder_architecture"):
+            return int(c.get("num_key_value_heads") or heads)
+        return 1 if c.get("multi_query") else heads
+    return int(c.get("num_key_value_heads") or heads)
+
+
+def _window(c: _Config) -> tuple[int, int]:
+    """The attention window in tokens and the number of layers that keep to it."""
+    layers, window = c.whole("num_hidden_layers"), c.get("sliding_window")
+    if not isinstance(window, int) or window < 1 or not c.flag(c.family.window_if or True):
+        return 0, 0
+    kinds = c.get("layer_types")
+    if isinstance(kinds, list):
+        return window, sum(kind == "sliding_attention" for kind in kinds)
+    every = c.get("sliding_window_pattern") or c.get("_sliding_window_pattern") or c.family.window_every
+    if not isinstance(every, int) or every < 1:
+        return 0, 0
+    return window, layers if every == 1 else layers - layers // every
+
+
+def _layers(c: _Config, hidden: int, heads: int, kv_heads: int, head_dim: int, norm: int) -> tuple[Layer, ...]:
+    family = c.family
+    attention, extra = _attention(c, hidden, heads, kv_heads, head_dim)
+    norms, width = _norm_count(c) * norm + extra, _norm_count(c) * hidden
+    if family.qk_norm and c.flag(family.qk_norm_if or True):
+        width += (heads + kv_heads) * head_dim
+    inner = c.whole("intermediate_size") if c.get("intermediate_size") else 4 * hidden
+    total = c.whole("num_hidden_layers")
+    sparse = _sparse_layers(c, total) if family.moe else 0
+    kinds = []
+    if total - sparse:
+        kinds.append(Layer(total - sparse, attention, _mlp(c, hidden, inner), norms, width, inner))
+    if sparse:
+        kinds.append(_moe_layer(c, sparse, attention, (norms, width), hidden))
+    return tuple(kinds)
+
+
+def _norm_count(c: _Config) -> int:
+    if c.family.title == "Falcon":  # one norm per branch where attention and MLP run in parallel
+        if c.get("new_decoder_architecture"):
+            return int(c.get("num_ln_in_parallel_attn") or 2)
+        return 1 if c.get("parallel_attn") else 2
+    if c.family.title == "StableLM" and c.get("use_parallel_residual"):
+        return 1
+    return c.family.norms
+
+
+def _attention(c: _Config, hidden: int, heads: int, kv_heads: int, head_dim: int) -> tuple[tuple[Linear, ...], int]:
+    """The linear modules of attention, and the parameters of its norms and sinks."""
+    family = c.family
+    bias, out_bias = c.flag(family.qkv_bias), c.flag(family.out_bias)
+    if family.mla:
+        return _latent_attention(c, hidden, heads, head_dim)
+    q, kv = heads * head_dim, kv_heads * head_dim
+    widths = (q, kv, kv) if len(family.qkv) == 3 else (q + 2 * kv,)
+    modules = tuple(Linear(name, hidden, width, bias) for name, width in zip(family.qkv, widths, strict=True))
+    extra = heads if family.sinks else 0
+    if family.qk_norm and c.flag(family.qk_norm_if or True):
+        bias_too = 2 if family.norm == "layer" and family.qk_norm == "dim" else 1
+        extra += bias_too * {"dim": 2 * head_dim, "width": q + kv, "heads": q + kv}[family.qk_norm]
+    return (*modules, Linear(family.out, q, hidden, out_bias)), extra
+
+
+def _latent_attention(c: _Config, hidden: int, heads: int, head_dim: int) -> tuple[tuple[Linear, ...], int]:
+    """Queries and keys through a low-rank latent (DeepSeek-V2, arXiv:2405.04434, section 2.1)."""
+    bias = c.flag(c.family.qkv_bias)
+    kv_rank, rope, nope, value = (
+        c.whole(key) for key in ("kv_lora_rank", "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim")
+    )
+    q_rank = c.get("q_lora_rank")
+    if q_rank:
+        queries = (Linear("q_a_proj", hidden, q_rank, bias), Linear("q_b_proj", q_rank, heads * head_dim))
+    else:
+        queries = (Linear("q_proj", hidden, heads * head_dim),)  # type: ignore[assignment]
+    modules = (
+        *queries,
+        Linear("kv_a_proj_with_mqa", hidden, kv_rank + rope, bias),
+        Linear("kv_b_proj", kv_rank, heads * (nope + value)),
+        Linear("o_proj", heads * value, hidden, bias),
+    )
+    return modules, (q_rank or 0) + kv_rank
+
+
+def _mlp(c: _Config, hidden: int, inner: int) -> tuple[Linear, ...]:
+    names, bias = c.family.mlp, c.flag(c.family.mlp_bias)
+    if len(names) == 3:
+        gate, up, down = names
+        return (Linear(gate, hidden, inner, bias), Linear(up, hidden, inner, bias), Linear(down, inner, hidden, bias))
+    up, down = names
+    return (Linear(up, hidden, 2 * inner if c.family.fused_gate else inner, bias), Linear(down, inner, hidden, bias))
+
+
+def _sparse_layers(c: _Config, total: int) -> int:
+    assert c.family.moe is not None
+    rule = c.family.moe.sparse
+    if rule == "step":
+        step, dense = c.get("decoder_sparse_step") or 1, set(c.get("mlp_only_layers") or ())
+        return sum((i + 1) % step == 0 and i not in dense for i in range(total))
+    if rule == "first_dense":
+        return max(total - int(c.get("first_k_dense_replace") or 0), 0)
+    if rule == "types":
+        kinds = c.get("mlp_layer_types")
+        return sum(kind == "sparse" for kind in kinds) if isinstance(kinds, list) else total - 1
+    return total
+
+
+def _moe_layer(c: _Config, count: int, attention: tuple[Linear, ...], norms: tuple[int, int], hidden: int) -> Layer:
+    moe = c.family.moe
+    assert moe is not None
+    experts = next((c.whole(key) for key in moe.count if c.get(key) is not None), 0)
+    width = next((c.whole(key) for key in moe.width if c.get(key) is not None), 0) or c.whole("intermediate_size")
+    active = min(int(c.get("num_experts_per_tok") or c.get("num_experts_per_token") or 2), experts)
+    each = 3 * hidden * width + (2 * width + hidden if moe.bias else 0)
+    shared: tuple[Linear, ...] = ()
+    inner = active * width
+    if moe.shared:
+        size = c.whole("shared_expert_intermediate_size") if moe.shared == "size" else 0
+        size = size or width * int(c.get("n_shared_experts") or 0)
+        if size:
+            shared = (
+                Linear("gate_proj", hidden, size),
+                Linear("up_proj", hidden, size),
+                Linear("down_proj", size, hidden),
+            )
+            inner += size
+        if moe.shared == "size":
+            shared = (*shared, Linear("shared_expert_gate", hidden, 1))
+    router = experts * hidden + (experts if moe.bias else 0)
+    return Layer(count, attention, shared, *norms, inner, router, experts, width, experts * each, active * each)

@@ -1,0 +1,155 @@
+"""Time and money of a run: its steps, and what stands around them; offers ranked by what this plan costs there."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cache
+from typing import TYPE_CHECKING
+
+from .architecture import Architecture
+from .hardware import Node, Offer, find_gpu, load_offers
+from .memory import Settings, optimizer_bytes
+from .plan import Cost, Plan, Workload
+
+if TYPE_CHECKING:
+    from .recipe import Recipe
+
+#: Imports, tokenizing the first rows, warming up kernels and the allocator.
+_START_S = 25.0
+#: Reading weights from local disk to the device, and from the Hub onto a rented disk, in bytes per second.
+_LOAD_BYTES_S, _DOWNLOAD_BYTES_S = 1.0e9, 200e6
+#: Getting a rented machine and installing what it needs.
+_RENT_S = 240.0
+#: Writing a checkpoint, in bytes per second.
+_SAVE_BYTES_S = 0.8e9
+
+
+@dataclass(frozen=True)
+class Overhead:
+    """Seconds of a run beside its steps."""
+
+    start_s: float
+    download_s: float
+    evaluation_s: float
+    checkpoint_s: float
+
+    @property
+    def total_s(self) -> float:
+        return self.start_s + self.download_s + self.evaluation_s + self.checkpoint_s
+
+
+def overhead(
+    architecture: Architecture,
+    node: Node,
+    *,
+    step_s: float,
+    steps: int,
+    batch_size: int,
+    eval_examples: int,
+    eval_every: int,
+    checkpoint_every: int,
+    checkpoint_bytes: float,
+) -> Overhead:
+    """What a run spends beside its steps: an evaluation is a third of a training pass over the same rows."""
+    size = 2.0 * architecture.parameters
+    passes = 2 + max(steps - 1, 0) // max(eval_every, 1) if eval_examples else 0
+    saves = 1 + max(steps - 1, 0) // max(checkpoint_every, 1)
+    rented = not node.local
+    return Overhead(
+        start_s=_START_S * (0.5 if node.gpu.kind == "cpu" else 1.0)
+        + size / _LOAD_BYTES_S
+        + (_RENT_S if rented else 0.0),
+        download_s=size / _DOWNLOAD_BYTES_S if rented else 0.0,
+        evaluation_s=passes * eval_examples / max(batch_size, 1) * step_s / 3,
+        checkpoint_s=saves * checkpoint_bytes / _SAVE_BYTES_S,
+    )
+
+
+def cheapest_offers(offers: Iterable[Offer] | None = None, *, spot: bool = False) -> dict[tuple[str, int], Offer]:
+    """The cheapest offer with a price of each GPU and number of them.
+
+    An undated price stands for what something once cost: it counts only where no dated one is known. Free quotas are
+    no offers.
+    """
+    best: dict[tuple[str, int], Offer] = {}
+    for offer in load_offers() if offers is None else offers:
+        key = (offer.gpu, offer.count)
+        if _price(offer, spot) and (key not in best or _rank(offer, spot) < _rank(best[key], spot)):
+            best[key] = offer
+    return best
+
+
+@cache
+def _shipped() -> dict[tuple[str, int], Offer]:
+    return cheapest_offers()
+
+
+def _rank(offer: Offer, spot: bool) -> tuple[bool, float]:
+    return offer.as_of == "unknown", _price(offer, spot) or 0.0
+
+
+def cost_of(time_s: float, node: Node, offers: Iterable[Offer] | None = None) -> Cost:
+    """What a run of this length costs on this node: nothing here, else the cheapest offer on demand.
+
+    Where nobody offers so many of the GPU in one machine, single ones of the cheapest offer stand for it.
+    """
+    if node.local:
+        return Cost()
+    best = _shipped() if offers is None else cheapest_offers(offers)
+    offer, factor = best.get((node.gpu.name, node.count)), 1
+    if offer is None:
+        offer, factor = best.get((node.gpu.name, 1)), node.count
+    if offer is None:
+        return Cost()
+    price = factor * (offer.usd_per_h or 0.0)
+    return Cost(usd=price * time_s / 3600, usd_per_h=price, provider=offer.provider, as_of=offer.as_of)
+
+
+def _price(offer: Offer, spot: bool) -> float | None:
+    return offer.usd_per_h_spot if spot else offer.usd_per_h
+
+
+@dataclass(frozen=True)
+class RankedOffer:
+    """One offer with what the plan costs there, and the plan itself."""
+
+    offer: Offer
+    plan: Plan
+    usd: float
+    time_s: float
+    stale: bool
+
+
+def rank_offers(
+    recipe: Recipe,
+    architecture: Architecture,
+    workload: Workload | None = None,
+    *,
+    offers: Iterable[Offer] | None = None,
+    framework: str = "finetui",
+    spot: bool = False,
+) -> list[RankedOffer]:
+    """Offers on which the recipe fits, cheapest run first; one plan per kind of machine, shared by its offers."""
+    from .solver import make_plan
+
+    plans: dict[tuple[str, int], Plan] = {}
+    ranked = []
+    for offer in load_offers() if offers is None else offers:
+        price = _price(offer, spot)
+        if price is None:
+            continue
+        key = (offer.gpu, offer.count)
+        if key not in plans:
+            node = Node(find_gpu(offer.gpu), offer.count)
+            plans[key] = make_plan(recipe, architecture, node, workload, framework=framework, offers=())
+        plan = plans[key]
+        if plan.fits:
+            ranked.append(RankedOffer(offer, plan, price * plan.time_s / 3600, plan.time_s, offer.is_stale()))
+    return sorted(ranked, key=lambda entry: (entry.usd, entry.time_s))
+
+
+def checkpoint_bytes(settings: Settings, trainable: int) -> float:
+    """Bytes of one checkpoint: what is trained in its own dtype (adapters in fp32), and the optimiser's states."""
+    width = settings.weight_bytes if settings.tuning == "full" else 4
+    return trainable * (width + optimizer_bytes(settings.optimizer.removeprefix("paged-"), width)[0])

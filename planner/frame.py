@@ -1,0 +1,198 @@
+"""The frame of a plan: what is settled before memory comes in: rows and their length, devices, and their batch."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+from .architecture import Architecture
+from .errors import DataError, HardwareError, RecipeError
+from .hardware import Node
+from .plan import Reason, Workload
+
+if TYPE_CHECKING:
+    from .recipe import Recipe
+
+#: Sequences per optimiser step where the recipe leaves them open.
+_DEFAULT_BATCH = 16
+_DEFAULT_LENGTH = 2048
+#: How full packed rows get: best-fit decreasing leaves a few percent.
+PACKED_FILL = 0.97
+#: How much longer than estimated from its text an example may be before it is cut.
+_ESTIMATE_MARGIN = 1.25
+
+
+class Frame:
+    """Sequence length, workload, packing, devices and batch of one plan, with the reasons for each.
+
+    Raises:
+        RecipeError: devices and batch that don't go together.
+        HardwareError: more devices than there are.
+        DataError: the workload is empty.
+    """
+
+    def __init__(self, recipe: Recipe, architecture: Architecture, node: Node, workload: Workload | None) -> None:
+        if workload is not None and workload.examples < 1:
+            raise DataError("there is no example to train on", where="data", do="Name a source with at least one row.")
+        self.recipe, self.architecture, self.node = recipe, architecture, node
+        self.reasons: list[Reason] = []
+        self.warnings: list[str] = []
+        self.cpu = node.gpu.kind == "cpu"
+        self.given = workload
+        self.length = self._sequence_length()
+        self.workload = workload or self._assumed_workload()
+        self.packing = self._packing()
+        self.gpus = self._devices()
+        self.batch = self._batch()
+
+    def because(self, setting: str, value: Any, why: str) -> None:
+        self.reasons.append(Reason(setting, value, why))
+
+    def _sequence_length(self) -> int:
+        asked, limit = self.recipe.sequence_length, self.architecture.max_positions
+        if asked != "auto":
+            if limit and asked > limit:
+                name = self.architecture.name
+                self.warnings.append(
+                    f"sequence_length {asked} is beyond the {limit} positions that {name} was made for."
+                )
+            return asked
+        length = min(_DEFAULT_LENGTH, limit or _DEFAULT_LENGTH)
+        why = f"{_DEFAULT_LENGTH} tokens unless the model or the data is shorter"
+        if limit and limit < _DEFAULT_LENGTH:
+            why = f"the model was made for {limit} positions"
+        longest = self.given.longest if self.given and self.recipe.method == "sft" else 0
+        about = ""
+        if self.given and self.given.basis == "estimated":
+            longest, about = math.ceil(_ESTIMATE_MARGIN * longest), "about "
+        if longest and 64 * math.ceil(longest / 64) < length:
+            length = 64 * math.ceil(longest / 64)
+            why = f"the longest example has {about}{longest} tokens: a longer row would be padding"
+        elif longest > length:
+            why += f"; examples up to {about}{longest} tokens are cut"
+        self.because("sequence_length", length, why)
+        return length
+
+    def _assumed_workload(self) -> Workload:
+        examples = 1000
+        why = f"no data was read: 1,000 rows of {self.length} tokens stand for it, and time scales with yours"
+        self.because("workload", examples, why)
+        return Workload(examples=examples, tokens=examples * self.length, longest=self.length, basis="assumed")
+
+    def mean(self) -> float:
+        """Tokens per example after cutting."""
+        return max(min(self.workload.mean_tokens, float(self.length)), 1.0)
+
+    def _packing(self) -> bool:
+        if self.recipe.packing != "auto":
+            return self.recipe.packing
+        mean = self.mean()
+        if self.recipe.method == "pretrain":
+            self.because("packing", True, "plain text has no rows of its own: every row is filled")
+            return True
+        short = self.workload.basis != "assumed" and mean < self.length / 2
+        share = f"{mean:.0f} of {self.length} tokens on average"
+        if short:
+            self.because("packing", True, f"examples are short ({share}): without packing most of each row is padding")
+        elif self.workload.basis == "assumed":
+            self.because("packing", False, "the lengths of the examples are not known yet")
+        else:
+            self.because("packing", False, f"examples nearly fill a row ({share}): packing would gain little")
+        return short
+
+    def rows(self) -> int:
+        """Rows of one epoch."""
+        if not self.packing:
+            return max(self.workload.examples, 1)
+        tokens = self.mean() * self.workload.examples
+        return max(math.ceil(tokens / (self.length * PACKED_FILL)), 1)
+
+    def _devices(self) -> list[int]:
+        """The devices that train; on the CPU, one number for each process."""
+        request, have = self.recipe.hardware, list(self.node.devices)
+        if self.cpu:
+            count = (
+                request.gpus if isinstance(request.gpus, int) else 1 if request.gpus == "auto" else len(request.gpus)
+            )
+            have = list(range(count))
+        if request.gpus == "auto":
+            chosen = have[:1] if request.strategy == "single" else have
+            if len(have) > 1:
+                self.because("gpus", chosen, f"{'one' if len(chosen) == 1 else 'all'} of the {len(have)} GPUs here")
+        elif isinstance(request.gpus, int):
+            chosen = have[: request.gpus]
+        elif self.cpu:
+            chosen = have
+        else:
+            chosen = [index for index in request.gpus if index in have]
+        wanted = request.gpus if isinstance(request.gpus, int) else len(request.gpus) if request.gpus != "auto" else 0
+        if wanted > len(chosen):
+            plural = "GPU" if len(have) == 1 else "GPUs"
+            do = f"Use hardware.gpus: {len(have)}" + (f" or indices among {have}." if len(have) > 1 else ".")
+            raise HardwareError(f"{wanted} GPUs asked for, {len(have)} {plural} here", where="hardware.gpus", do=do)
+        if request.strategy == "single" and len(chosen) > 1:
+            do = "Set hardware.gpus: 1, or strategy: ddp."
+            raise RecipeError(f"strategy single can't use {len(chosen)} devices", where="hardware.strategy", do=do)
+        if request.strategy == "ddp" and len(chosen) < 2:
+            do = "Set hardware.gpus to 2 or more on a machine that has them, or strategy: single."
+            raise HardwareError("strategy ddp needs at least two devices", where="hardware.strategy", do=do)
+        return chosen
+
+    def _batch(self) -> int:
+        """Sequences per optimiser step over all ranks; ranks are given up before the batch gets larger."""
+        recipe, rows = self.recipe, self.rows()
+        if recipe.batch_size != "auto":
+            self._give_up_devices(recipe.batch_size)
+            self._share(recipe.batch_size, "batch_size")
+            return recipe.batch_size
+        if recipe.batch_tokens != "auto":
+            batch = max(recipe.batch_tokens // self.length, 1)
+            why = f"{recipe.batch_tokens} tokens are {batch} rows of {self.length}"
+        else:
+            batch = min(_DEFAULT_BATCH, rows)
+            why = f"{_DEFAULT_BATCH} sequences per step are a common start"
+            if batch < _DEFAULT_BATCH:
+                why = f"the data is only {rows} rows long"
+        free = self.recipe.hardware.gpus == "auto" and recipe.micro_batch == "auto"
+        while free and len(self.gpus) > 1 and len(self.gpus) > batch:
+            self.gpus = self.gpus[:-1]
+        unit = len(self.gpus) * (recipe.micro_batch if recipe.micro_batch != "auto" else 1)
+        rounded = max(batch // unit, 1) * unit
+        if rounded != batch:
+            why += f", rounded so that {len(self.gpus)} device(s) share it evenly"
+        self.because("batch_size", rounded, why)
+        return rounded
+
+    def _give_up_devices(self, batch: int) -> None:
+        """Leave devices idle that were not asked for, until the rest share the batch evenly."""
+        micro = self.recipe.micro_batch if self.recipe.micro_batch != "auto" else 1
+        fewest = 2 if self.recipe.hardware.strategy == "ddp" else 1
+        if self.recipe.hardware.gpus != "auto":
+            return
+        even = [n for n in range(len(self.gpus), fewest - 1, -1) if batch % (n * micro) == 0]
+        if even and even[0] < len(self.gpus):
+            self.gpus = self.gpus[: even[0]]
+            self.because("gpus", self.gpus, f"a batch of {batch} can be shared evenly by no more than {even[0]}")
+
+    def _share(self, batch: int, field: str) -> None:
+        world = len(self.gpus)
+        micro = self.recipe.micro_batch if self.recipe.micro_batch != "auto" else 1
+        unit = world * micro
+        if batch % unit:
+            low, high = batch // unit * unit, (batch // unit + 1) * unit
+            near = f"{low} or {high}" if low else f"{high}"
+            what = f"{field} {batch} can't be split over {world} device(s) with micro_batch {micro}"
+            raise RecipeError(what, where=field, do=f"Use {field}: {near}.")
+
+    def padding_share(self, micro: int) -> float:
+        """Useful tokens in a padded micro-batch: its width is the longest of ``micro`` examples.
+
+        Lengths are taken as evenly spread around the mean up to the longest; the expected maximum of n draws from
+        0 to m is m n / (n + 1).
+        """
+        mean, longest = self.mean(), min(self.workload.longest or self.length, self.length)
+        if micro == 1 or longest <= mean:
+            return 1.0
+        low = max(2 * mean - longest, 1.0)
+        width = min(low + (longest - low) * micro / (micro + 1), self.length)
+        return min(mean / max(width, mean), 1.0)

@@ -1,0 +1,272 @@
+"""Hardware: GPUs of the catalog, this machine, and offers of machines for rent.
+
+The catalog is ``presets/gpus.csv``, the prices ``presets/prices.csv``; both carry source and date with every row.
+``memory_gib`` is what torch can really use (``torch.cuda.get_device_properties().total_memory``), which is less than
+the box says: where no such figure was seen it is 98.5% of the nominal GB taken as GiB, and 15/16 of that again on
+cards whose GDDR memory pays for ECC. Checked against figures seen: H200 139.81, B200 178.35, A100-80GB 79.15, H100
+79.11, A10G 22.20, T4 14.74 GiB; the rule is within 1.5% of each but the H200 (whose 141 GB are 144 GB of memory).
+"""
+
+from __future__ import annotations
+
+import csv
+import difflib
+import re
+from dataclasses import dataclass, replace
+from datetime import date
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from .errors import HardwareError
+
+if TYPE_CHECKING:
+    from .recipe import HardwareRequest
+
+PRESETS = Path(__file__).resolve().parent.parent / "presets"
+#: Prices older than this many days are marked as old.
+STALE_DAYS = 90
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """A kind of device. Peaks are dense, without sparsity; links are GB/s in one direction.
+
+    ``achievable`` is the share of ``bf16_tflops`` that the best matrix multiplication reaches: measured where the
+    catalog says so (MAMF of stas00/ml-engineering), else assumed.
+    """
+
+    name: str
+    memory_gib: float
+    bandwidth_gb_s: float
+    bf16_tflops: float
+    fp32_tflops: float
+    bf16: bool = True
+    compute_capability: str = ""
+    achievable: float = 0.8
+    link_gb_s: float = 0.0
+    pcie_gb_s: float = 16.0
+    kind: Literal["cuda", "cpu"] = "cuda"
+    source: str = ""
+    aliases: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Node:
+    """One machine: ``count`` equal devices. ``local`` is this machine, which costs nothing and needs no start-up."""
+
+    gpu: Gpu
+    count: int = 1
+    indices: tuple[int, ...] = ()
+    host_memory_gib: float = 0.0
+    local: bool = False
+
+    @property
+    def devices(self) -> tuple[int, ...]:
+        """Indices of the devices; 0 to ``count`` - 1 where none were given."""
+        return self.indices or tuple(range(self.count))
+
+
+@dataclass(frozen=True)
+class Offer:
+    """A machine for rent. Prices are USD per hour for the whole of it; 0 on demand is a free quota."""
+
+    provider: str
+    gpu: str
+    count: int
+    usd_per_h: float | None
+    usd_per_h_spot: float | None
+    region: str
+    as_of: str
+    source: str
+
+    def is_stale(self, today: date | None = None) -> bool:
+        """Whether the price is undated or older than 90 days."""
+        try:
+            age = (today or date.today()) - date.fromisoformat(self.as_of)
+        except ValueError:
+            return True
+        return age.days > STALE_DAYS
+
+
+@cache
+def load_catalog() -> dict[str, Gpu]:
+    """The GPUs of ``presets/gpus.csv`` by name, in the catalog's order."""
+    catalog = {}
+    with (PRESETS / "gpus.csv").open(encoding="utf-8", newline="") as file:
+        for row in csv.DictReader(file):
+            catalog[row["name"]] = Gpu(
+                name=row["name"],
+                memory_gib=float(row["memory_gib"]),
+                bandwidth_gb_s=float(row["bandwidth_gb_s"]),
+                bf16_tflops=float(row["bf16_tflops"]),
+                fp32_tflops=float(row["fp32_tflops"]),
+                bf16=row["bf16"] == "yes",
+                compute_capability=row["compute_capability"],
+                achievable=float(row["achievable"]),
+                link_gb_s=float(row["link_gb_s"] or 0),
+                pcie_gb_s=float(row["pcie_gb_s"]),
+                source=row["source"],
+                aliases=tuple(row["aliases"].split(";")),
+            )
+    return catalog
+
+
+@cache
+def load_offers() -> tuple[Offer, ...]:
+    """The offers of ``presets/prices.csv``."""
+    with (PRESETS / "prices.csv").open(encoding="utf-8", newline="") as file:
+        return tuple(
+            Offer(
+                provider=row["provider"],
+                gpu=row["gpu"],
+                count=int(row["count"]),
+                usd_per_h=float(row["usd_per_h"]) if row["usd_per_h"] else None,
+                usd_per_h_spot=float(row["usd_per_h_spot"]) if row["usd_per_h_spot"] else None,
+                region=row["region"],
+                as_of=row["as_of"],
+                source=row["source"],
+            )
+            for row in csv.DictReader(file)
+        )
+
+
+def _plain(name: str) -> str:
+    """A name without maker, case and punctuation: 'NVIDIA GeForce RTX 4090' is 'rtx4090'."""
+    return re.sub(r"[^a-z0-9]", "", re.sub(r"\b(nvidia|geforce|tesla|amd|instinct|generation)\b", "", name.lower()))
+
+
+@cache
+def _names() -> dict[str, str]:
+    names = {}
+    for gpu in load_catalog().values():
+        for alias in (gpu.name, *gpu.aliases):
+            names[_plain(alias)] = gpu.name
+    # "4090" and "rtx4090" are the same card to those who own one.
+    short = {plain.removeprefix("rtx"): name for plain, name in names.items() if plain.startswith("rtx")}
+    return {**short, **names}
+
+
+def find_gpu(name: str) -> Gpu:
+    """A GPU of the catalog by name or alias; case and punctuation don't matter.
+
+    Raises:
+        HardwareError: there is none; the message names the nearest.
+    """
+    found = _names().get(_plain(name))
+    if found:
+        return load_catalog()[found]
+    near = difflib.get_close_matches(_plain(name), list(_names()), n=3, cutoff=0.5)
+    shown = list(dict.fromkeys(_names()[plain] for plain in near))
+    do = f"Did you mean {' or '.join(shown)}?" if shown else "`finetui gpus` lists those it has."
+    raise HardwareError(f"there is no GPU named {name!r} in the catalog", where="hardware.gpu", do=do)
+
+
+def this_machine() -> Node:
+    """The GPUs of this machine as NVML shows them, or its CPU when there is no driver.
+
+    Different GPUs in one machine: the first kind counts, since ranks of one run need equal memory.
+    """
+    return _nvml_node() or cpu_node()
+
+
+def _nvml_node() -> Node | None:
+    import pynvml
+
+    try:
+        pynvml.nvmlInit()
+    except pynvml.NVMLError:
+        return None
+    try:
+        seen = []
+        for index in range(pynvml.nvmlDeviceGetCount()):
+            handle = pynvml.nvmlDeviceGetHandleByIndex(index)
+            name = pynvml.nvmlDeviceGetName(handle)
+            total = pynvml.nvmlDeviceGetMemoryInfo(handle).total / GIB
+            major, minor = pynvml.nvmlDeviceGetCudaComputeCapability(handle)
+            seen.append((index, name if isinstance(name, str) else name.decode(), total, f"{major}.{minor}"))
+    except pynvml.NVMLError as error:
+        what = f"the NVIDIA driver answers, but not about its GPUs ({error})"
+        raise HardwareError(what, do="Look at nvidia-smi, or plan with --gpu NAME.") from None
+    finally:
+        pynvml.nvmlShutdown()
+    if not seen:
+        return None
+    first = seen[0][1]
+    indices = tuple(index for index, name, _, _ in seen if name == first)
+    return Node(known_or_assumed(first, seen[0][2], seen[0][3]), len(indices), indices, _host_memory_gib(), local=True)
+
+
+def known_or_assumed(name: str, total_gib: float, compute_capability: str) -> Gpu:
+    """The catalog's GPU for an NVML name, or one assumed from its memory; memory is NVML's either way.
+
+    Torch sees a little less than NVML's total (an H100: 79.11 of 79.65 GiB), so 1% is taken off.
+    """
+    catalogued = _names().get(_plain(name))
+    usable = round(0.99 * total_gib, 2)
+    if catalogued:
+        return replace(load_catalog()[catalogued], memory_gib=usable)
+    bf16 = float(compute_capability or 0) >= 8.0
+    return Gpu(
+        name=name.removeprefix("NVIDIA ").strip(),
+        memory_gib=usable,
+        bandwidth_gb_s=500.0,
+        bf16_tflops=60.0,
+        fp32_tflops=15.0,
+        bf16=bf16,
+        compute_capability=compute_capability,
+        source="not in the catalog: speed assumed, memory from NVML",
+    )
+
+
+#: fp32 GFLOP/s of one core in torch's matrix multiplication: 30 to 40 were measured on an EPYC of 2023.
+_CORE_GFLOPS = 40.0
+
+
+def cpu_node() -> Node:
+    """This machine's CPU as a device, with its free memory; speed is assumed from the number of physical cores."""
+    import psutil
+
+    cores = psutil.cpu_count(logical=False) or psutil.cpu_count() or 1
+    memory = psutil.virtual_memory()
+    gpu = Gpu(
+        name=f"CPU ({cores} core{'s' if cores > 1 else ''})",
+        memory_gib=round(memory.available / GIB, 2),
+        bandwidth_gb_s=min(10.0 * cores, 80.0),
+        bf16_tflops=cores * _CORE_GFLOPS / 1000,
+        fp32_tflops=cores * _CORE_GFLOPS / 1000,
+        bf16=True,
+        achievable=0.8,
+        kind="cpu",
+        source="this machine; speed assumed",
+    )
+    return Node(gpu, 1, (0,), round(memory.total / GIB, 2), local=True)
+
+
+def _host_memory_gib() -> float:
+    import psutil
+
+    return round(psutil.virtual_memory().total / GIB, 2)
+
+
+def node_for(request: HardwareRequest) -> Node:
+    """The machine that a recipe's ``hardware`` section asks to plan for.
+
+    Raises:
+        HardwareError: the GPU is not in the catalog, or this machine has no CUDA GPU, or not so many.
+    """
+    if request.gpu:
+        if request.device == "cpu":
+            do = "Keep one of the two."
+            raise HardwareError("hardware.gpu and device: cpu contradict each other", where="hardware.device", do=do)
+        gpu = find_gpu(request.gpu)
+        if request.gpus == "auto":
+            return Node(gpu)
+        indices = tuple(range(request.gpus)) if isinstance(request.gpus, int) else tuple(request.gpus)
+        return Node(gpu, len(indices), indices)
+    node = cpu_node() if request.device == "cpu" else this_machine()
+    if request.device == "cuda" and node.gpu.kind != "cuda":
+        do = "Install its driver, name a GPU to plan for (hardware.gpu), or set hardware.device: cpu."
+        raise HardwareError("this machine has no CUDA GPU that NVML can see", where="hardware.device", do=do)
+    return node

@@ -1,0 +1,210 @@
+"""Where a model's config.json and the size of its weights come from: a folder, the shipped presets, or the Hub.
+
+Weights are never fetched here. From the Hub comes config.json alone, through huggingface_hub, which caches it and
+honours ``HF_ENDPOINT``, ``HF_TOKEN`` and ``HF_HUB_OFFLINE``.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+import re
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal
+from urllib.parse import urlsplit
+
+from .errors import HubError, ModelError
+from .hardware import PRESETS
+
+Origin = Literal["folder", "file", "preset", "hub"]
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+#: Seconds to wait for the Hub before saying that it can't be reached.
+_TIMEOUT_S = 10.0
+_CONNECT_S = 3.0
+
+
+def find_config(model: str) -> tuple[str, dict[str, Any], Origin]:
+    """The name, the config.json and its origin for what a recipe's ``model`` says.
+
+    Args:
+        model: a folder with a config.json, a bare config.json, or a hub id. An id that ``presets/models`` knows needs
+            no network; case does not matter there.
+
+    Raises:
+        ModelError: there is no such folder or id, or its config.json can't be read.
+        HubError: the Hub is unreachable, or does not give the file.
+    """
+    path = Path(model).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            do = "Give a checkpoint folder in Hugging Face format, or a hub id."
+            raise ModelError("the folder has no config.json", where=str(path), do=do)
+        return path.resolve().name, _read(path / "config.json"), "folder"
+    if path.is_file():
+        name = path.resolve().parent.name if path.name == "config.json" else path.stem
+        return name.replace("--", "/", 1), _read(path), "file"
+    found = _preset(model)
+    if found:
+        return found[0], _read(found[1]), "preset"
+    if not _HUB_ID.fullmatch(model) or model.startswith((".", "/", "~")):
+        raise ModelError(f"there is no folder or model {model!r}", where="model", do=_suggest(model))
+    return model, _read(Path(_fetch(model, "config.json"))), "hub"
+
+
+@cache
+def known_models() -> dict[str, tuple[str, Path]]:
+    """The hub ids of ``presets/models``, in lower case, with their spelling and their config.json."""
+    names = {}
+    for folder in sorted((PRESETS / "models").iterdir()) if (PRESETS / "models").is_dir() else ():
+        if (folder / "config.json").is_file():
+            name = folder.name.replace("--", "/", 1)
+            names[name.lower()] = (name, folder / "config.json")
+    return names
+
+
+#: Words in a model's name that say what it was tuned for, not how it is built.
+_VARIANTS = {"instruct", "it", "pt", "chat", "base", "hf"}
+
+
+def _preset(model: str) -> tuple[str, Path] | None:
+    """The preset for a hub id: its own, or that of a sibling that differs in its tuning alone (-Instruct, -Base)."""
+    known = known_models()
+    if model.lower() in known:
+        return known[model.lower()]
+    sibling = {_shape_name(name): path for name, path in known.values()}.get(_shape_name(model))
+    return (model, sibling) if sibling and _HUB_ID.fullmatch(model) else None
+
+
+def _shape_name(model: str) -> str:
+    return "-".join(word for word in model.lower().split("-") if word not in _VARIANTS)
+
+
+def weights_size(model: str) -> int | None:
+    """Bytes of a model's safetensors files, from the folder or the Hub's metadata; ``None`` where there are none.
+
+    Raises:
+        HubError: the Hub is unreachable, or does not answer for this model.
+    """
+    path = Path(model).expanduser()
+    if path.is_dir():
+        return sum(file.stat().st_size for file in path.glob("*.safetensors")) or None
+    if path.is_file() or not _HUB_ID.fullmatch(model):
+        return None
+    from huggingface_hub import HfApi
+
+    if _offline_set():
+        raise _offline(model)
+    if not _reachable():
+        raise _unreachable()
+    try:
+        info = HfApi().model_info(model, files_metadata=True, timeout=_TIMEOUT_S)
+    except Exception as error:
+        raise _explained(error, model) from None
+    sizes = [file.size or 0 for file in info.siblings or () if file.rfilename.endswith(".safetensors")]
+    return sum(sizes) or None
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise ModelError(f"config.json can't be read ({error})", where=str(path)) from None
+    except json.JSONDecodeError as error:
+        raise ModelError(f"this is not valid JSON ({error.msg})", where=f"{path}:{error.lineno}") from None
+    if not isinstance(config, dict):
+        raise ModelError("a config.json is a JSON object", where=str(path))
+    return config
+
+
+def _suggest(model: str) -> str:
+    tails = {name.split("/")[-1]: name for name in known_models()}
+    wanted = model.lower()
+    near = difflib.get_close_matches(wanted, known_models(), n=3, cutoff=0.6)
+    near += [tails[tail] for tail in difflib.get_close_matches(wanted.split("/")[-1], tails, n=3, cutoff=0.6)]
+    names = [known_models()[name][0] for name in dict.fromkeys(near)][:3]
+    if names:
+        return f"Did you mean {' or '.join(names)}?"
+    return "Give a checkpoint folder, a config.json, or a hub id such as Qwen/Qwen3-8B."
+
+
+def _fetch(model: str, filename: str) -> str:
+    """The path of one small file of a hub model in huggingface_hub's cache."""
+    from huggingface_hub import hf_hub_download, try_to_load_from_cache
+
+    if not _offline_set() and not _reachable():  # huggingface_hub would retry for half a minute
+        cached = try_to_load_from_cache(model, filename)
+        if isinstance(cached, str):
+            return cached
+        raise _unreachable()
+    try:
+        return hf_hub_download(model, filename, etag_timeout=_TIMEOUT_S)
+    except Exception as error:
+        raise _explained(error, model) from None
+
+
+def _endpoint() -> str:
+    return os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
+
+
+def _offline_set() -> bool:
+    return os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "TRUE", "YES", "ON")
+
+
+def _reachable() -> bool:
+    """Whether something listens at the endpoint; behind a proxy only the request itself can tell."""
+    parts = urlsplit(_endpoint())
+    proxies = (f"{parts.scheme}_proxy", "all_proxy")
+    if any(os.environ.get(name) or os.environ.get(name.upper()) for name in proxies):
+        return True
+    import socket
+
+    port = parts.port or (443 if parts.scheme == "https" else 80)
+    try:
+        with socket.create_connection((parts.hostname or "", port), timeout=_CONNECT_S):
+            return True
+    except OSError:
+        return False
+
+
+def _unreachable() -> HubError:
+    do = "Check the network and HF_ENDPOINT, or give a checkpoint folder or a config.json."
+    return HubError(f"{_endpoint()} can't be reached", where="model", do=do)
+
+
+def _offline(model: str) -> HubError:
+    do = f"Unset HF_HUB_OFFLINE, or give a folder. {_suggest(model)}"
+    return HubError(f"{model} is not in the cache, and HF_HUB_OFFLINE is set", where="model", do=do)
+
+
+def _explained(error: Exception, model: str) -> HubError | ModelError:
+    """What went wrong on the way to the Hub, in plain words."""
+    from huggingface_hub import errors
+
+    if isinstance(error, errors.LocalEntryNotFoundError) and isinstance(error.__cause__, errors.HfHubHTTPError):
+        error = error.__cause__
+    endpoint = _endpoint()
+    page = f"{endpoint}/{model}"
+    if isinstance(error, errors.GatedRepoError):
+        do = f"Accept its terms at {page}, then set HF_TOKEN to a token of that account."
+        return HubError(f"{model} is gated: its owner must grant you access", where="model", do=do)
+    if isinstance(error, errors.RepositoryNotFoundError):
+        do = f"{_suggest(model)} A private model needs HF_TOKEN."
+        return HubError(f"{endpoint} has no model {model}, or it is private", where="model", do=do)
+    if isinstance(error, errors.EntryNotFoundError) and not isinstance(error, errors.LocalEntryNotFoundError):
+        do = "Only models in Hugging Face format can be trained: not GGUF files, not adapters alone."
+        return HubError(f"{model} has no config.json", where="model", do=do)
+    if isinstance(error, errors.HfHubHTTPError) and error.response is not None:
+        status = error.response.status_code
+        if status in (401, 403):
+            do = "Set HF_TOKEN to a valid token (huggingface.co/settings/tokens)."
+            return HubError(f"{endpoint} refused access to {model} ({status})", where="model", do=do)
+        return HubError(f"{endpoint} answered with error {status}", where="model", do="Try again later.")
+    if isinstance(error, errors.OfflineModeIsEnabled) or _offline_set():
+        return _offline(model)
+    if isinstance(error, errors.HFValidationError):
+        return HubError(f"{model!r} is not a hub id", where="model", do=_suggest(model))
+    if isinstance(error, errors.LocalEntryNotFoundError | OSError) or type(error).__module__.startswith("httpx"):
+        return _unreachable()
+    raise error

@@ -1,0 +1,119 @@
+"""The reasons for what the solver chose by memory and speed, in plain words, with the runner-up."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+from .hardware import Gpu
+from .plan import Reason
+
+if TYPE_CHECKING:
+    from .recipe import Recipe
+    from .solver import Candidate
+
+
+def explain_choice(recipe: Recipe, best: Candidate, tried: Sequence[Candidate], gpu: Gpu, limit: float) -> list[Reason]:
+    """One reason for each setting that was left to the solver."""
+    chosen, reasons = best.settings, []
+    if recipe.micro_batch == "auto":
+        reasons.append(Reason("micro_batch", chosen.micro_batch, _micro_batch(best, tried, limit)))
+    if recipe.hardware.checkpointing == "auto":
+        reasons.append(Reason("checkpointing", chosen.checkpointing, _checkpointing(best, tried, limit)))
+    if recipe.hardware.precision == "auto":
+        reasons.append(Reason("precision", chosen.precision, _precision(best, tried, gpu, limit)))
+    if recipe.optimizer.name == "auto":
+        reasons.append(Reason("optimizer", chosen.optimizer, _optimizer(best, tried, limit)))
+    if recipe.hardware.kernels == "auto":
+        why = (
+            "Triton kernels need a CUDA GPU"
+            if gpu.kind == "cpu"
+            else "those that prove themselves on this GPU are used"
+        )
+        reasons.append(Reason("kernels", "off" if gpu.kind == "cpu" else "auto", why))
+    if recipe.hardware.strategy == "auto":
+        world = chosen.world_size
+        why = "each device holds the whole model and takes its share of the batch" if world > 1 else "one device"
+        reasons.append(Reason("strategy", "ddp" if world > 1 else "single", why))
+    return reasons
+
+
+def _like(best: Candidate, tried: Sequence[Candidate], *same: str) -> list[Candidate]:
+    """The other candidates that agree with the best one in these settings."""
+    return [
+        candidate
+        for candidate in tried
+        if candidate is not best and all(_value(candidate, name) == _value(best, name) for name in same)
+    ]
+
+
+def _value(candidate: Candidate, name: str) -> object:
+    return getattr(candidate.settings, name)
+
+
+def _runner_up(candidates: Sequence[Candidate], key: Callable[[Candidate], float]) -> Candidate | None:
+    return max(candidates, key=key, default=None)
+
+
+def _against(best: Candidate, other: Candidate, limit: float) -> str:
+    """How another candidate compares: it does not fit, or by how much it is slower or faster."""
+    if not other.fits(limit):
+        return f"would need {other.memory.device_gib:.1f} of {limit:.1f} GiB"
+    if not other.fits(limit, safely=True):
+        return f"might not fit (up to {other.memory.high_gib:.1f} of {limit:.1f} GiB)"
+    ratio = other.speed.tokens_per_s / best.speed.tokens_per_s - 1
+    word = "faster" if ratio > 0 else "slower"
+    return (
+        f"would be {abs(ratio):.0%} {word} at {other.memory.device_gib:.1f} GiB"
+        if abs(ratio) >= 0.005
+        else (f"would be no faster, at {other.memory.device_gib:.1f} GiB")
+    )
+
+
+def _micro_batch(best: Candidate, tried: Sequence[Candidate], limit: float) -> str:
+    same = _like(best, tried, "checkpointing", "precision", "optimizer")
+    other = _runner_up(same, lambda c: -abs(c.settings.micro_batch - 2 * best.settings.micro_batch))
+    if other is None:
+        return "nothing else divides the batch"
+    return f"the fastest that fits; {other.settings.micro_batch} {_against(best, other, limit)}"
+
+
+def _checkpointing(best: Candidate, tried: Sequence[Candidate], limit: float) -> str:
+    others = [c for c in tried if c.settings.checkpointing != best.settings.checkpointing]
+    others = [
+        c
+        for c in others
+        if (c.settings.precision, c.settings.optimizer) == (best.settings.precision, best.settings.optimizer)
+    ]
+    other = _runner_up([c for c in others if c.fits(limit, safely=True)], lambda c: c.speed.tokens_per_s)
+    other = other or _runner_up(others, lambda c: -c.memory.device_gib)
+    head = (
+        "activations fit: nothing needs recomputing"
+        if best.settings.checkpointing == "none"
+        else "recomputing saves memory"
+    )
+    if other is None:
+        return head
+    return f"{head}; {other.settings.checkpointing} {_against(best, other, limit)}"
+
+
+def _precision(best: Candidate, tried: Sequence[Candidate], gpu: Gpu, limit: float) -> str:
+    precision = best.settings.precision
+    if gpu.kind == "cpu":
+        return "fp32 on the CPU: only the newest ones gain from bf16"
+    if not gpu.bf16:
+        return f"{gpu.name} has no bf16: fp16 with loss scaling"
+    if best.settings.tuning != "full":
+        return "the frozen weights stay in 16 bits"
+    if precision == "bf16-mixed":
+        return "fp32 weights under bf16 arithmetic lose no small updates, and they fit"
+    other = _runner_up([c for c in tried if c.settings.precision == "bf16-mixed"], lambda c: -c.memory.device_gib)
+    return f"weights in 16 bits; fp32 weights {_against(best, other, limit)}" if other else "weights in 16 bits"
+
+
+def _optimizer(best: Candidate, tried: Sequence[Candidate], limit: float) -> str:
+    if best.settings.optimizer == "adamw":
+        return "AdamW, whose states fit" if best.fits(limit) else "AdamW"
+    other = _runner_up([c for c in tried if c.settings.optimizer == "adamw"], lambda c: -c.memory.device_gib)
+    what = "8-bit states" if best.settings.optimizer == "adamw-8bit" else "8-bit states that spill to host memory"
+    return f"{what}; plain AdamW {_against(best, other, limit)}" if other else what

@@ -1,0 +1,304 @@
+"""Fills every ``auto`` of a recipe: the fastest plan that fits, with the reason for each choice.
+
+The search runs over storage (precision and optimiser, best first), then over micro batch and checkpointing, fastest
+first; what the user set is taken as it is and only checked.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from .architecture import Architecture
+from .cost import checkpoint_bytes, cost_of, overhead
+from .errors import HardwareError, RecipeError
+from .frame import PACKED_FILL, Frame
+from .hardware import Node, Offer
+from .memory import Settings, peak_memory
+from .plan import HardwareSummary, Memory, ModelSummary, Plan, Resolved, Speed, Workload
+from .speed import step_speed
+from .stacks import Stack, find_stack
+
+if TYPE_CHECKING:
+    from .recipe import Recipe
+
+#: Methods that a plan can be made for.
+PLANNED_METHODS = ("sft", "pretrain")
+_MICRO_BATCHES = (1, 2, 4, 8, 16, 32, 64)
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One way to run, with what it needs and takes."""
+
+    settings: Settings
+    memory: Memory
+    speed: Speed
+
+    def fits(self, memory_gib: float, *, safely: bool = False) -> bool:
+        return (self.memory.high_gib if safely else self.memory.device_gib) <= memory_gib
+
+
+def make_plan(
+    recipe: Recipe,
+    architecture: Architecture,
+    node: Node,
+    workload: Workload | None = None,
+    *,
+    framework: str = "finetui",
+    offers: Iterable[Offer] | None = None,
+) -> Plan:
+    """Plan a recipe for one machine.
+
+    Args:
+        workload: how much there is to train on; without it a thousand full rows.
+        framework: whose run is predicted, a name in :data:`.stacks.STACKS`.
+        offers: where to look for prices; ``None``: the shipped ones.
+
+    Returns:
+        The plan. One that does not fit has ``fits`` false, and what would make it fit in ``warnings``.
+
+    Raises:
+        RecipeError: the method is not supported yet, or a combination can't work.
+        HardwareError: more devices than there are, or a batch that they can't share.
+    """
+    return _Solver(recipe, architecture, node, workload, find_stack(framework)).plan(offers)
+
+
+class _Solver:
+    """One planning: what is settled so far, and why."""
+
+    def __init__(
+        self, recipe: Recipe, architecture: Architecture, node: Node, workload: Workload | None, stack: Stack
+    ) -> None:
+        if recipe.method not in PLANNED_METHODS:
+            raise RecipeError(
+                f"method {recipe.method} is not supported yet",
+                where="method",
+                do=f"Use {' or '.join(PLANNED_METHODS)}.",
+            )
+        if recipe.hardware.kernels == "on" and node.gpu.kind == "cpu":
+            do = "Use kernels: auto, or off."
+            raise HardwareError("fused kernels need a CUDA GPU", where="hardware.kernels", do=do)
+        self.recipe, self.architecture, self.node, self.stack = recipe, architecture, node, stack
+        self.frame = Frame(recipe, architecture, node, workload)
+        self.because, self.warnings = self.frame.because, self.frame.warnings
+
+    def _storages(self) -> list[tuple[str, str]]:
+        """Precision and optimiser, best first: what the user left open is tried in this order until it fits."""
+        tuning, gpu = self.recipe.tuning.type, self.node.gpu
+        asked, optimizer = self.recipe.hardware.precision, self.recipe.optimizer.name
+        if (asked == "bf16-mixed" and not gpu.bf16) or (asked == "bf16" and not gpu.bf16):
+            do = "Use precision: fp16, or auto."
+            raise HardwareError(f"{gpu.name} can't compute in bf16", where="hardware.precision", do=do)
+        if asked == "fp16" and self.frame.cpu:
+            raise HardwareError("the CPU can't train in fp16", where="hardware.precision", do="Use fp32 or bf16.")
+        if asked != "auto":
+            precisions: list[str] = [asked]
+        elif self.frame.cpu:
+            precisions = ["fp32"]
+        elif not gpu.bf16:
+            precisions = ["fp16"]
+        else:
+            precisions = ["bf16-mixed", "bf16"] if tuning == "full" else ["bf16"]
+        if self.frame.cpu and optimizer in ("adamw-8bit", "paged-adamw-8bit"):
+            raise HardwareError(f"{optimizer} needs a CUDA GPU", where="optimizer.name", do="Use adamw, or auto.")
+        names = [optimizer] if optimizer != "auto" else ["adamw"]
+        pairs = [(precision, name) for precision in precisions for name in names]
+        if optimizer == "auto" and not self.frame.cpu:
+            pairs += [(precisions[-1], "adamw-8bit"), (precisions[-1], "paged-adamw-8bit")]
+        return pairs
+
+    def _micro_batches(self) -> list[int]:
+        if self.recipe.micro_batch != "auto":
+            return [self.recipe.micro_batch]
+        share = max(self.frame.batch // len(self.frame.gpus), 1)
+        return [size for size in _MICRO_BATCHES if share % size == 0] or [1]
+
+    def _settings(self, micro: int, checkpointing: str, storage: tuple[str, str]) -> Settings:
+        tuning = self.recipe.tuning
+        targets = tuning.targets if isinstance(tuning.targets, str) else tuple(tuning.targets)
+        return Settings(
+            tuning=tuning.type,
+            sequence_length=self.frame.length,
+            micro_batch=micro,
+            accumulation=max(self.frame.batch // (micro * len(self.frame.gpus)), 1),
+            rank=tuning.rank,
+            dropout=tuning.dropout > 0,
+            targets=targets,
+            quantization="nf4" if tuning.type == "qlora" else "none",
+            precision=storage[0],  # type: ignore[arg-type]
+            optimizer=storage[1],
+            checkpointing=checkpointing,  # type: ignore[arg-type]
+            world_size=len(self.frame.gpus),
+            masked=self.frame.packing or (micro > 1 and self.frame.padding_share(micro) < 1.0),
+        )
+
+    def _evaluate(self, settings: Settings) -> Candidate:
+        memory = peak_memory(self.architecture, settings, self.stack, self.node.gpu)
+        useful = PACKED_FILL if self.frame.packing else self.frame.padding_share(settings.micro_batch)
+        mean = self.frame.mean()
+        if not self.frame.packing:  # a row is padded to the longest of its micro-batch, not to the sequence length
+            settings_now = replace(settings, sequence_length=max(round(mean / useful), 8))
+        else:
+            settings_now = settings
+        speed = step_speed(self.architecture, settings_now, self.stack, self.node.gpu, useful=useful)
+        return Candidate(settings, memory, speed)
+
+    def _search(self) -> tuple[Candidate, list[Candidate]]:
+        limit = self.node.gpu.memory_gib
+        share = 1.0 / len(self.frame.gpus) if self.frame.cpu else 1.0  # processes share the host's memory
+        policies = [self.recipe.hardware.checkpointing]
+        if policies == ["auto"]:
+            policies = ["none", "full"]
+        tried: list[Candidate] = []
+        unsure: Candidate | None = None  # fits, but not at the high end of its interval
+        for storage in self._storages():
+            found = [
+                self._evaluate(self._settings(micro, policy, storage))
+                for policy in policies
+                for micro in self._micro_batches()
+            ]
+            tried += found
+            safe = _fastest([candidate for candidate in found if candidate.fits(limit * share, safely=True)])
+            if safe:
+                return safe, tried
+            unsure = unsure or _fastest([candidate for candidate in found if candidate.fits(limit * share)])
+        return unsure or min(tried, key=lambda candidate: candidate.memory.device_gib), tried
+
+    def plan(self, offers: Iterable[Offer] | None) -> Plan:
+        best, tried = self._search()
+        limit = self.node.gpu.memory_gib / (len(self.frame.gpus) if self.frame.cpu else 1)
+        fits = best.fits(limit)
+        self._explain(best, tried, limit)
+        resolved = self._resolve(best)
+        trainable = self.architecture.trainable(resolved.tuning, resolved.rank, resolved.targets)
+        extra = overhead(
+            self.architecture,
+            self.node,
+            step_s=best.speed.step_s,
+            steps=resolved.steps,
+            batch_size=resolved.batch_size,
+            eval_examples=self.frame.workload.eval_examples,
+            eval_every=resolved.eval_every,
+            checkpoint_every=resolved.checkpoint_every,
+            checkpoint_bytes=checkpoint_bytes(best.settings, trainable),
+        )
+        time_s = resolved.steps * best.speed.step_s + extra.total_s
+        node = replace(self.node, count=len(self.frame.gpus)) if not self.frame.cpu else self.node
+        if not self.architecture.exact:
+            self.warnings.append(f"{self.architecture.note}. Figures are less certain.")
+        if not fits:
+            self.warnings += self._ways_out(best, limit)
+        gpu = self.node.gpu
+        return Plan(
+            model=ModelSummary(
+                self.architecture.name, self.architecture.parameters, trainable, self.architecture.family
+            ),
+            hardware=HardwareSummary(gpu.name, len(self.frame.gpus), gpu.memory_gib, gpu.kind, self.node.local),
+            fits=fits,
+            memory=best.memory,
+            speed=best.speed,
+            time_s=time_s,
+            cost=cost_of(time_s, node, offers),
+            resolved=resolved,
+            workload=self.frame.workload,
+            reasons=self.frame.reasons,
+            warnings=self.warnings,
+        )
+
+    def _ways_out(self, best: Candidate, limit: float) -> list[str]:
+        from .remedies import nearest_changes
+
+        return nearest_changes(self.architecture, best.settings, self.stack, self.node, limit)
+
+    def _explain(self, best: Candidate, tried: list[Candidate], limit: float) -> None:
+        from .reasons import explain_choice
+
+        self.frame.reasons += explain_choice(self.recipe, best, tried, self.node.gpu, limit)
+
+    def _resolve(self, best: Candidate) -> Resolved:
+        recipe, settings, full = self.recipe, best.settings, self.recipe.tuning.type == "full"
+        per_epoch = math.ceil(self.frame.rows() / self.frame.batch)
+        steps = max(math.ceil(per_epoch * recipe.epochs), 1)
+        if recipe.max_steps is not None:
+            steps = min(steps, recipe.max_steps)
+        warmup = math.ceil(recipe.optimizer.warmup_ratio * steps)
+        rate = recipe.optimizer.learning_rate
+        if rate == "auto":
+            rate = 1e-5 if full else 2e-4
+            kind = "full fine-tuning" if full else "adapters"
+            self.because("learning_rate", rate, f"the usual start for {kind}")
+        train_on = recipe.train_on
+        if train_on == "auto":
+            train_on = "answers" if recipe.method == "sft" else "all"
+            self.because(
+                "train_on",
+                train_on,
+                "the model should learn to answer, not to ask"
+                if train_on == "answers"
+                else "every token is text to learn",
+            )
+        rank = 0 if full else recipe.tuning.rank
+        alpha = recipe.tuning.alpha if recipe.tuning.alpha != "auto" else 2.0 * recipe.tuning.rank
+        return Resolved(
+            method=recipe.method,
+            tuning=recipe.tuning.type,
+            rank=rank,
+            alpha=0.0 if full else float(alpha),
+            dropout=0.0 if full else recipe.tuning.dropout,
+            targets=recipe.tuning.targets,
+            quantization=settings.quantization,
+            sequence_length=self.frame.length,
+            micro_batch=settings.micro_batch,
+            accumulation=settings.accumulation,
+            packing=self.frame.packing,
+            train_on=train_on,
+            epochs=recipe.epochs,
+            steps=steps,
+            warmup_steps=min(warmup, max(steps - 1, 0)),
+            optimizer=settings.optimizer,
+            learning_rate=float(rate),
+            schedule=recipe.optimizer.schedule,
+            weight_decay=recipe.optimizer.weight_decay,
+            max_grad_norm=recipe.optimizer.max_grad_norm,
+            precision=settings.precision,
+            checkpointing=settings.checkpointing,
+            attention="sdpa",
+            kernels="off" if self.frame.cpu and recipe.hardware.kernels == "auto" else recipe.hardware.kernels,
+            strategy="ddp" if len(self.frame.gpus) > 1 else "single",
+            device="cpu" if self.frame.cpu else "cuda",
+            gpus=self.frame.gpus,
+            checkpoint_every=self._checkpoint_every(steps, best.speed.step_s),
+            eval_every=self._eval_every(steps),
+            seed=recipe.seed,
+        )
+
+    def _checkpoint_every(self, steps: int, step_s: float) -> int:
+        if self.recipe.checkpoint.every != "auto":
+            return self.recipe.checkpoint.every
+        # A quarter of an hour of work is the most that a crash may cost; and at least a few per run.
+        every = max(1, min(math.ceil(900 / max(step_s, 1e-6)), math.ceil(steps / 4)))
+        self.because("checkpoint_every", every, f"a crash costs at most {_duration(every * step_s)} of work")
+        return every
+
+    def _eval_every(self, steps: int) -> int:
+        if self.recipe.evaluation.every != "auto":
+            return self.recipe.evaluation.every
+        every = max(1, math.ceil(steps / 10))
+        if self.frame.workload.eval_examples:
+            self.because("eval_every", every, "about ten evaluations over the run")
+        return every
+
+
+def _fastest(candidates: list[Candidate]) -> Candidate | None:
+    """The fastest, and of equally fast ones the smallest."""
+    return max(candidates, key=lambda c: (round(c.speed.tokens_per_s, 3), -c.memory.device_gib), default=None)
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

@@ -1,0 +1,145 @@
+"""Stacks: what each framework really does with memory, as a table, with where it was read.
+
+Read in trl 1.15 and 1.16, peft 0.21, transformers 5.17 to 5.23 and bitsandbytes 0.50, unless a row says otherwise:
+
+- ``SFTTrainer`` projects the last hidden states tile by tile (4096 tokens x 32768 words) and never holds all logits:
+  ``add_fused_lm_head`` in trl/trainer/utils.py, ``_ChunkedLogProbFunction`` in trl/kernels/chunked_logprob.py. Its
+  gradients accumulate in fp32: 4 B per element of the last hidden states and, when the head is trained, of its weight,
+  which are then copied to their own dtype.
+- finetui's engine (engine/model.py) keeps pairs in fp32 on 4-bit weights too, and switches off PEFT's cast of their
+  inputs, so that autocast turns the small pairs, not the large inputs, into 16 bits; without autocast for full bf16.
+- LoRA pairs on 16-bit weights are fp32 (peft ``autocast_adapter_dtype``, tuners_utils.py ``cast_adapter_dtype``); on
+  4-bit weights SFTTrainer casts them to bf16 (trl/trainer/sft_trainer.py, "When using QLoRA").
+- ``bf16=True`` is the default (trl/trainer/base_config.py), so forward runs under autocast.
+- SFTTrainer no longer calls peft's ``prepare_model_for_kbit_training``: norms, embeddings and head stay 16-bit.
+- AdamW is the fused kernel (``default_optim`` in transformers/training_args.py, torch 2.8 and later): no temporaries.
+- bitsandbytes replaces ``nn.Linear`` alone: head, embeddings, norms and fused experts keep the loading dtype
+  (``get_keys_to_not_convert`` in transformers/quantizers/base.py; bitsandbytes issue 1849).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from .errors import RecipeError
+
+
+@dataclass(frozen=True, eq=False)
+class Stack:
+    """One framework's choices. Bytes per logit are those of the loss over V x T logits."""
+
+    name: str
+    title: str
+    versions: str
+    loss: Literal["logits", "tiles", "chunks"]
+    """``logits``: all at once; ``tiles``: tokens x words; ``chunks``: some tokens x all words."""
+    logit_forward: float = 0.0
+    """Bytes per logit at the peak of the loss's forward."""
+    logit_backward: float = 0.0
+    """The same in its backward."""
+    chunk_tokens: int = 0
+    """Tokens of one chunk or tile; 0 with ``chunks``: as many as Liger takes, next_pow2(T / ceil(V / H))."""
+    tile_words: int = 0
+    adapter_bytes: int = 4
+    """Storage of LoRA pairs on 16-bit weights."""
+    adapter_bytes_4bit: int = 2
+    casts_inputs: bool = True
+    """Whether an fp32 pair casts its input, which it then keeps as a copy of its own."""
+    autocast: bool = True
+    """Whether forward runs under autocast: fp32 pairs then compute, and keep their inputs, in 16 bits."""
+    kbit_upcast: bool = False
+    """Whether the weights that stay out of the 4 bits are turned to fp32, and the residual stream with them."""
+    quantizes_experts: bool = False
+    fused_norm: bool = False
+    """A norm kernel that keeps its 16-bit input alone."""
+    fused_mlp: bool = False
+    """A gated-MLP kernel that recomputes the activation instead of keeping it."""
+    fused_optimizer: bool = True
+    """Whether AdamW is one kernel. As a series of ``foreach`` operations it needs one more copy of the parameters."""
+    offloads_checkpoints: bool = False
+    """Checkpointed activations wait in host memory."""
+    source: str = ""
+
+
+_TRL_SOURCE = "read in trl 1.16.0, peft 0.21.2, transformers 5.23.0"
+_FUSED = {"fused_norm": True, "fused_mlp": True}
+_TILES = {"loss": "tiles", "chunk_tokens": 4096, "tile_words": 32768}
+
+#: Framework to what it does. The first is what finetui's own engine runs: TRL's SFTTrainer with PEFT.
+STACKS: dict[str, Stack] = {
+    stack.name: stack
+    for stack in (
+        Stack(
+            "finetui",
+            "finetui",
+            "trl 1.15+, peft 0.21",
+            **_TILES,  # type: ignore[arg-type]
+            adapter_bytes_4bit=4,
+            casts_inputs=False,
+            source=_TRL_SOURCE,
+        ),
+        Stack("trl", "TRL", "1.15+", **_TILES, source=_TRL_SOURCE),  # type: ignore[arg-type]
+        # TRL turns Liger's fused linear cross-entropy off in favour of its own tiles; the other kernels stay.
+        Stack("trl-liger", "TRL + Liger", "1.15+", **_TILES, **_FUSED, source=_TRL_SOURCE),  # type: ignore[arg-type]
+        Stack(
+            "unsloth",
+            "Unsloth",
+            "2025.x",
+            loss="logits",
+            logit_forward=8.1,
+            logit_backward=8.1,
+            autocast=True,
+            adapter_bytes_4bit=4,
+            **_FUSED,
+            offloads_checkpoints=True,
+            quantizes_experts=True,
+            source="measured bytes per logit of its fused cross-entropy; checkpoints go to host memory by default",
+        ),
+        Stack(
+            "axolotl",
+            "Axolotl",
+            "0.9+",
+            loss="chunks",
+            logit_forward=4.0,
+            logit_backward=4.0,
+            adapter_bytes_4bit=4,
+            kbit_upcast=True,
+            source="its example configurations: CutCrossEntropy or Liger's fused linear cross-entropy",
+        ),
+        Stack(
+            "torchtune",
+            "torchtune",
+            "0.6",
+            loss="logits",
+            logit_forward=6.0,
+            logit_backward=6.0,
+            adapter_bytes=2,
+            autocast=False,
+            source="CEWithChunkedOutputLoss: 8 chunks upcast one by one over 16-bit logits, bf16 adapters",
+        ),
+        # Plain transformers' ForCausalLMLoss: 16-bit logits and an fp32 copy, then its softmax and gradient.
+        Stack(
+            "transformers",
+            "transformers Trainer + PEFT",
+            "5.x",
+            loss="logits",
+            logit_forward=10.0,
+            logit_backward=14.0,
+            adapter_bytes_4bit=4,
+            kbit_upcast=True,
+            source="bytes per logit measured on transformers 5 (loss_utils.ForCausalLMLoss)",
+        ),
+    )
+}
+
+
+def find_stack(framework: str) -> Stack:
+    """The stack of a ``--framework`` name.
+
+    Raises:
+        RecipeError: the name is not in the table.
+    """
+    if framework not in STACKS:
+        raise RecipeError(f"there is no framework {framework!r}", where="--framework", do=f"Use {', '.join(STACKS)}.")
+    return STACKS[framework]

@@ -1,0 +1,261 @@
+"""Parameter counts against transformers and PEFT on the meta device, and against the published ones."""
+
+from __future__ import annotations
+
+import warnings
+
+import pytest
+
+from finetui.planner.architecture import Architecture
+from finetui.planner.errors import ModelError, RecipeError
+from finetui.planner.families import FAMILIES
+from finetui.planner.hub import find_config, known_models
+
+#: Small shapes with unequal widths, so that no two terms can stand in for each other.
+SMALL = {
+    "vocab_size": 211,
+    "hidden_size": 48,
+    "intermediate_size": 80,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "head_dim": 12,
+    "max_position_embeddings": 128,
+    "pad_token_id": 0,
+}
+GPT = {"vocab_size": 211, "n_embd": 48, "n_layer": 3, "n_head": 6, "n_positions": 128}
+MOE = {"num_experts": 6, "num_local_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 28}
+DEEPSEEK = {
+    **SMALL, **MOE, "n_routed_experts": 6, "n_shared_experts": 2, "first_k_dense_replace": 1, "kv_lora_rank": 16,
+    "q_lora_rank": 20, "qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 10, "num_key_value_heads": 6,
+    "n_group": 1, "topk_group": 1,
+}  # fmt: skip
+FALCON = {key: value for key, value in SMALL.items() if key not in ("head_dim", "intermediate_size")}
+FALCON["ffn_hidden_size"] = 80
+CASES = {
+    "llama": SMALL,
+    "llama tied, biased": {**SMALL, "tie_word_embeddings": True, "attention_bias": True, "mlp_bias": True},
+    "llama without head_dim": {key: value for key, value in SMALL.items() if key != "head_dim"},
+    "mistral": SMALL,
+    "ministral3": SMALL,
+    "mixtral": {**SMALL, **MOE},
+    "qwen2": SMALL,
+    "qwen2_moe": {**SMALL, **MOE, "shared_expert_intermediate_size": 36, "mlp_only_layers": [1]},
+    "qwen3": SMALL,
+    "qwen3_moe": {**SMALL, **MOE, "decoder_sparse_step": 2},
+    "gemma": SMALL,
+    "gemma2": SMALL,
+    "gemma3_text": SMALL,
+    "phi": {**SMALL, "head_dim": 8, "qk_layernorm": True},
+    "phi3": SMALL,
+    "smollm3": SMALL,
+    "olmo": SMALL,
+    "olmo2": SMALL,
+    "olmo3": SMALL,
+    "granite": SMALL,
+    "gpt2": GPT,
+    "gpt_bigcode": GPT,
+    "gpt_neox": SMALL,
+    "gptj": {**GPT, "rotary_dim": 4},
+    "opt": {**SMALL, "ffn_dim": 80, "word_embed_proj_dim": 48},
+    "falcon": FALCON,
+    "falcon new decoder": {**FALCON, "new_decoder_architecture": True, "num_kv_heads": 2},
+    "mpt": {"vocab_size": 211, "d_model": 48, "n_layers": 3, "n_heads": 6, "max_seq_len": 128},
+    "stablelm": {**SMALL, "head_dim": 8, "use_qkv_bias": True, "qk_layernorm": True},
+    "stablelm parallel": {**SMALL, "head_dim": 8, "use_parallel_residual": True},
+    "starcoder2": {**SMALL, "head_dim": 8},
+    "cohere": {**SMALL, "head_dim": 8, "use_qk_norm": True},
+    "cohere2": SMALL,
+    "deepseek_v2": {**DEEPSEEK, "q_lora_rank": None},
+    "deepseek_v3": DEEPSEEK,
+    "glm": SMALL,
+    "glm4": SMALL,
+    "glm4_moe": {**DEEPSEEK, "use_qk_norm": True},
+    "glm4_moe_lite": {key: value for key, value in DEEPSEEK.items() if key != "head_dim"},
+    "gpt_oss": {**SMALL, **MOE},
+    "exaone4": SMALL,
+}
+
+
+def _meta_model(config: dict):
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM, logging
+
+    logging.set_verbosity_error()
+    config = dict(config)
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(AutoConfig.for_model(config.pop("model_type"), **config))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_counts_equal_transformers_and_peft(case):
+    from peft import LoraConfig, get_peft_model
+
+    config = {"model_type": case.split()[0], **CASES[case]}
+    architecture = Architecture.from_config(config, case)
+    model = _meta_model(config)
+    assert architecture.exact
+    assert architecture.parameters == sum(p.numel() for p in model.parameters())
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        adapted = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"))
+    assert architecture.lora_parameters(4) == sum(p.numel() for p in adapted.parameters() if p.requires_grad)
+
+
+def test_every_family_has_a_case():
+    assert {case.split()[0] for case in CASES} == set(FAMILIES)
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_keys_that_a_config_leaves_out_take_transformers_defaults(model_type):
+    model = _meta_model({"model_type": model_type})
+    architecture = Architecture.from_config({"model_type": model_type})
+    assert architecture.parameters == sum(p.numel() for p in model.parameters())
+
+
+def test_named_targets_equal_peft():
+    from peft import LoraConfig, get_peft_model
+
+    for case, targets in (("llama", ["q_proj", "down_proj"]), ("gpt2", ["c_proj"]), ("phi3", ["qkv_proj"])):
+        config = {"model_type": case, **CASES[case]}
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            model = get_peft_model(_meta_model(config), LoraConfig(r=4, target_modules=targets, task_type="CAUSAL_LM"))
+        trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        assert Architecture.from_config(config).lora_parameters(4, targets) == trainable
+
+
+def test_the_text_tower_of_a_vision_model_is_what_counts():
+    tower = {"model_type": "gemma3_text", **SMALL}
+    whole = {"model_type": "gemma3", "text_config": dict(SMALL), "vision_config": {"hidden_size": 999}}
+    assert Architecture.from_config(whole).parameters == Architecture.from_config(tower).parameters
+
+
+#: Published parameter counts: the size that each model's page on the Hub gives for its safetensors files, tied
+#: weights once; without the vision tower for Gemma 3 from 4b on, and without the routing biases of DeepSeek-V3.
+PUBLISHED = {
+    "meta-llama/Llama-2-7b-hf": 6_738_415_616,
+    "meta-llama/Llama-2-13b-hf": 13_015_864_320,
+    "meta-llama/Llama-2-70b-hf": 68_976_648_192,
+    "meta-llama/Meta-Llama-3-8B": 8_030_261_248,
+    "meta-llama/Meta-Llama-3-70B": 70_553_706_496,
+    "meta-llama/Llama-3.1-8B": 8_030_261_248,
+    "meta-llama/Llama-3.1-70B": 70_553_706_496,
+    "meta-llama/Llama-3.1-405B": 405_853_388_800,
+    "meta-llama/Llama-3.2-1B": 1_235_814_400,
+    "meta-llama/Llama-3.2-3B": 3_212_749_824,
+    "meta-llama/Llama-3.3-70B-Instruct": 70_553_706_496,
+    "TinyLlama/TinyLlama-1.1B-Chat-v1.0": 1_100_048_384,
+    "HuggingFaceTB/SmolLM2-135M": 134_515_008,
+    "HuggingFaceTB/SmolLM2-360M": 361_821_120,
+    "HuggingFaceTB/SmolLM2-1.7B": 1_711_376_384,
+    "HuggingFaceTB/SmolLM3-3B": 3_075_098_624,
+    "deepseek-ai/DeepSeek-R1-Distill-Llama-8B": 8_030_261_248,
+    "mistralai/Mistral-7B-v0.1": 7_241_732_096,
+    "mistralai/Mistral-7B-v0.3": 7_248_023_552,
+    "mistralai/Mistral-Nemo-Base-2407": 12_247_782_400,
+    "mistralai/Mistral-Small-24B-Base-2501": 23_572_403_200,
+    "mistralai/Mixtral-8x7B-v0.1": 46_702_792_704,
+    "mistralai/Mixtral-8x22B-v0.1": 140_620_634_112,
+    "Qwen/Qwen2.5-0.5B": 494_032_768,
+    "Qwen/Qwen2.5-1.5B": 1_543_714_304,
+    "Qwen/Qwen2.5-3B": 3_085_938_688,
+    "Qwen/Qwen2.5-7B": 7_615_616_512,
+    "Qwen/Qwen2.5-14B": 14_770_033_664,
+    "Qwen/Qwen2.5-32B": 32_763_876_352,
+    "Qwen/Qwen2.5-72B": 72_706_203_648,
+    "deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B": 1_777_088_000,
+    "deepseek-ai/DeepSeek-R1-Distill-Qwen-7B": 7_615_616_512,
+    "Qwen/Qwen3-0.6B": 596_049_920,
+    "Qwen/Qwen3-1.7B": 1_720_574_976,
+    "Qwen/Qwen3-4B": 4_022_468_096,
+    "Qwen/Qwen3-8B": 8_190_735_360,
+    "Qwen/Qwen3-14B": 14_768_307_200,
+    "Qwen/Qwen3-32B": 32_762_123_264,
+    "Qwen/Qwen3-30B-A3B": 30_532_122_624,
+    "Qwen/Qwen3-235B-A22B": 235_093_634_560,
+    "Qwen/Qwen1.5-MoE-A2.7B": 14_315_784_192,
+    "google/gemma-2b": 2_506_172_416,
+    "google/gemma-7b": 8_537_680_896,
+    "google/gemma-2-2b": 2_614_341_888,
+    "google/gemma-2-9b": 9_241_705_984,
+    "google/gemma-2-27b": 27_227_128_320,
+    "google/gemma-3-270m": 268_098_176,
+    "google/gemma-3-1b-pt": 999_885_952,
+    "google/gemma-3-4b-pt": 3_880_263_168,
+    "google/gemma-3-12b-pt": 11_766_034_176,
+    "google/gemma-3-27b-pt": 27_009_346_304,
+    "microsoft/phi-2": 2_779_683_840,
+    "microsoft/Phi-3-mini-4k-instruct": 3_821_079_552,
+    "microsoft/Phi-3-medium-4k-instruct": 13_960_238_080,
+    "microsoft/phi-4": 14_659_507_200,
+    "microsoft/Phi-4-mini-instruct": 3_836_021_760,
+    "allenai/OLMo-2-0425-1B": 1_484_916_736,
+    "allenai/OLMo-2-1124-7B": 7_298_617_344,
+    "allenai/OLMo-2-1124-13B": 13_716_198_400,
+    "ibm-granite/granite-3.3-2b-base": 2_533_539_840,
+    "ibm-granite/granite-3.3-8b-base": 8_170_864_640,
+    "deepseek-ai/DeepSeek-V2-Lite": 15_706_484_224,
+    "deepseek-ai/DeepSeek-V3": 671_026_404_352,
+    "openai/gpt-oss-20b": 20_914_757_184,
+    "openai/gpt-oss-120b": 116_829_156_672,
+    "tiiuae/falcon-7b": 6_921_720_704,
+    "bigcode/starcoder2-3b": 3_030_371_328,
+    "bigcode/starcoder2-7b": 7_173_923_840,
+    "bigcode/starcoder2-15b": 15_957_889_024,
+    "EleutherAI/pythia-1.4b": 1_414_647_808,
+    "EleutherAI/pythia-6.9b": 6_857_302_016,
+    "openai-community/gpt2": 124_439_808,
+    "CohereLabs/c4ai-command-r-v01": 34_980_831_232,
+    "CohereLabs/c4ai-command-r7b-12-2024": 8_028_033_024,
+    "stabilityai/stablelm-2-1_6b": 1_644_515_328,
+    "zai-org/GLM-4-9B-0414": 9_400_279_040,
+}
+
+
+def test_presets_have_their_published_counts():
+    assert {name for name, _ in known_models().values()} == set(PUBLISHED)
+    for name, count in PUBLISHED.items():
+        architecture = Architecture.from_config(find_config(name)[1], name)
+        assert (name, architecture.parameters, architecture.exact) == (name, count, True)
+
+
+def test_breakdown_adds_up_and_moe_is_sparse():
+    architecture = Architecture.from_config(find_config("Qwen/Qwen3-30B-A3B")[1])
+    assert sum(architecture.breakdown.values()) == architecture.parameters
+    assert 3.2e9 < architecture.active_parameters < 3.5e9 < architecture.parameters
+
+
+def test_an_unknown_family_is_read_by_its_shapes_and_says_so():
+    architecture = Architecture.from_config({"model_type": "brandnew", **SMALL}, "x")
+    assert not architecture.exact
+    assert "brandnew" in architecture.note
+    assert architecture.parameters == Architecture.from_config({"model_type": "llama", **SMALL}).parameters
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        ({"model_type": "bert", **SMALL}, "bert is no decoder-only"),
+        ({"model_type": "t5", "is_encoder_decoder": True, **SMALL}, "no decoder-only"),
+        ({"_class_name": "UNet2DConditionModel"}, "diffusion"),
+        ({}, "hidden_size, num_hidden_layers, num_attention_heads, vocab_size missing"),
+        ({"model_type": "llama", **SMALL, "hidden_size": "48"}, "hidden_size must be a whole number above 0, not '48'"),
+        ({"model_type": "llama", **SMALL, "num_hidden_layers": 0}, "num_hidden_layers must be a whole number"),
+        ({"model_type": "llama", **SMALL, "num_attention_heads": 0}, "num_attention_heads must be a whole number"),
+        ({"model_type": "llama", **SMALL, "head_dim": "x"}, "head_dim must be a whole number"),
+        ({"model_type": "llama", **SMALL, "intermediate_size": -5}, "intermediate_size must be a whole number"),
+    ],
+)
+def test_what_can_not_be_trained_is_refused_by_name(config, words):
+    with pytest.raises(ModelError, match=words):
+        Architecture.from_config(config, "x")
+
+
+def test_unknown_targets_are_refused_with_the_known_ones():
+    architecture = Architecture.from_config({"model_type": "llama", **SMALL}, "x")
+    with pytest.raises(RecipeError, match=r"no linear module named 'qq_proj'.*down_proj, gate_proj, k_proj"):
+        architecture.lora_parameters(8, ["q_proj", "qq_proj"])
+    mixtral = Architecture.from_config({"model_type": "mixtral", **CASES["mixtral"]}, "m")
+    with pytest.raises(RecipeError, match="w1 and w3 are one fused weight"):
+        mixtral.lora_parameters(8, ["w1"])

@@ -1,0 +1,139 @@
+"""find_config and weights_size against a local server that answers as the Hub does."""
+
+from __future__ import annotations
+
+import http.server
+import json
+import socket
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+
+from finetui.planner import hub
+from finetui.planner.errors import HubError, ModelError
+
+CONFIG = {"model_type": "llama", "hidden_size": 64}
+
+
+class _Hub(http.server.BaseHTTPRequestHandler):
+    def log_message(self, *args: object) -> None:
+        pass
+
+    def _answer(self, status: int, body: bytes = b"", **headers: str) -> None:
+        self.send_response(status)
+        for name, value in headers.items():
+            self.send_header(name.replace("_", "-"), value)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(body)
+
+    def do_GET(self) -> None:
+        granted = self.headers.get("Authorization") == "Bearer good-token"
+        if self.path.startswith("/api/models/org/fine"):
+            files = [
+                {"rfilename": "model-1.safetensors", "size": 1000},
+                {"rfilename": "model-2.safetensors", "size": 24},
+            ]
+            self._answer(
+                200, json.dumps({"id": "org/fine", "siblings": [*files, {"rfilename": "a.bin", "size": 7}]}).encode()
+            )
+        elif "/org/gated/" in self.path and not granted:
+            self._answer(403, b"{}", X_Error_Code="GatedRepo", X_Error_Message="gated")
+        elif "/org/fine/" in self.path or "/org/gated/" in self.path:
+            self._answer(200, json.dumps(CONFIG).encode(), ETag='"abc"', X_Repo_Commit="0" * 40)
+        elif "/org/gguf/" in self.path:
+            self._answer(404, b"{}", X_Error_Code="EntryNotFound", X_Error_Message="no such file")
+        elif "/org/broken/" in self.path:
+            self._answer(418, b"{}")
+        else:
+            self._answer(404, b"{}", X_Error_Code="RepoNotFound", X_Error_Message="no such model")
+
+    do_HEAD = do_GET
+
+
+@pytest.fixture
+def ask(tmp_path: Path):
+    """Runs ``hub.<call>`` in a fresh process, since huggingface_hub reads its environment once; returns its output."""
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), _Hub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    package_parent = Path(hub.__file__).parents[2]
+
+    def run(call: str, **environment: str) -> str:
+        code = (
+            "from finetui.planner import hub\nfrom finetui.planner.errors import UserError\n"
+            f"try: print(hub.{call})\nexcept UserError as error: print(type(error).__name__, error)"
+        )
+        env = {
+            "HF_HOME": str(tmp_path),
+            "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}",
+            "PYTHONPATH": str(package_parent),
+            "PATH": "/usr/bin:/bin",
+            **environment,
+        }
+        done = subprocess.run([sys.executable, "-P", "-c", code], env=env, capture_output=True, text=True, timeout=60)
+        assert not done.returncode, done.stderr
+        return done.stdout.strip()
+
+    yield run
+    server.shutdown()
+
+
+def test_a_hub_model_is_fetched_and_then_cached(ask):
+    assert ask("find_config('org/fine')") == str(("org/fine", CONFIG, "hub"))
+    assert ask("find_config('org/fine')", HF_ENDPOINT="http://127.0.0.1:9") == str(("org/fine", CONFIG, "hub"))
+    assert ask("find_config('org/fine')", HF_HUB_OFFLINE="1") == str(("org/fine", CONFIG, "hub"))
+
+
+def test_only_safetensors_count_as_weights(ask):
+    assert ask("weights_size('org/fine')") == "1024"
+
+
+@pytest.mark.parametrize(
+    ("model", "environment", "words"),
+    [
+        ("org/gated", {}, ("is gated", "HF_TOKEN")),
+        ("org/missing", {}, ("has no model org/missing",)),
+        ("org/gguf", {}, ("has no config.json", "GGUF")),
+        ("org/broken", {}, ("error 418",)),
+        ("org/fine", {"HF_ENDPOINT": "http://127.0.0.1:9"}, ("can't be reached", "HF_ENDPOINT")),
+        ("org/fine", {"HF_HUB_OFFLINE": "1"}, ("HF_HUB_OFFLINE is set",)),
+        ("Qwen/Qwen3-8b-x", {}, ("Did you mean Qwen/Qwen3-8B",)),
+    ],
+)
+def test_each_refusal_says_what_to_do(ask, model, environment, words):
+    answer = ask(f"find_config('{model}')", **environment)
+    assert answer.startswith("HubError")
+    for word in words:
+        assert word in answer
+
+
+def test_a_token_opens_a_gated_model(ask):
+    assert ask("find_config('org/gated')", HF_TOKEN="good-token").startswith("('org/gated'")
+
+
+def test_folder_file_and_preset_need_no_network(tmp_path, monkeypatch):
+    monkeypatch.setattr(socket, "create_connection", lambda *a, **k: pytest.fail("asked the network"))
+    folder = tmp_path / "my-model"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(CONFIG))
+    (folder / "model.safetensors").write_bytes(bytes(10))
+    assert hub.find_config(str(folder)) == ("my-model", CONFIG, "folder")
+    assert hub.find_config(str(folder / "config.json")) == ("my-model", CONFIG, "file")
+    assert hub.weights_size(str(folder)) == 10
+    assert hub.find_config("qwen/qwen3-8b")[::2] == ("Qwen/Qwen3-8B", "preset")
+    assert hub.find_config("google/gemma-3-4b-it")[::2] == ("google/gemma-3-4b-it", "preset")
+
+
+def test_a_broken_file_is_named(tmp_path):
+    (tmp_path / "config.json").write_text('{\n"a": 1,\n}')
+    with pytest.raises(ModelError, match=r"config\.json:3: this is not valid JSON"):
+        hub.find_config(str(tmp_path / "config.json"))
+    with pytest.raises(ModelError, match=r"has no config\.json"):
+        hub.find_config(str(tmp_path.parent))
+    with pytest.raises(ModelError, match="Did you mean openai-community/gpt2"):
+        hub.find_config("gpt2")
+    assert issubclass(HubError, Exception)
