@@ -19,10 +19,10 @@ from typing import Any, Literal, cast
 
 import psutil
 
+from ..planner.cgroup import memory_limit
 from ..planner.errors import UserError
 from ..planner.plan import Plan
 from ..planner.recipe import Recipe
-from .cgroup import memory_limit
 from .run import default_root
 
 GIB = 2**30
@@ -226,7 +226,7 @@ def _writable(folder: Path) -> list[Check]:
 def _data(recipe: Recipe) -> list[Check]:
     if not recipe.data:
         return [Check("data", "fail", "the recipe names no dataset", "Add a line 'data: rows.jsonl'.")]
-    from .data.preview import survey
+    from .data.preview import read_through, survey
 
     found = survey(recipe)
     formats = ", ".join(dict.fromkeys(source.format or "format not known yet" for source in found.sources))
@@ -234,7 +234,9 @@ def _data(recipe: Recipe) -> list[Check]:
         return [Check("data", "ok", f"{formats}; counted when it is downloaded")]
     if found.train_rows == 0:
         return [Check("data", "fail", "there is no row to train on", "Add rows, or a source with split: train.")]
-    return [Check("data", "ok", f"{found.train_rows:,} rows to train on, about {found.tokens:,} tokens; {formats}")]
+    read, whole = read_through(recipe)
+    told = f"{found.train_rows:,} rows to train on, about {found.tokens:,} tokens; {formats}"
+    return [Check("data", "ok", told if whole else f"{told}; the first {read:,} rows were read and are sound")]
 
 
 def _model(model: str) -> list[Check]:

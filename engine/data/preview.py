@@ -6,8 +6,10 @@ downloaded. Its token counts are estimates and say so.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -91,6 +93,32 @@ def survey(recipe: Recipe) -> Survey:
     )
 
 
+def read_through(recipe: Recipe, seconds: float = 20.0) -> tuple[int, bool]:
+    """Read every row of the local sources as training will, so that a broken one is found before a run begins.
+
+    Args:
+        seconds: stop after so long; the rest is read when it is tokenised.
+
+    Returns:
+        The number of rows read, and whether those were all.
+
+    Raises:
+        DataError: a row is broken, with its file, line and field.
+    """
+    until = time.monotonic() + seconds
+    read = 0
+    for source in recipe.data:
+        if not is_local(source.path):
+            continue
+        detected, rows = open_source(source)
+        for row in rows:
+            to_example(row, detected)
+            read += 1
+            if read % 1024 == 0 and time.monotonic() > until:
+                return read, False
+    return read, True
+
+
 def _total(values: Iterator[int | None]) -> int | None:
     listed = list(values)
     return None if any(value is None for value in listed) else sum(value or 0 for value in listed)
@@ -101,6 +129,13 @@ def _survey(source: DataSource) -> SourceSurvey:
         why = "a hub dataset, not looked at before it is downloaded"
         wanted = None if source.format == "auto" else source.format
         return SourceSurvey(source.path, source.split, wanted, 0.0, why, None, False, None, None, None)
+    stamps = tuple((str(path), path.stat().st_mtime_ns, path.stat().st_size) for path in source_files(source))
+    return _survey_files(source, stamps)
+
+
+@lru_cache(maxsize=64)
+def _survey_files(source: DataSource, stamps: tuple[tuple[str, int, int], ...]) -> SourceSurvey:
+    """A local source; ``stamps`` makes a changed file a new question, and an unchanged one is read once per process."""
     first = list(read_rows(source, limit=DETECT_ROWS))
     detected = detect(first, source.format)
     examples = [to_example(row, detected) for row in first]

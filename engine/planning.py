@@ -1,0 +1,47 @@
+"""From a recipe to its plan: reads the model's config, looks at the data and the machine, and asks the planner.
+
+Nothing is downloaded but a ``config.json``, and not even that for a folder or a model known in ``presets/``.
+"""
+
+from __future__ import annotations
+
+from ..planner.architecture import Architecture
+from ..planner.hardware import Node, node_for
+from ..planner.hub import find_config
+from ..planner.plan import Plan, Workload
+from ..planner.recipe import Recipe
+from ..planner.solver import make_plan
+from .data.preview import survey
+
+
+def plan_for(recipe: Recipe, *, framework: str = "finetui", node: Node | None = None) -> Plan:
+    """Resolve a recipe for the hardware that it names, or for this machine.
+
+    Args:
+        recipe: what the user asks for.
+        framework: whose run is predicted.
+        node: the hardware, when the caller has it already.
+
+    Raises:
+        UserError: the model, the data or the hardware of the recipe is not to be had.
+    """
+    name, config, _origin = find_config(recipe.model)
+    architecture = Architecture.from_config(config, name)
+    workload = workload_of(recipe)
+    return make_plan(recipe, architecture, node or node_for(recipe.hardware), workload, framework=framework)
+
+
+def workload_of(recipe: Recipe) -> Workload | None:
+    """How much there is to train on, as far as files tell; None without data, or with data only on the Hub."""
+    if not recipe.data:
+        return None
+    found = survey(recipe)
+    if found.train_rows is None or found.tokens is None:
+        return None
+    return Workload(
+        examples=found.train_rows,
+        tokens=found.tokens,
+        longest=found.max_tokens or 0,
+        eval_examples=found.eval_rows or 0,
+        basis="estimated",
+    )

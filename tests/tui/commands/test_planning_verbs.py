@@ -1,0 +1,85 @@
+"""plan, fit, gpus and data: tables for people, JSON for programs."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from finetui.tui.cli import main
+from finetui.tui.commands.options import parse_gpus, recipe_from
+
+
+def answer(capsys: pytest.CaptureFixture[str], *words: str) -> str:
+    with pytest.raises(SystemExit) as caught:
+        main(list(words))
+    out, err = capsys.readouterr()
+    assert caught.value.code in (0, None), err
+    return out
+
+
+def test_plan_json_keeps_its_contract(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["plan", "Qwen/Qwen3-8B", "--tuning", "qlora", "--gpu", "RTX4090", "--seq-len", "1024", "--json"]
+    plan: dict[str, Any] = json.loads(answer(capsys, *words))
+    assert plan["model"]["parameters"] == 8_190_735_360
+    assert plan["model"]["trainable"] == 43_646_976
+    assert plan["hardware"]["count"] == 1
+    assert set(plan["memory"]["terms"]) == {
+        "weights", "adapter", "gradients", "optimizer", "activations", "logits", "buffers", "context"
+    }  # fmt: skip
+    assert sum(plan["memory"]["terms"].values()) == pytest.approx(plan["memory"]["device_gib"], rel=1e-3)
+    assert plan["memory"]["low_gib"] < plan["memory"]["device_gib"] < plan["memory"]["high_gib"]
+    assert plan["resolved"]["sequence_length"] == 1024
+    assert plan["cost"]["usd"] > 0
+    assert all(reason["why"] for reason in plan["reasons"])
+    assert "auto" not in [value for key, value in plan["resolved"].items() if key != "kernels"]
+
+
+def test_plan_speaks_plainly(capsys: pytest.CaptureFixture[str]) -> None:
+    text = answer(capsys, "plan", "Qwen/Qwen3-8B", "--tuning", "full", "--gpu", "RTX4090")
+    assert text.startswith("✘ does not fit on RTX-4090")
+    assert "! " in text  # the nearest changes that would fit
+
+
+def test_fit_lists_what_fits(capsys: pytest.CaptureFixture[str]) -> None:
+    rows = json.loads(answer(capsys, "fit", "Qwen/Qwen3-8B", "--gpu", "RTX4090,H100", "--json"))["rows"]
+    fits = {(row["gpu"], row["tuning"], row["sequence_length"]): row["fits"] for row in rows}
+    assert fits["RTX-4090", "qlora", 2048]
+    assert not fits["RTX-4090", "full", 2048]
+    assert fits["H100", "full", 2048]
+    assert "✔" in answer(capsys, "fit", "Qwen/Qwen3-8B", "--gpu", "RTX4090")
+
+
+def test_offers_are_ranked_by_what_the_run_costs(capsys: pytest.CaptureFixture[str]) -> None:
+    offers = json.loads(answer(capsys, "gpus", "Qwen/Qwen3-8B", "--tuning", "lora", "--json"))["offers"]
+    costs = [offer["usd"] for offer in offers]
+    assert len(costs) == 20
+    assert costs == sorted(costs)
+    assert all(offer["source"] and offer["as_of"] for offer in offers)
+
+
+def test_data_shows_which_tokens_are_trained_on(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(json.dumps({"instruction": "Say hi.", "input": "", "output": "hi there"}) + "\n")
+    tiny = Path(__file__).parents[3] / "presets" / "tiny"
+    text = answer(capsys, "data", str(tiny), "--data", str(rows))
+    assert "alpaca" in text
+    trained = text[text.index("[[") + 2 : text.index("]]")]
+    assert trained.startswith("hi there")
+    assert "Say hi." not in trained
+
+
+@pytest.mark.parametrize(("text", "expected"), [("2", 2), ("0,1", [0, 1]), ("0,", [0]), ("0", [0]), ("auto", "auto")])
+def test_gpus_are_a_count_or_indices(text: str, expected: object) -> None:
+    assert parse_gpus(text) == expected
+
+
+def test_flags_go_over_the_recipe_and_set_goes_over_flags(tmp_path: Path) -> None:
+    path = tmp_path / "r.yaml"
+    path.write_text("model: m\ntuning: {type: qlora, rank: 8}\nepochs: 3\n")
+    recipe = recipe_from(str(path), rank=32, seq_len=512, overrides=["tuning.rank=64"])
+    assert (recipe.tuning.type, recipe.tuning.rank, recipe.epochs, recipe.sequence_length) == ("qlora", 64, 3, 512)
+    assert recipe_from(str(path), tuning="full").tuning.type == "full"

@@ -1,0 +1,174 @@
+"""Monitor: a run from its start, whatever became of it, while it goes on being written."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import pytest
+
+from finetui.engine.events import EventLog, Step, Warn
+from finetui.engine.run import Run
+from finetui.tui.app import FinetuiApp
+from finetui.tui.screens.base import StatusLine
+from finetui.tui.screens.monitor import MonitorScreen
+from finetui.tui.widgets.bars import KeyBar
+from finetui.tui.widgets.gpu_panel import GpuPanel
+from finetui.tui.widgets.line_chart import LineChart
+from finetui.tui.widgets.log_pane import LogPane
+from finetui.tui.widgets.run_header import RunHeader
+
+AppOf = Callable[..., FinetuiApp]
+Settle = Callable[[Any], Awaitable[None]]
+
+
+def shown(app: FinetuiApp) -> str:
+    widgets = [app.screen.query_one(kind) for kind in (RunHeader, GpuPanel, LogPane)]
+    charts = list(app.screen.query(LineChart))
+    return "\n".join(widget.text for widget in [*widgets, *charts])
+
+
+async def test_a_run_from_its_start(app_of: AppOf, settle: Settle, fleet: list[Run]) -> None:
+    app = app_of("monitor", fleet[0])
+    async with app.run_test(size=(80, 24)) as pilot:
+        await settle(pilot)
+        text = shown(app)
+        words = "● running|step 240/412|ETA 9 min|$0.5|loss 1.2238|held-out 1.3492|61.2/79.6 GiB|97 %|642 W|67 °C"
+        for word in f"{words}|checkpoint at step 200|tokens/s 5,184|RAM 42/252 GiB".split("|"):
+            assert word in text, word
+        assert "Stop" in app.screen.query_one(KeyBar).text
+        assert "Resume" not in app.screen.query_one(KeyBar).text
+
+
+async def test_what_is_written_meanwhile_appears(app_of: AppOf, settle: Settle, fleet: list[Run]) -> None:
+    app = app_of("monitor", fleet[0])
+    async with app.run_test(size=(80, 24)) as pilot:
+        await settle(pilot)
+        with EventLog(fleet[0].events_path) as log:
+            log.append(Step(241, 0.6, 0.9876, 1e-4, 0.4, 1, 5000.0, 3.2, 412))
+            log.append(Warn("GPU 0 is hot"))
+        await pilot.pause(1.6)
+        assert "loss 0.9876" in shown(app)
+        assert "GPU 0 is hot" in shown(app)
+
+
+async def test_why_it_failed_and_what_to_try(app_of: AppOf, settle: Settle, fleet: list[Run]) -> None:
+    app = app_of("monitor", fleet[2])
+    async with app.run_test(size=(80, 24)) as pilot:
+        await settle(pilot)
+        text = shown(app)
+        assert "✘ failed: oom" in text
+        assert "CUDA out of memory at step 3" in text
+        assert "Try: Use hardware.checkpointing: full" in text
+        assert "Resume" in app.screen.query_one(KeyBar).text
+
+
+async def test_losses_that_are_not_finite(app_of: AppOf, settle: Settle, fleet: list[Run]) -> None:
+    app = app_of("monitor", fleet[3])
+    async with app.run_test(size=(80, 24)) as pilot:
+        await settle(pilot)
+        assert "loss nan" in shown(app)
+        assert "failed: nan" in shown(app)
+        await pilot.press("y")
+        assert app.screen.query_one("#loss", LineChart).log_scale
+
+
+@pytest.mark.parametrize("count", [0, 1, 8])
+async def test_any_number_of_gpus(
+    app_of: AppOf, settle: Settle, make_run: Callable[..., Run], training: Any, now: float, count: int
+) -> None:
+    run = make_run("many", training(begin=now - 784, gpus=count))
+    app = app_of("monitor", run)
+    async with app.run_test(size=(80, 24)) as pilot:
+        await settle(pilot)
+        text = app.screen.query_one(GpuPanel).text
+        assert text.count("67 °C") == count
+        assert "no GPU in use" in text or count
+        assert app.screen.query_one(LogPane).region.bottom <= 23
+
+
+async def test_runs_can_be_switched(app_of: AppOf, settle: Settle, fleet: list[Run]) -> None:
+    app = app_of("monitor")
+    async with app.run_test(size=(80, 24)) as pilot:
+        await settle(pilot)
+        assert fleet[0].name in shown(app)
+        await pilot.press("n")
+        await settle(pilot)
+        assert fleet[1].name in shown(app)
+        assert "step 412/412" in shown(app)
+        await pilot.press("p")
+        await settle(pilot)
+        assert "step 240/412" in shown(app)
+
+
+async def test_every_view_of_the_pane_below(app_of: AppOf, settle: Settle, fleet: list[Run]) -> None:
+    app = app_of("monitor", fleet[0])
+    async with app.run_test(size=(80, 24)) as pilot:
+        await settle(pilot)
+        await pilot.press("v")
+        assert "How do I see what uses my GPU?" in shown(app)
+        await pilot.press("v")
+        assert "predicted" in shown(app)
+        await pilot.press("v")
+        assert "checkpoint at step 200" in shown(app)
+
+
+async def test_stop_and_kill_are_asked_about(app_of: AppOf, settle: Settle, fleet: list[Run], calls: list[Any]) -> None:
+    app = app_of("monitor", fleet[0])
+    async with app.run_test(size=(80, 24)) as pilot:
+        await settle(pilot)
+        await pilot.press("x", "enter", "K", "n")
+        await settle(pilot)
+        assert calls == []
+        await pilot.press("x", "y")
+        await settle(pilot)
+        await pilot.press("K", "y")
+        await settle(pilot)
+        await pilot.press("w")
+        await settle(pilot)
+        assert [call[0] for call in calls] == ["stop", "kill", "checkpoint"]
+
+
+async def test_leaving_the_screen_and_coming_back_loses_nothing(
+    app_of: AppOf, settle: Settle, fleet: list[Run]
+) -> None:
+    app = app_of("monitor", fleet[0])
+    async with app.run_test(size=(80, 24)) as pilot:
+        await settle(pilot)
+        for _ in range(3):
+            await pilot.press("4")
+            await settle(pilot)
+            await pilot.press("3")
+            await settle(pilot)
+        assert isinstance(app.screen, MonitorScreen)
+        history = app.screen._history
+        assert sum(bucket.count for bucket in history.loss.buckets) == 240
+
+
+async def test_a_run_that_is_deleted_while_it_is_watched(app_of: AppOf, settle: Settle, fleet: list[Run]) -> None:
+    app = app_of("monitor", fleet[0])
+    async with app.run_test(size=(80, 24)) as pilot:
+        await settle(pilot)
+        shutil.rmtree(fleet[0].path)
+        await pilot.pause(1.6)
+        assert "? lost" in shown(app)
+        assert "step 240/412" in shown(app)
+
+
+async def test_no_runs_at_all(app_of: AppOf, settle: Settle) -> None:
+    app = app_of("monitor")
+    async with app.run_test(size=(80, 24)) as pilot:
+        await settle(pilot)
+        assert "no runs yet" in app.screen.query_one(RunHeader).text
+        await pilot.press("x", "w", "K", "r", "n", "y", "v")
+        assert app.is_running
+
+
+async def test_below_sixty_by_eighteen_there_is_one_line(app_of: AppOf, settle: Settle, fleet: list[Run]) -> None:
+    for size in ((59, 24), (80, 17), (12, 3), (1, 1)):
+        app = app_of("monitor", fleet[0])
+        async with app.run_test(size=size) as pilot:
+            await settle(pilot)
+            assert not app.screen.query_one("#body").display
+            assert "running"[: max(size[0] - 5, 0)] in app.screen.query_one(StatusLine).text

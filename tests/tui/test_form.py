@@ -1,0 +1,93 @@
+"""The form: every field round-trips, and what makes no sense beside it is left out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from finetui.planner.errors import RecipeError
+from finetui.planner.recipe import RUNNABLE_METHODS
+from finetui.tui.form import CPU, FIELDS, THIS_MACHINE, Tree, field_of, get, put, recipe_of, step
+
+SPECS = {spec.key: spec for spec in FIELDS}
+
+
+@pytest.mark.parametrize(
+    ("key", "text"),
+    [
+        ("model", "meta-llama/Llama-3.1-8B"), ("method", "pretrain"), ("tuning.type", "qlora"), ("tuning.rank", "64"),
+        ("tuning.alpha", "32"), ("data", "/data/# odd: name.jsonl"), ("sequence_length", "4096"), ("batch_size", "32"),
+        ("epochs", "2.5"), ("optimizer.learning_rate", "2e-05"), ("optimizer.name", "adamw-8bit"),
+        ("hardware.checkpointing", "full"), ("hardware.gpu", "H100"), ("hardware.gpus", "4"),
+    ],
+)  # fmt: skip
+def test_what_is_typed_is_what_the_recipe_says(key: str, text: str) -> None:
+    tree = put({"model": "a/b"}, key, text)
+    assert get(tree, key) == text
+    assert get(recipe_of(tree).to_dict(), key) == text
+
+
+@pytest.mark.parametrize("key", [spec.key for spec in FIELDS if spec.auto])
+def test_auto_takes_a_value_back(key: str) -> None:
+    value = next(value for value in SPECS[key].steps if value != "auto")
+    tree = put({"model": "a/b"}, key, value)
+    assert put(tree, key, "auto") == {"model": "a/b"}
+
+
+def test_the_methods_are_those_that_can_be_run() -> None:
+    assert set(SPECS["method"].steps) == RUNNABLE_METHODS
+
+
+def test_full_tuning_has_no_rank() -> None:
+    tree = put(put({"model": "a/b"}, "tuning.rank", "64"), "tuning.type", "full")
+    assert recipe_of(tree).tuning.type == "full"
+    assert "rank" not in tree["tuning"]
+
+
+def test_a_path_that_is_there_becomes_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "rows.jsonl").touch()
+    monkeypatch.chdir(tmp_path)
+    assert get(put({"model": "a/b"}, "data", "rows.jsonl"), "data") == str(tmp_path / "rows.jsonl")
+    assert get(put({"model": "a/b"}, "data", "org/rows"), "data") == "org/rows"
+    assert "data" not in put({"model": "a/b"}, "data", "")
+
+
+def test_held_out_data_stays_when_the_data_changes() -> None:
+    tree: Tree = {"model": "a/b", "data": [{"path": "x.jsonl"}, {"path": "e.jsonl", "split": "eval"}]}
+    changed = put(tree, "data", "y.jsonl")
+    assert [source["path"] for source in changed["data"]] == ["y.jsonl", "e.jsonl"]
+    assert tree["data"][0]["path"] == "x.jsonl"
+
+
+def test_hardware_is_one_of_three() -> None:
+    tree = put({"model": "a/b", "hardware": {"gpus": [0, 1]}}, "hardware.gpu", CPU)
+    assert recipe_of(tree).hardware.device == "cpu"
+    back = put(tree, "hardware.gpu", THIS_MACHINE)
+    assert back == {"model": "a/b"}
+
+
+def test_a_batch_size_takes_the_place_of_batch_tokens() -> None:
+    assert recipe_of(put({"model": "a/b", "batch_tokens": 8192}, "batch_size", "8")).batch_size == 8
+
+
+def test_stepping() -> None:
+    length = SPECS["sequence_length"]
+    assert step(length, "2048", 1) == "4096"
+    assert step(length, "3000", 1) == "4096"
+    assert step(length, "3000", -1) == "2048"
+    assert step(length, "auto", -1) == "auto"
+    assert step(length, "32768", 1) == "32768"
+    assert step(SPECS["hardware.gpu"], "gone", 1, ["a", "b"]) == "a"
+    assert step(SPECS["model"], "x", 1) == "x"
+
+
+@pytest.mark.parametrize(
+    ("key", "text"),
+    [("tuning.rank", "0"), ("tuning.rank", "many"), ("epochs", "-1"), ("optimizer.learning_rate", "fast"),
+     ("sequence_length", "3"), ("batch_size", "[1"), ("hardware.gpus", "0")],
+)  # fmt: skip
+def test_an_error_points_at_its_field(key: str, text: str) -> None:
+    with pytest.raises(RecipeError) as caught:
+        recipe_of(put({"model": "a/b"}, key, text))
+    assert field_of(caught.value.where) == key or key in str(caught.value)

@@ -1,0 +1,75 @@
+"""What a run has said, folded: pace, resumes, losses that are not finite, events of a later release."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from finetui.engine.events import Event
+from finetui.tui.history import SETTLING_STEPS, History
+
+
+def step(number: int, time: float, **changes: Any) -> Event:
+    data = {"step": number, "steps": 100, "loss": 1.0, "grad_norm": 0.5, "learning_rate": 1e-4, "tokens": number * 10,
+            "tokens_per_s": 10.0, "epoch": 0.1, "step_s": 1.0}  # fmt: skip
+    return Event(number, time, "step", {**data, **changes})
+
+
+def test_time_left_leaves_out_the_first_steps() -> None:
+    history = History()
+    for number in range(1, SETTLING_STEPS + 1):
+        history.apply(step(number, 100.0 * number))
+    assert math.isnan(history.eta_s())
+    for number in range(SETTLING_STEPS + 1, 11):
+        history.apply(step(number, 1000.0 + 2.0 * number))
+    assert history.eta_s() == pytest.approx(180.0)
+
+
+def test_time_left_is_this_sessions() -> None:
+    history = History()
+    history.apply(Event(1, 0.0, "state", {"state": "running", "attempt": 1}))
+    for number in range(1, 21):
+        history.apply(step(number, 100.0 * number))
+    history.apply(Event(30, 5000.0, "state", {"state": "preparing", "attempt": 2}))
+    assert math.isnan(history.eta_s())
+    for number in range(11, 21):
+        history.apply(step(number, 6000.0 + number))
+    assert history.eta_s() == pytest.approx(80.0)
+    assert history.loss.last_x == 20
+
+
+def test_a_loss_that_is_not_finite_is_counted_and_keeps_the_mean() -> None:
+    history = History()
+    for number in range(1, 5):
+        history.apply(step(number, number, loss=math.nan if number > 2 else 2.0))
+    assert history.not_finite == 2
+    assert history.average.latest == 2.0
+    assert math.isnan(history.loss.latest)
+    assert "nan" in history.log[-1].text
+
+
+def test_events_of_another_release_do_no_harm() -> None:
+    history = History()
+    history.apply(Event(1, 1.0, "telepathy", {"x": 1}))
+    history.apply(Event(2, 2.0, "step", {}))
+    history.apply(Event(3, 3.0, "gpu", {}))
+    history.apply(Event(4, 4.0, "memory", {"rank": 0}))
+    assert history.last_time == 4.0
+
+
+def test_the_whole_story(training: Callable[..., list], now: float) -> None:
+    import dataclasses
+
+    history = History()
+    for seq, (when, payload) in enumerate(training(begin=now, gpus=2), 1):
+        history.apply(Event(seq, when, payload.type, dataclasses.asdict(payload)))
+    assert (history.step, history.steps, history.state) == (240, 412, "running")
+    assert history.best_evaluation() == history.evaluation.latest
+    assert history.checkpoint_step == 200
+    assert sorted(history.gpus) == [0, 1]
+    assert history.eta_s() == pytest.approx(172 * 3.2, rel=0.02)
+    assert [answer.step for answer in history.answers.values()] == [0]
+    assert {"checkpoint", "eval", "fallback", "state"} <= {entry.kind for entry in history.log}

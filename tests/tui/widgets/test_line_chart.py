@@ -1,0 +1,89 @@
+"""Curves: round axes, gaps for what is not finite, nothing drawn outside, no size that breaks it."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from finetui.tui.series import Series
+from finetui.tui.widgets.line_chart import Curve, LineChart, Scale, axis_end, plot, scale_for, tick, ticks
+from finetui.tui.widgets.lines import length
+
+
+def series(values: list[float]) -> Series:
+    made = Series()
+    for step, value in enumerate(values, 1):
+        made.append(step, value)
+    return made
+
+
+def picture(values: list[float], width: int = 20, height: int = 5, end: float = 20.0) -> list[str]:
+    curves = [Curve(series(values))]
+    scale = scale_for(curves)
+    assert scale is not None
+    return ["".join(text for text, _ in line) for line in plot(curves, width, height, scale, end)]
+
+
+def test_a_falling_line_starts_at_the_top_and_ends_at_the_bottom() -> None:
+    lines = picture([float(20 - n) for n in range(20)])
+    first, last = (next(y for y, line in enumerate(lines) if line[x] != " ") for x in (1, 19))
+    assert (first, last) == (0, 4)
+
+
+def test_a_value_that_is_not_finite_is_a_gap_with_a_mark_on_the_baseline() -> None:
+    lines = picture([1.0, 1.0, 2.0, math.nan, math.inf, 1.0, 1.0])
+    marks = [x for x, character in enumerate(lines[-1]) if character in "⢀⡀⣀"]
+    assert marks
+
+
+def test_a_spike_between_two_columns_is_seen() -> None:
+    values = [1.0] * 2000
+    values[777] = 50.0
+    assert picture(values, end=2000.0)[0].strip()
+
+
+@given(
+    values=st.lists(st.floats(allow_nan=True, allow_infinity=True, width=32), max_size=60),
+    width=st.integers(1, 40),
+    height=st.integers(1, 12),
+    log=st.booleans(),
+)
+def test_any_values_at_any_size(values: list[float], width: int, height: int, log: bool) -> None:
+    curves = [Curve(series(values)), Curve(series(values[::2]), points=True)]
+    scale = scale_for(curves, log=log)
+    if scale is None:
+        assert not any(math.isfinite(value) for value in values)
+        return
+    lines = plot(curves, width, height, scale, axis_end(len(values), 0))
+    assert len(lines) == height
+    assert all(length(line) == width for line in lines)
+    assert all(0 <= row < height for row in ticks(scale, height))
+
+
+def test_the_axis_stands_still_while_the_run_grows() -> None:
+    ends = [axis_end(step, 1000) for step in range(1, 1001)]
+    assert len(set(ends)) < 8
+    assert ends[-1] == 1000
+    assert all(end >= step for step, end in enumerate(ends, 1))
+    assert axis_end(0, 0) > 0
+    assert axis_end(5000, 1000) >= 5000
+
+
+def test_round_labels() -> None:
+    scale = scale_for([Curve(series([1.03, 2.46]))])
+    assert scale == Scale(1.0, 2.6)
+    assert [tick(value) for value in ticks(scale, 13).values()] == ["1", "2.6", "1.5", "2"]
+    assert scale_for([Curve(series([0.0, 1.0]))], log=True) == Scale(0.0, 1.0)
+    assert scale_for([Curve(series([0.02, 3.0]))], log=True) == Scale(0.02, 3.0, log=True)
+    assert [tick(value) for value in (0.0, 1e-6, 0.5, 12_345.0, 2e9)] == ["0", "1e-6", "0.5", "12,345", "2e9"]
+
+
+@pytest.mark.parametrize("size", [(0, 0), (1, 1), (3, 2), (4, 3), (10, 1), (200, 60)])
+def test_a_chart_of_any_size(size: tuple[int, int]) -> None:
+    chart = LineChart("loss")
+    assert isinstance(chart.draw(*size), list)
+    chart._curves, chart._total = [Curve(series([3.0, math.nan, 1.0]))], 100.0
+    assert all(length(line) <= size[0] for line in chart.draw(*size))

@@ -1,0 +1,260 @@
+"""FinetuiApp: four screens over the same files that the command line reads and writes.
+
+What the first picture does not need is imported later, in a worker: pydantic alone, for recipes, takes 0.1 s.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from rich.style import Style
+from textual.app import App, SystemCommand
+from textual.filter import LineFilter
+from textual.screen import Screen
+from textual.theme import Theme
+
+from ..planner.errors import FinetuiError, UserError
+from ..planner.plan import Plan
+from . import terminal
+from .backend import Backend
+from .form import Tree
+from .keys import bindings, keys_of
+from .planning import DraftPlanner
+
+if TYPE_CHECKING:
+    from ..engine.run import Run
+    from ..planner.recipe import Recipe
+
+Mode = Literal["plan", "launch", "monitor", "runs"]
+
+#: What is planned when nothing is asked for: a well-known model, on a GPU that many have.
+FIRST_TREE: Tree = {"model": "Qwen/Qwen3-8B", "tuning": {"type": "qlora"}}
+FIRST_GPU = "RTX-4090"
+
+#: Quiet colours: one accent, and green, amber and red for what they always mean.
+THEME = Theme(
+    name="finetui",
+    primary="#7aa2c4",
+    secondary="#b294bb",
+    accent="#6fb3b8",
+    success="#8fb573",
+    warning="#d9a860",
+    error="#d16d6d",
+    foreground="#d3d7de",
+    background="#14171c",
+    surface="#14171c",
+    panel="#1d2229",
+    boost="#232932",
+    dark=True,
+    variables={"border-blurred": "#3c4653"},
+)
+
+
+def _plan_screen() -> Screen[Any]:
+    from .screens.plan import PlanScreen
+
+    return PlanScreen()
+
+
+def _launch_screen() -> Screen[Any]:
+    from .screens.launch import LaunchScreen
+
+    return LaunchScreen()
+
+
+def _monitor_screen() -> Screen[Any]:
+    from .screens.monitor import MonitorScreen
+
+    return MonitorScreen()
+
+
+def _runs_screen() -> Screen[Any]:
+    from .screens.runs import RunsScreen
+
+    return RunsScreen()
+
+
+class FinetuiApp(App[None]):
+    """The app.
+
+    Args:
+        mode: the screen to begin with.
+        run: the run that Monitor shows; the newest one if None.
+        recipe: what Plan begins with; ``recipe_path`` is the file that holds exactly that, if one does.
+        backend: what does the work; tests give their own.
+        ascii_only: draw in ASCII.
+        theme: a theme by its name.
+    """
+
+    CSS_PATH = "theme.tcss"
+    TITLE = "finetui"
+    BINDINGS = bindings("app")
+    MODES: ClassVar[dict[str, str | Callable[[], Screen[Any]]]] = {
+        "plan": _plan_screen,
+        "launch": _launch_screen,
+        "monitor": _monitor_screen,
+        "runs": _runs_screen,
+    }
+    PAUSE_GC_ON_SCROLL = True
+
+    def __init__(
+        self,
+        mode: Mode = "plan",
+        run: Run | None = None,
+        recipe: Recipe | None = None,
+        *,
+        recipe_path: Path | None = None,
+        backend: Backend | None = None,
+        ascii_only: bool = False,
+        theme: str = "finetui",
+        driver_class: Any = None,
+    ) -> None:
+        # The filter for NO_COLOR is chosen before the theme is: without this hint it would paint black on black.
+        super().__init__(driver_class=driver_class, ansi_color=True if theme.startswith("ansi-") else None)
+        self.backend = backend or Backend()
+        self.planner = DraftPlanner(self.backend)
+        self.watched = run
+        self.draft: Tree = recipe.to_dict() if recipe is not None else dict(FIRST_TREE)
+        self.recipe_path = recipe_path
+        self.recipe: Recipe | None = None
+        self.plan: Plan | None = None
+        self.edited = False
+        self.machine = ""
+        self._first_mode = mode
+        self._untouched = recipe is None
+        self._asked_to_leave = False
+        self._ascii = ascii_only
+        self.animation_level = "none"
+        self.register_theme(THEME)
+        self.theme = theme if theme in self.available_themes else "finetui"
+
+    def on_mount(self) -> None:
+        """Open the first screen and look at this machine."""
+        self.switch_mode(self._first_mode)
+        self.call_after_refresh(  # the first picture comes first
+            self.run_worker, self._look_around, thread=True, group="machine", exit_on_error=False
+        )
+
+    def get_line_filters(self) -> Sequence[LineFilter]:
+        """Textual's filters, and ASCII last where the terminal has nothing else."""
+        if not self._ascii:
+            return super().get_line_filters()
+        from .charset import AsciiFilter
+
+        return [*super().get_line_filters(), AsciiFilter()]
+
+    def role_style(self, role: str) -> Style:
+        """The colour of a role for widgets that are not :class:`Lines`."""
+        names = {"good": "success", "warn": "warning", "bad": "error", "accent": "accent"}
+        color = getattr(self.current_theme, names.get(role, ""), None) if role in names else None
+        return Style.parse(color.removeprefix("ansi_")) if color else Style()
+
+    def _look_around(self) -> None:
+        try:
+            machine = self.backend.machine()
+        except FinetuiError as error:
+            machine = error.what
+        self.call_later(self._take_machine, machine)
+
+    def _take_machine(self, machine: str) -> None:
+        self.machine = machine
+        if machine == "CPU only" and self._untouched and not self.edited:
+            self.draft = {**self.draft, "hardware": {"gpu": FIRST_GPU}}
+            self.plan = self.recipe = None
+        screen = self.screen_stack[0] if self.screen_stack else None
+        if screen is not None and hasattr(screen, "refresh_bars"):
+            screen.refresh_bars()
+            if self.plan is None and hasattr(screen, "plan_again"):
+                screen.plan_again(at_once=True)
+
+    def open_recipe(self, path: Path) -> None:
+        """Make a recipe file the one that is planned.
+
+        Raises:
+            RecipeError: the file can't be read or is not a recipe.
+        """
+        from ..planner.recipe import Recipe
+
+        recipe = Recipe.load(path)
+        self.draft, self.recipe_path, self.edited = recipe.to_dict(), path.resolve(), False
+        self.recipe = self.plan = None
+
+    # --- keys
+
+    def action_mode(self, mode: Mode) -> None:
+        """Go to a screen; dialogs stay in front of theirs."""
+        if len(self.screen_stack) == 1 and self.current_mode != mode:
+            self.switch_mode(mode)
+
+    def action_keys(self) -> None:
+        """List all keys."""
+        from .screens.help import Help
+
+        if len(self.screen_stack) == 1:
+            self.push_screen(Help(str(self.current_mode)))
+
+    def action_leave(self) -> None:
+        """Leave; a recipe that was edited and not saved is worth a second press."""
+        if self.edited and self.current_mode == "plan" and not self._asked_to_leave:
+            self._asked_to_leave = True
+            self.notify("This plan is not saved. s saves it, q again leaves.", severity="warning")
+            self.set_timer(6, self._forget_question)
+            return
+        self.exit()
+
+    def _forget_question(self) -> None:
+        self._asked_to_leave = False
+
+    def get_system_commands(self, screen: Screen[Any]) -> Iterable[SystemCommand]:
+        """Every key of the table by what it does, for the command palette."""
+        scope = str(self.current_mode)
+        for key in [*keys_of(scope), *keys_of("app")]:
+            name, _, argument = key.action.partition("(")
+            target = self if name.startswith("app.") else screen
+            act = getattr(target, f"action_{name.removeprefix('app.')}", None)
+            if act is None or name in ("app.command_palette",):
+                continue
+            value = argument.rstrip(")")
+            arguments = [value.strip("'")] if value.startswith("'") else [int(value)] if value else []
+            title = f"{scope if target is screen else 'finetui'}: {key.label or key.help}"
+            yield SystemCommand(
+                title, f"{key.help} ({key.shown})", lambda act=act, arguments=arguments: act(*arguments)
+            )
+
+
+def run_app(
+    *, mode: Mode | None = None, run: Run | None = None, recipe: Recipe | None = None, recipe_path: Path | None = None
+) -> None:
+    """Open the app on this terminal; returns when the user leaves.
+
+    Args:
+        mode: the screen to begin with; None is Monitor for a run or when one is live, else Plan.
+        run: the run to watch.
+        recipe: what to plan, and ``recipe_path`` its file.
+
+    Raises:
+        UserError: this terminal can't show it; the message names what to use instead.
+    """
+    # Textual draws on standard error and reads standard input.
+    tty = all(stream is not None and stream.isatty() for stream in (sys.__stdin__, sys.__stdout__, sys.__stderr__))
+    if why := terminal.refusal(os.environ, tty=tty):
+        raise UserError(why, do="Use a verb instead, such as: finetui plan, finetui runs or finetui attach RUN")
+    os.environ.setdefault("TEXTUAL_SMOOTH_SCROLL", "0")
+    app = FinetuiApp(
+        mode or ("monitor" if run is not None else "plan"),
+        run,
+        recipe,
+        recipe_path=recipe_path,
+        ascii_only=terminal.wants_ascii(os.environ),
+        theme=terminal.theme_for(os.environ),
+        driver_class=terminal.forgiving_driver(),
+    )
+    terminal.watch_for_hangup()
+    app.run(mouse=os.environ.get("FINETUI_MOUSE", "1") != "0")
+    watched = app.watched
+    if watched is not None and watched.path.is_dir() and watched.live:
+        print(f"{watched.name} goes on. Watch it again with: finetui attach {watched.name}", file=sys.stderr)

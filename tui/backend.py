@@ -1,0 +1,167 @@
+"""Backend: all that the app asks of the rest of finetui, as one set of functions that a test can replace.
+
+Each function imports what it needs when it is called, from a worker thread: the first picture needs none of it.
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..planner.errors import RunError
+
+if TYPE_CHECKING:
+    from ..engine.preflight import Check
+    from ..engine.run import Run
+    from ..planner.plan import Plan
+    from ..planner.recipe import Recipe
+
+#: Models remembered per user.
+_RECENT = 12
+
+
+def _plan(recipe: Recipe) -> Plan:
+    from ..engine.planning import plan_for
+
+    return plan_for(recipe)
+
+
+def _check(recipe: Recipe, plan: Plan, root: Path) -> Iterable[Check]:
+    from ..engine.preflight import checks
+
+    return checks(recipe, plan, root)
+
+
+def _start(recipe: Recipe, plan: Plan, root: Path, name: str | None) -> Run:
+    from ..engine.launcher import start
+    from ..engine.run import Run
+
+    run = Run.create(recipe, plan, root=root, name=name)
+    start(run)
+    _remember_model(recipe.model)
+    return run
+
+
+def _stop(run: Run) -> None:
+    from ..engine.launcher import stop
+
+    stop(run)
+
+
+def _checkpoint(run: Run) -> None:
+    from ..engine.launcher import checkpoint_now
+
+    checkpoint_now(run)
+
+
+def _kill(run: Run) -> None:
+    from ..engine.launcher import kill
+
+    kill(run)
+
+
+def _resume(run: Run) -> None:
+    from ..engine.launcher import resume
+
+    resume(run)
+
+
+def _delete(run: Run) -> None:
+    if run.live:
+        raise RunError("the run is at work", where=run.name, do="Stop it first.")
+    try:
+        shutil.rmtree(run.path)
+    except OSError as error:
+        raise RunError(f"the run can't be deleted ({error.strerror})", where=str(run.path)) from error
+
+
+def _gpus() -> list[str]:
+    from ..planner.hardware import load_catalog
+
+    return list(load_catalog())
+
+
+def _models() -> list[str]:
+    presets = Path(__file__).parents[1] / "presets" / "models"
+    known = sorted((path.name.replace("--", "/", 1) for path in presets.glob("*--*")), key=str.lower)
+    return list(dict.fromkeys([*_recent_models(), *known]))
+
+
+def _recent_models() -> list[str]:
+    from ..engine.run import state_dir
+
+    try:
+        return (state_dir() / "models").read_text(encoding="utf-8").splitlines()[:_RECENT]
+    except OSError:
+        return []
+
+
+def _remember_model(model: str) -> None:
+    from ..engine.run import state_dir
+
+    models = list(dict.fromkeys([model, *_recent_models()]))[:_RECENT]
+    try:
+        state_dir().mkdir(parents=True, exist_ok=True)
+        (state_dir() / "models").write_text("\n".join(models) + "\n", encoding="utf-8")
+    except OSError:
+        return  # a home that can't be written costs a suggestion, not a run
+
+
+def _machine() -> str:
+    from ..planner.hardware import this_machine
+
+    node = this_machine()
+    if node.gpu.kind == "cpu":
+        return "CPU only"
+    return f"{node.count} × {node.gpu.name}"
+
+
+def _data(recipe: Recipe) -> list[str]:
+    from ..engine.data.preview import survey
+
+    found = []
+    for source in survey(recipe).sources:
+        if source.split == "eval":
+            continue
+        about = "" if source.rows_exact else "about "
+        rows = f", {about}{source.rows:,} rows" if source.rows is not None else ", not downloaded yet"
+        found.append(f"{source.format or 'hub dataset'}{rows}")
+    return found
+
+
+def _runs() -> list[Run]:
+    from ..engine.run import list_runs
+
+    return list_runs()
+
+
+def _root() -> Path:
+    from ..engine.run import default_root
+
+    return default_root()
+
+
+@dataclass(frozen=True)
+class Backend:
+    """The functions; every one may raise a :class:`FinetuiError`, and all but ``now`` and ``root`` may take a while."""
+
+    plan: Callable[[Recipe], Plan] = _plan
+    check: Callable[[Recipe, Plan, Path], Iterable[Check]] = _check
+    start: Callable[[Recipe, Plan, Path, str | None], Run] = _start
+    stop: Callable[[Run], None] = _stop
+    checkpoint: Callable[[Run], None] = _checkpoint
+    kill: Callable[[Run], None] = _kill
+    resume: Callable[[Run], None] = _resume
+    delete: Callable[[Run], None] = _delete
+    runs: Callable[[], list[Run]] = _runs
+    models: Callable[[], list[str]] = _models
+    gpus: Callable[[], list[str]] = _gpus
+    machine: Callable[[], str] = _machine
+    data: Callable[[Recipe], list[str]] = _data
+    """One line per source that is trained on: its format and how many rows it has."""
+    root: Callable[[], Path] = _root
+    now: Callable[[], float] = time.time

@@ -1,0 +1,85 @@
+"""``finetui gpus``: the catalog; with a recipe or model, the offers ranked by what this plan costs there."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from typing import Annotated
+
+import typer
+
+from ...engine.planning import workload_of
+from ...planner.architecture import Architecture
+from ...planner.cost import rank_offers
+from ...planner.hardware import load_catalog
+from ...planner.hub import find_config
+from .options import (
+    DataFlag,
+    JsonFlag,
+    MethodFlag,
+    RankFlag,
+    SeqLenFlag,
+    SetFlag,
+    Target,
+    TuningFlag,
+    recipe_from,
+)
+
+SpotFlag = Annotated[bool, typer.Option("--spot", help="Interruptible prices instead of on-demand ones.")]
+TopFlag = Annotated[int, typer.Option("--top", min=1, help="How many offers to show.")]
+
+
+def gpus(
+    target: Target = None,
+    method: MethodFlag = None,
+    tuning: TuningFlag = None,
+    rank: RankFlag = None,
+    data: DataFlag = None,
+    seq_len: SeqLenFlag = None,
+    spot: SpotFlag = False,
+    top: TopFlag = 20,
+    overrides: SetFlag = None,
+    as_json: JsonFlag = False,
+) -> None:
+    """The GPUs that can be planned for; with RECIPE or MODEL, where this plan is cheapest."""
+    if target is None:
+        _catalog(as_json=as_json)
+        return
+    recipe = recipe_from(
+        target, method=method, tuning=tuning, rank=rank, data=data, seq_len=seq_len, overrides=overrides
+    )
+    name, config, _origin = find_config(recipe.model)
+    ranked = rank_offers(recipe, Architecture.from_config(config, name), workload_of(recipe), spot=spot)
+    rows = [
+        {
+            "provider": entry.offer.provider,
+            "gpu": entry.offer.gpu,
+            "count": entry.offer.count,
+            "device_gib": round(entry.plan.memory.device_gib, 2),
+            "memory_gib": entry.plan.hardware.memory_gib,
+            "tokens_per_s": round(entry.plan.speed.tokens_per_s, 1),
+            "time_s": round(entry.time_s, 1),
+            "usd_per_h": entry.offer.usd_per_h_spot if spot else entry.offer.usd_per_h,
+            "usd": round(entry.usd, 4),
+            "as_of": entry.offer.as_of,
+            "stale": entry.stale,
+            "source": entry.offer.source,
+        }
+        for entry in ranked[:top]
+    ]
+    if as_json:
+        print(json.dumps({"model": name, "spot": spot, "offers": rows}, indent=2))
+        return
+    from ..fit_view import print_offers
+
+    print_offers(name, rows, total=len(ranked))
+
+
+def _catalog(*, as_json: bool) -> None:
+    catalog = list(load_catalog().values())
+    if as_json:
+        print(json.dumps([dataclasses.asdict(gpu) for gpu in catalog], indent=2))
+        return
+    from ..fit_view import print_catalog
+
+    print_catalog(catalog)

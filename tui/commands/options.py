@@ -1,0 +1,126 @@
+"""Flags that several verbs share, and how they and a target make a recipe."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ...planner.errors import RecipeError
+from ...planner.recipe import Recipe, apply_overrides
+
+Target = Annotated[
+    str | None,
+    typer.Argument(metavar="RECIPE|MODEL", help="A recipe (.yaml), a checkpoint folder, a config.json or a hub id."),
+]
+MethodFlag = Annotated[str | None, typer.Option("--method", help="sft or pretrain.")]
+TuningFlag = Annotated[str | None, typer.Option("--tuning", help="full, lora or qlora.")]
+RankFlag = Annotated[int | None, typer.Option("--rank", help="Rank of the adapters.")]
+TargetsFlag = Annotated[str | None, typer.Option("--targets", help="all-linear, or module names with commas.")]
+DataFlag = Annotated[list[str] | None, typer.Option("--data", help="File, folder or hub dataset; may be repeated.")]
+GpuFlag = Annotated[str | None, typer.Option("--gpu", help="Plan for this GPU of the catalog (see: finetui gpus).")]
+GpusFlag = Annotated[str | None, typer.Option("--gpus", help="How many (2) or which (0,1).")]
+SeqLenFlag = Annotated[int | None, typer.Option("--seq-len", help="Longest sequence in tokens.")]
+MicroBatchFlag = Annotated[int | None, typer.Option("--micro-batch", help="Sequences per GPU in one forward pass.")]
+CheckpointingFlag = Annotated[str | None, typer.Option("--checkpointing", help="none or full.")]
+OptimizerFlag = Annotated[str | None, typer.Option("--optimizer", help="adamw, adamw-8bit, …")]
+FrameworkFlag = Annotated[
+    str,
+    typer.Option("--framework", help="Whose run is predicted: finetui, trl, trl-liger, unsloth, axolotl, torchtune."),
+]
+SetFlag = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any key of the recipe; may be repeated.")
+]
+JsonFlag = Annotated[bool, typer.Option("--json", help="Answer in JSON.")]
+RunArgument = Annotated[str, typer.Argument(metavar="RUN", help="Name or directory of a run.")]
+
+_SUFFIXES = (".yaml", ".yml")
+
+
+def recipe_from(
+    target: str | None,
+    *,
+    method: str | None = None,
+    tuning: str | None = None,
+    rank: int | None = None,
+    targets: str | None = None,
+    data: list[str] | None = None,
+    gpu: str | None = None,
+    gpus: str | None = None,
+    seq_len: int | None = None,
+    micro_batch: int | None = None,
+    checkpointing: str | None = None,
+    optimizer: str | None = None,
+    overrides: list[str] | None = None,
+) -> Recipe:
+    """A recipe from its file, a preset's name or a bare model, with flags on top and ``--set`` above all.
+
+    Raises:
+        RecipeError: nothing was named, or what was named doesn't make a recipe.
+    """
+    if target is None:
+        target = "recipe.yaml"
+        if not Path(target).is_file():
+            raise RecipeError(
+                "nothing to plan: no RECIPE or MODEL was given, and there is no recipe.yaml here",
+                do="Try: finetui plan Qwen/Qwen3-8B --gpu RTX4090",
+            )
+    flags: dict[str, Any] = {
+        "method": method,
+        "tuning.type": tuning,
+        "tuning.rank": rank,
+        "tuning.targets": targets if targets in (None, "all-linear") else targets.split(","),
+        "data": [local_path(path) for path in data] if data else None,
+        "hardware.gpu": gpu,
+        "hardware.gpus": parse_gpus(gpus) if gpus is not None else None,
+        "sequence_length": seq_len,
+        "micro_batch": micro_batch,
+        "hardware.checkpointing": checkpointing,
+        "optimizer.name": optimizer,
+    }
+    settings = {key: value for key, value in flags.items() if value is not None}
+    if tuning == "full":  # replaces the whole section: the rank of a recipe's adapter has no meaning any more
+        settings["tuning"] = {"type": settings.pop("tuning.type")}
+    path = find_recipe(target)
+    if path is None:
+        recipe = Recipe.build(apply_overrides({"model": local_path(target)}, settings), source="command line")
+    else:
+        recipe = Recipe.load(path, settings)
+    return recipe.with_overrides(overrides) if overrides else recipe
+
+
+def local_path(text: str) -> str:
+    """What a user typed, as an absolute path if it is one here; hub ids stay as they are."""
+    path = Path(text).expanduser()
+    return str(path.resolve()) if path.exists() or text.startswith(("./", "../", "~")) else text
+
+
+def find_recipe(target: str) -> Path | None:
+    """The recipe file that a target names: a path, or a preset by its bare name; None if it is no recipe."""
+    if target.endswith(_SUFFIXES):
+        return Path(target)
+    if "/" not in target and not Path(target).exists():
+        preset = Path(__file__).parents[2] / "presets" / f"{target}.yaml"
+        if preset.is_file():
+            return preset
+    return None
+
+
+def parse_gpus(text: str) -> int | list[int] | str:
+    """``2`` is a count, ``0,1`` and ``0,`` are indices, ``auto`` stays.
+
+    Raises:
+        RecipeError: the text is none of these.
+    """
+    parts = [part.strip() for part in text.split(",") if part.strip()]
+    if text == "auto":
+        return text
+    if not parts or not all(part.isdigit() for part in parts):
+        raise RecipeError(f"{text!r} names no GPUs", where="--gpus", do="Give a count (2) or indices (0,1).")
+    numbers = [int(part) for part in parts]
+    if "," not in text and numbers[0] > 0:
+        return numbers[0]
+    if len(set(numbers)) != len(numbers):
+        raise RecipeError(f"{text!r} names a GPU twice", where="--gpus", do="Name each GPU once.")
+    return numbers

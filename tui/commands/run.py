@@ -1,0 +1,105 @@
+"""``finetui run``: carry out a recipe, detached from this terminal, and watch it."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ...engine.launcher import start
+from ...engine.planning import plan_for
+from ...engine.preflight import Check, preflight
+from ...engine.run import Run
+from ...planner.errors import HardwareError
+from ...planner.plan import Plan
+from ...planner.recipe import Recipe
+from ..watch import watch
+from .options import (
+    CheckpointingFlag,
+    DataFlag,
+    GpusFlag,
+    JsonFlag,
+    MethodFlag,
+    MicroBatchFlag,
+    OptimizerFlag,
+    RankFlag,
+    SeqLenFlag,
+    SetFlag,
+    Target,
+    TargetsFlag,
+    TuningFlag,
+    recipe_from,
+)
+
+NameFlag = Annotated[str | None, typer.Option("--name", help="Name of the run; a telling one is made up otherwise.")]
+OutFlag = Annotated[
+    Path | None, typer.Option("--out", help="Folder that holds runs (default: $FINETUI_RUNS or ./runs).")
+]
+DetachFlag = Annotated[bool, typer.Option("--detach", "-d", help="Return at once instead of watching.")]
+ForceFlag = Annotated[bool, typer.Option("--force", help="Start although the plan does not fit or a check failed.")]
+
+
+def run(
+    target: Target = None,
+    method: MethodFlag = None,
+    tuning: TuningFlag = None,
+    rank: RankFlag = None,
+    targets: TargetsFlag = None,
+    data: DataFlag = None,
+    gpus: GpusFlag = None,
+    seq_len: SeqLenFlag = None,
+    micro_batch: MicroBatchFlag = None,
+    checkpointing: CheckpointingFlag = None,
+    optimizer: OptimizerFlag = None,
+    overrides: SetFlag = None,
+    name: NameFlag = None,
+    out: OutFlag = None,
+    detach: DetachFlag = False,
+    force: ForceFlag = False,
+    as_json: JsonFlag = False,
+) -> None:
+    """Start a run that outlives this terminal, and watch it; Ctrl-C stops only the watching."""
+    recipe = recipe_from(
+        target,
+        method=method,
+        tuning=tuning,
+        rank=rank,
+        targets=targets,
+        data=data,
+        gpus=gpus,
+        seq_len=seq_len,
+        micro_batch=micro_batch,
+        checkpointing=checkpointing,
+        optimizer=optimizer,
+        overrides=overrides,
+    )
+    started = launch(recipe, plan_for(recipe), name=name, out=out, force=force)
+    if as_json:
+        print(json.dumps({"run": started.name, "path": str(started.path)}))
+    if detach or as_json:
+        print(f"{started.name} runs in {started.path}; watch it with: finetui attach {started.name}", file=sys.stderr)
+        return
+    raise typer.Exit(watch(started))
+
+
+def launch(recipe: Recipe, plan: Plan, *, name: str | None = None, out: Path | None = None, force: bool = False) -> Run:
+    """Check everything that can be checked, make the run directory and start the run.
+
+    Raises:
+        HardwareError: the plan does not fit, or a check failed, and ``force`` is not set.
+    """
+    bad = [check for check in preflight(recipe, plan, root=out) if check.status == "fail"]
+    if bad and not force:
+        raise _refusal(bad)
+    started = Run.create(recipe, plan, root=out.resolve() if out else None, name=name)
+    start(started)
+    return started
+
+
+def _refusal(bad: list[Check]) -> HardwareError:
+    first, *rest = bad
+    more = "".join(f"\n{check.name}: {check.detail}. {check.do}" for check in rest)
+    return HardwareError(f"{first.name}: {first.detail}", do=first.do + more)

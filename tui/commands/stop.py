@@ -1,0 +1,36 @@
+"""``finetui stop``: write a checkpoint, then end a run."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from typing import Annotated
+
+import typer
+
+from ...engine.launcher import kill
+from ...engine.launcher import stop as request_stop
+from ...engine.run import LIVE_STATES, Run
+from .options import JsonFlag, RunArgument
+
+WaitFlag = Annotated[bool, typer.Option("--wait/--no-wait", help="Wait until it has ended.")]
+KillFlag = Annotated[bool, typer.Option("--kill", help="End it at once, without a checkpoint.")]
+
+
+def stop(run: RunArgument, wait: WaitFlag = True, now: KillFlag = False, as_json: JsonFlag = False) -> None:
+    """Ask a run to write a checkpoint and end; it can be resumed."""
+    found = Run.open(run)
+    if now:
+        kill(found)
+    else:
+        request_stop(found)
+        if wait:
+            print(f"{found.name} writes a checkpoint and ends. Ctrl-C stops the waiting.", file=sys.stderr)
+    while wait and found.status.state in LIVE_STATES:
+        time.sleep(0.2)
+    status = found.status
+    if as_json:
+        print(json.dumps({"run": found.name, "state": status.state}))
+    elif status.state not in LIVE_STATES:
+        print(f"{found.name} is {status.state}. Continue it with: finetui resume {found.name}", file=sys.stderr)

@@ -1,0 +1,268 @@
+"""The plan's form as data: which keys of a recipe are fields, what values each steps through, and what they mean."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from ..planner.plan import Plan
+from . import format  # noqa: A004
+
+if TYPE_CHECKING:
+    from ..planner.recipe import Recipe
+
+Tree = dict[str, Any]
+#: Choices of the hardware field that are no GPU of the catalog.
+THIS_MACHINE, CPU = "this machine", "CPU"
+
+
+@dataclass(frozen=True)
+class FieldSpec:
+    """One field.
+
+    ``key`` is its path in a recipe. ``steps`` are the values that left and right go through; ``closed`` if no other is
+    allowed. ``resolved`` shows what the planner made of ``auto``.
+    """
+
+    key: str
+    label: str
+    help: str
+    steps: Sequence[str] = ()
+    closed: bool = False
+    auto: bool = True
+    resolved: Callable[[Plan], str] | None = None
+
+
+FIELDS: tuple[FieldSpec, ...] = (
+    FieldSpec("model", "model", "A hub id, a folder or a config.json", auto=False),
+    FieldSpec("method", "method", "What is learned from the data", ("sft", "pretrain"), True, False),
+    FieldSpec(
+        "tuning.type",
+        "tuning",
+        "qlora: adapters on a 4-bit base",
+        ("full", "lora", "qlora"),
+        True,
+        False,
+    ),
+    FieldSpec("tuning.rank", "  rank", "Rank of the adapters", ("4", "8", "16", "32", "64", "128", "256"), auto=False),
+    FieldSpec(
+        "tuning.alpha",
+        "  alpha",
+        "Scale of the adapters; auto is 2 × rank",
+        ("auto", "8", "16", "32", "64", "128"),
+        resolved=lambda plan: f"{plan.resolved.alpha:g}",
+    ),
+    FieldSpec("data", "data", "A file, a folder or a hub dataset", auto=False),
+    FieldSpec(
+        "sequence_length",
+        "sequence",
+        "In tokens; longer rows are cut",
+        ("auto", "512", "1024", "2048", "4096", "8192", "16384", "32768"),
+        resolved=lambda plan: f"{plan.resolved.sequence_length:,} tokens",
+    ),
+    FieldSpec(
+        "batch_size",
+        "batch",
+        "Sequences per step over all GPUs",
+        ("auto", "1", "2", "4", "8", "16", "32", "64", "128", "256"),
+        resolved=lambda plan: (
+            f"{plan.resolved.batch_size} = {plan.resolved.micro_batch} × {plan.resolved.accumulation}"
+            + (f" × {plan.resolved.world_size} GPUs" if plan.resolved.world_size > 1 else "")
+        ),
+    ),
+    FieldSpec("epochs", "epochs", "Passes over the data", ("0.25", "0.5", "1", "2", "3", "4", "5", "10"), auto=False),
+    FieldSpec(
+        "optimizer.learning_rate",
+        "learning rate",
+        "auto: 2e-4 for adapters, 1e-5 for full",
+        ("auto", "1e-6", "2e-6", "5e-6", "1e-5", "2e-5", "5e-5", "1e-4", "2e-4", "5e-4", "1e-3"),
+        resolved=lambda plan: f"{plan.resolved.learning_rate:.3g}",
+    ),
+    FieldSpec(
+        "optimizer.name",
+        "optimizer",
+        "auto: AdamW, in 8 bits if memory is short",
+        ("auto", "adamw", "adamw-8bit", "paged-adamw-8bit", "sgd", "adafactor"),
+        True,
+        resolved=lambda plan: plan.resolved.optimizer,
+    ),
+    FieldSpec(
+        "hardware.checkpointing",
+        "checkpointing",
+        "full: recompute activations, keep none",
+        ("auto", "none", "full"),
+        True,
+        resolved=lambda plan: plan.resolved.checkpointing,
+    ),
+    FieldSpec("hardware.gpu", "hardware", "This machine, its CPU, or any GPU", (THIS_MACHINE, CPU), True, False),
+    FieldSpec(
+        "hardware.gpus",
+        "  how many",
+        "How many GPUs",
+        ("auto", "1", "2", "4", "8"),
+        resolved=lambda plan: str(plan.hardware.count),
+    ),
+)
+
+
+def get(tree: Tree, key: str) -> str:
+    """A field's value as the user would write it; ``auto`` or the default where the recipe says nothing."""
+    if key == "data":
+        sources = tree.get("data") or []
+        sources = [sources] if isinstance(sources, str | dict) else sources
+        trained = [source for source in sources if not _held_out(source)]
+        paths = [source if isinstance(source, str) else str(source.get("path", "")) for source in trained]
+        return paths[0] if len(paths) == 1 else f"{len(paths)} sources" if paths else ""
+    if key == "hardware.gpu":
+        hardware = tree.get("hardware") or {}
+        return hardware.get("gpu") or (CPU if hardware.get("device") == "cpu" else THIS_MACHINE)
+    node: Any = {"type": tree["tuning"]} if key.startswith("tuning") and isinstance(tree.get("tuning"), str) else None
+    parts = key.split(".")
+    for part in parts if node is None else parts[1:]:
+        node = (tree if node is None else node).get(part) if isinstance(tree if node is None else node, dict) else None
+        if node is None:
+            return _DEFAULTS.get(key, "auto")
+    return f"{node:g}" if isinstance(node, float) else str(node)
+
+
+def _held_out(source: Any) -> bool:
+    return isinstance(source, dict) and source.get("split") == "eval"
+
+
+_DEFAULTS = {"model": "", "method": "sft", "tuning.type": "lora", "tuning.rank": "16", "epochs": "1"}
+_ADAPTER_KEYS = ("rank", "alpha", "dropout", "targets")
+
+
+def put(tree: Tree, key: str, text: str) -> Tree:
+    """A copy of ``tree`` with one field set to what was typed; what makes no sense beside it is left out."""
+    tree = copy.deepcopy(tree)
+    text = text.strip()
+    if key == "model":
+        tree["model"] = _local(text)
+    elif key == "data":
+        _put_data(tree, _local(text))
+    elif key == "hardware.gpu":
+        hardware = _section(tree, "hardware")
+        for name in ("gpu", "device"):
+            hardware.pop(name, None)
+        if text == CPU:
+            hardware["device"] = "cpu"
+        elif text not in ("", THIS_MACHINE):
+            hardware["gpu"] = text
+        if isinstance(hardware.get("gpus"), list) or text == CPU:  # indices of another machine's GPUs
+            hardware.pop("gpus", None)
+    else:
+        _put_value(tree, key, text)
+    return {name: value for name, value in tree.items() if value not in ({}, [])}
+
+
+def _local(text: str) -> str:
+    """A path that is there as an absolute one, because a run keeps its recipe in another folder; hub ids stay."""
+    path = Path(text).expanduser()
+    there = bool(text) and (text.startswith(("./", "../", "~")) or path.exists())
+    return str(path.resolve()) if there else text
+
+
+def _put_data(tree: Tree, text: str) -> None:
+    have = tree.get("data")
+    others = [source for source in have if _held_out(source)] if isinstance(have, list) else []
+    tree["data"] = [{"path": text}, *others] if text else []
+
+
+def _put_value(tree: Tree, key: str, text: str) -> None:
+    section, _, name = key.rpartition(".")
+    target = _section(tree, section) if section else tree
+    if text in ("", _DEFAULTS.get(key, "auto")):
+        target.pop(name, None)
+    else:
+        target[name] = _parsed(text)
+    if key == "tuning.type" and text == "full":
+        for adapter_key in _ADAPTER_KEYS:
+            target.pop(adapter_key, None)
+    if key == "tuning.type":
+        target.pop("quantization", None)
+    if key == "batch_size" and name in tree:
+        tree.pop("batch_tokens", None)
+
+
+def _section(tree: Tree, name: str) -> Tree:
+    section = tree.get(name)
+    if isinstance(section, str):
+        section = {"type": section}
+    tree[name] = section if isinstance(section, dict) else {}
+    return tree[name]
+
+
+def _parsed(text: str) -> Any:
+    """What was typed as YAML would read it, but with ``2e-4`` a number, which YAML 1.1 takes for text."""
+    try:
+        return int(text)
+    except ValueError:
+        pass
+    try:
+        return float(text)
+    except ValueError:
+        pass
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError:
+        return text
+
+
+def step(spec: FieldSpec, value: str, direction: int, steps: Sequence[str] | None = None) -> str:
+    """The value before or after ``value``; one that is none of the steps goes to its nearest neighbour."""
+    values = list(steps if steps is not None else spec.steps)
+    if not values:
+        return value
+    if value in values:
+        return values[min(max(values.index(value) + direction, 0), len(values) - 1)]
+    try:
+        number = float(value)
+    except ValueError:
+        return values[0]
+    near = [v for v in values if v != "auto" and (float(v) - number) * direction > 0]
+    return (near[0] if direction > 0 else near[-1]) if near else value
+
+
+def disabled(tree: Tree, key: str) -> bool:
+    """Whether a field has no meaning beside the others."""
+    if key in ("tuning.rank", "tuning.alpha"):
+        return get(tree, "tuning.type") == "full"
+    return key == "hardware.gpus" and get(tree, "hardware.gpu") == CPU
+
+
+def shown(tree: Tree, spec: FieldSpec, plan: Plan | None) -> tuple[str, str]:
+    """A field's value, and beside it what the planner made of ``auto`` or a note."""
+    value = get(tree, spec.key)
+    if value == "auto" and spec.resolved and plan is not None:
+        return "auto", spec.resolved(plan)
+    if spec.key == "model" and plan is not None:
+        return value, f"{format.count(plan.model.parameters)} parameters"
+    if spec.key == "batch_size" and plan is not None and spec.resolved:
+        return value, spec.resolved(plan).partition(" ")[2]
+    return value, ""
+
+
+def field_of(where: str) -> str:
+    """The field that an error's ``where`` points at, or an empty string: ``recipe: tuning.rank`` is ``tuning.rank``."""
+    named = where.rpartition(": ")[2]
+    for spec in FIELDS:
+        if named == spec.key or named.startswith(f"{spec.key}."):
+            return spec.key
+    return {"tuning": "tuning.type", "hardware": "hardware.gpu", "batch_tokens": "batch_size"}.get(named, "")
+
+
+def recipe_of(tree: Tree) -> Recipe:
+    """The recipe that a form stands for.
+
+    Raises:
+        RecipeError: a field holds something that can't be.
+    """
+    from ..planner.recipe import Recipe
+
+    return Recipe.build({**tree, "model": tree.get("model") or ""}, source="form")

@@ -1,0 +1,72 @@
+"""A plan as plain text: verdict, memory by term, speed, time, cost, and why."""
+
+from __future__ import annotations
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from ..planner.plan import Plan
+from .format import count, duration, gib, rate, usd
+
+_BAR = 32
+
+
+def verdict(plan: Plan) -> tuple[str, str]:
+    """Glyph and words, never colour alone: ``("✔", "fits")``."""
+    if not plan.fits:
+        return "✘", "does not fit"
+    if plan.memory.high_gib > plan.hardware.memory_gib:
+        return "!", "fits, but tightly"
+    return "✔", "fits"
+
+
+def print_plan(plan: Plan, console: Console | None = None) -> None:
+    """Write a plan to stdout (or another console)."""
+    console = console or Console(highlight=False)
+    memory, speed, hardware, r = plan.memory, plan.speed, plan.hardware, plan.resolved
+    glyph, words = verdict(plan)
+    where = hardware.gpu if hardware.count == 1 else f"{hardware.count} × {hardware.gpu}"
+    style = "bold green" if glyph == "✔" else "bold yellow" if glyph == "!" else "bold red"
+    share = memory.device_gib / hardware.memory_gib if hardware.memory_gib else 0.0
+    interval = f"{share:.0%}; {gib(memory.low_gib)} to {gib(memory.high_gib)}"
+    head = Text(f"{glyph} {words}", style=style)
+    head.append(f" on {where}: {gib(memory.device_gib)} of {gib(hardware.memory_gib)} ({interval})", style="default")
+    console.print(head)
+    adapter = "" if r.tuning == "full" else f" r={r.rank}"
+    console.print(
+        f"  {plan.model.name}: {count(plan.model.parameters)} parameters, {count(plan.model.trainable)} trained "
+        f"({r.method}, {r.tuning}{adapter})"
+    )
+    console.print()
+    table = Table(box=None, show_header=False, padding=(0, 2, 0, 2))
+    table.add_column(justify="left")
+    table.add_column(justify="left")
+    table.add_column(justify="right")
+    scale = max([*memory.terms.values(), 1e-9])
+    for name, value in memory.terms.items():
+        table.add_row(name, "█" * round(_BAR * value / scale), gib(value))
+    console.print(table)
+    console.print(f"  peak in the {memory.moment} moment. {memory.lever}".rstrip())
+    console.print()
+    facts = Table(box=None, show_header=False, padding=(0, 2, 0, 2))
+    facts.add_row("speed", f"{rate(speed.tokens_per_s)} tokens/s, {duration(speed.step_s)} a step, MFU {speed.mfu:.0%}")
+    facts.add_row("time", f"{duration(plan.time_s)} for {r.steps:,} steps of {r.batch_size} sequences "
+                          f"({count(plan.workload.tokens)} tokens per epoch, {plan.workload.basis})")  # fmt: skip
+    if plan.cost.usd_per_h:
+        as_of = f", price of {plan.cost.as_of}" if plan.cost.as_of else ""
+        facts.add_row("cost", f"{usd(plan.cost.usd)} at {usd(plan.cost.usd_per_h)}/h ({plan.cost.provider}{as_of})")
+    facts.add_row("basis", plan.basis)
+    console.print(facts)
+    if plan.reasons:
+        console.print()
+        why = Table(box=None, show_header=False, padding=(0, 2, 0, 2))
+        why.add_column(style="bold", no_wrap=True)
+        why.add_column(no_wrap=True)
+        why.add_column(style="dim")
+        for reason in plan.reasons:
+            value = f"{reason.value:g}" if isinstance(reason.value, float) else str(reason.value)
+            why.add_row(reason.setting, value, reason.why)
+        console.print(why)
+    for warning in plan.warnings:
+        console.print(Text(f"! {warning}", style="yellow"))

@@ -1,0 +1,104 @@
+"""What the Runs screen knows about each run, gathered in a thread and handed over as plain rows."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from ..engine.events import EventReader
+from ..engine.run import LIVE_STATES, Run
+from ..planner.errors import RunError
+from ..planner.plan import Plan
+from .history import History
+from .widgets.gpu_panel import short_name
+
+
+@dataclass(frozen=True)
+class RunRow:
+    """One run at one moment. NaN is a figure that there is none of."""
+
+    run: Run
+    state: str
+    cause: str | None
+    message: str
+    do: str
+    step: int
+    steps: int
+    loss: float
+    best: float
+    tokens_per_s: float
+    elapsed_s: float
+    cost_usd: float
+    place: str
+    when: float
+    attempt: int
+    model: str
+    tuning: str
+    checkpoint_step: int | None
+    planned_gib: float
+    peak_gib: float
+    planned_s: float
+
+    @property
+    def live(self) -> bool:
+        """Whether a process is at work on it."""
+        return self.state in LIVE_STATES
+
+
+class RunScanner:
+    """Folds each run's events as they come; a run that has not changed costs one ``stat``."""
+
+    def __init__(self, list_runs: Callable[[], list[Run]], now: Callable[[], float]) -> None:
+        self._list, self._now = list_runs, now
+        self._known: dict[str, tuple[EventReader, History, Plan | None]] = {}
+
+    def scan(self) -> list[RunRow]:
+        """All runs as they are now, newest first; directories that are no runs are passed over."""
+        rows = []
+        for run in self._list():
+            try:
+                rows.append(self._row(run))
+            except RunError:
+                continue  # deleted between listing and reading
+        return rows
+
+    def _row(self, run: Run) -> RunRow:
+        key = str(run.path)
+        if key not in self._known:
+            try:
+                plan: Plan | None = run.plan
+            except RunError:
+                plan = None
+            self._known[key] = (EventReader(run.events_path), History(), plan)
+        reader, history, plan = self._known[key]
+        status = run.status
+        for event in reader.read():
+            history.apply(event)
+        live = status.state in LIVE_STATES
+        elapsed = status.elapsed_s(self._now())
+        hardware = plan.hardware if plan else None
+        name = short_name(hardware.gpu) if hardware else ""
+        return RunRow(
+            run=run,
+            state=status.state,
+            cause=status.cause,
+            message=status.message,
+            do=status.do,
+            step=history.step,
+            steps=history.steps or (plan.resolved.steps if plan else 0),
+            loss=history.loss.latest,
+            best=history.best_evaluation(),
+            tokens_per_s=history.tokens_per_s.latest,
+            elapsed_s=elapsed,
+            cost_usd=history.cost_usd(plan, elapsed),
+            place=f"{hardware.count}×{name}" if hardware and hardware.kind == "cuda" else name,
+            when=self._now() if live else status.ended or history.last_time or status.created,
+            attempt=status.attempt,
+            model=plan.model.name if plan else "",
+            tuning=plan.resolved.tuning if plan else "",
+            checkpoint_step=history.checkpoint_step,
+            planned_gib=plan.memory.device_gib if plan else math.nan,
+            peak_gib=max(history.reserved_gib.values(), default=math.nan),
+            planned_s=plan.time_s if plan else math.nan,
+        )

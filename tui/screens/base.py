@@ -1,0 +1,72 @@
+"""BaseScreen: what the four screens share: where one is, what one can press, and a line for tiny terminals."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, ClassVar, cast
+
+from textual.app import ComposeResult
+from textual.containers import Vertical
+from textual.screen import Screen
+
+from ..keys import Key, keys_of
+from ..widgets.bars import KeyBar, TopBar
+from ..widgets.lines import Line, Lines, fitted
+
+if TYPE_CHECKING:
+    from ..app import FinetuiApp
+
+
+class StatusLine(Lines):
+    """All there is room for below 60 x 18."""
+
+    def __init__(self, screen: BaseScreen) -> None:
+        super().__init__(id="status-line")
+        self._owner = screen
+
+    def draw(self, width: int, height: int) -> list[Line]:
+        """See :class:`Lines`."""
+        return [fitted(self._owner.status_line(), width)]
+
+
+class BaseScreen(Screen[None]):
+    """A screen of the app. Subclasses give :attr:`SCOPE`, :meth:`body` and :meth:`status_line`."""
+
+    SCOPE: ClassVar[str]
+    AUTO_FOCUS = ""
+    HORIZONTAL_BREAKPOINTS = [(0, "-slim"), (60, "-narrow"), (96, "-wide")]  # noqa: RUF012
+    VERTICAL_BREAKPOINTS = [(0, "-flat"), (18, "-short"), (28, "-tall")]  # noqa: RUF012
+
+    @property
+    def owner(self) -> FinetuiApp:
+        """The app, by its own type."""
+        return cast("FinetuiApp", self.app)
+
+    def compose(self) -> ComposeResult:
+        """The bar at the top, the body, the bar at the foot."""
+        yield TopBar(self.SCOPE)
+        yield StatusLine(self)
+        with Vertical(id="body"):
+            yield from self.body()
+        yield KeyBar()
+
+    def body(self) -> ComposeResult:
+        """What is between the bars."""
+        raise NotImplementedError
+
+    def status_line(self) -> Line:
+        """The screen in one line."""
+        raise NotImplementedError
+
+    def keys_shown(self) -> list[Key]:
+        """The keys for the bar at the foot, the most useful ones first."""
+        return [*keys_of(self.SCOPE), *keys_of("app")]
+
+    def refresh_bars(self) -> None:
+        """Bring the bars up to date."""
+        self.query_one(TopBar).show(self.owner.machine)
+        self.query_one(KeyBar).show(self.keys_shown())
+        self.query_one(StatusLine).redraw()
+
+    def on_screen_resume(self) -> None:
+        """Show the bars as they are now."""
+        self.refresh_bars()

@@ -1,0 +1,272 @@
+"""Monitor: one run from its start: curves, GPUs, words. It only reads files, so closing it never touches the run."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from textual import on, work
+from textual.app import ComposeResult
+from textual.containers import Horizontal, Vertical
+from textual.message import Message
+from textual.timer import Timer
+
+from ...engine.run import LIVE_STATES, Run, Status
+from ...planner.errors import RunError
+from ...planner.plan import Plan
+from .. import format  # noqa: A004
+from ..follower import Follower, Update
+from ..history import History
+from ..keys import Key, bindings
+from ..widgets.gpu_panel import GpuPanel
+from ..widgets.line_chart import Curve, LineChart
+from ..widgets.lines import Line
+from ..widgets.log_pane import LogPane
+from ..widgets.run_header import RunHeader, eta_text, state_span
+from . import actions
+from .base import BaseScreen
+
+#: Seconds between pictures: 1 Hz is what keeps the wire below 10 kB/s with eight GPUs.
+FRAME_S = 1.0
+#: Messages waiting for this screen above which the reader pauses.
+_BACKLOG = 10
+
+
+class MonitorScreen(BaseScreen):
+    """One run."""
+
+    SCOPE = "monitor"
+    BINDINGS = bindings("monitor")
+
+    @dataclass
+    class Followed(Message):
+        """There is something new about the run."""
+
+        update: Update
+
+    @dataclass
+    class Listed(Message):
+        """The runs there are."""
+
+        runs: list[Run]
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._run: Run | None = None
+        self._plan: Plan | None = None
+        self._status = Status()
+        self._history = History()
+        self._follower: Follower | None = None
+        self._frames: Timer | None = None
+        self._changed = False
+        self._seen = False
+        self._runs: list[Run] = []
+
+    def body(self) -> ComposeResult:
+        """Header, charts, GPUs, words."""
+        yield RunHeader()
+        with Horizontal(id="charts"):
+            yield LineChart("loss", id="loss")
+            with Vertical(id="small-charts"):
+                yield LineChart("tokens/s", axis=False, id="rate")
+                yield LineChart("grad norm", axis=False, id="grad-norm")
+                yield LineChart("learning rate", axis=False, id="learning-rate")
+        yield GpuPanel()
+        yield LogPane()
+
+    def on_mount(self) -> None:
+        """Start the clock of the pictures."""
+        self._frames = self.set_interval(FRAME_S, self._frame, pause=True)
+
+    def on_screen_resume(self) -> None:
+        """Watch what the app says is watched; without any, the newest run."""
+        super().on_screen_resume()
+        self._seen = True
+        self._find_runs()
+        if self.owner.watched is not None and (self._run is None or self.owner.watched.path != self._run.path):
+            self.watch_run(self.owner.watched)
+        else:
+            self._show()
+        if self._frames is not None:
+            self._frames.resume()
+
+    def on_screen_suspend(self) -> None:
+        """Nobody looks: neither read nor draw."""
+        self._seen = False
+        if self._frames is not None:
+            self._frames.pause()
+
+    def on_unmount(self) -> None:
+        """End the reading thread."""
+        if self._follower is not None:
+            self._follower.stop()
+
+    def watch_run(self, run: Run) -> None:
+        """Show this run from its start."""
+        self._run = self.owner.watched = run
+        try:
+            self._plan = run.plan
+        except RunError as error:
+            self._plan = None
+            self.notify(str(error), severity="warning")
+        self._history = History(steps=self._plan.resolved.steps if self._plan else 0)
+        self._status = Status()
+        if self._follower is not None:
+            self._follower.stop()
+        self._follower = Follower(
+            run,
+            lambda update: self.post_message(self.Followed(update)),
+            busy=lambda: not self._seen or self.message_queue_size > _BACKLOG,
+        )
+        self._follower.start()
+        self._show()
+
+    @on(Followed)
+    def _followed(self, message: Followed) -> None:
+        update = message.update
+        if update.source is not self._follower:  # of a run that was watched before
+            return
+        for event in update.events:
+            self._history.apply(event)
+        first = self._status.created == 0
+        ended = self._status.state in LIVE_STATES and update.status.state not in LIVE_STATES
+        self._status = update.status
+        self._changed = True
+        if update.caught_up and (first or ended):
+            self._show()
+
+    @work(thread=True, exclusive=True, group="list", exit_on_error=False)
+    def _find_runs(self) -> None:
+        self.post_message(self.Listed(self.owner.backend.runs()))
+
+    @on(Listed)
+    def _listed(self, message: Listed) -> None:
+        self._runs = message.runs
+        if self._run is None and self._runs:
+            self.watch_run(self._runs[0])
+        else:
+            self._show()
+
+    def keys_shown(self) -> list[Key]:
+        """What can be done depends on whether the run is at work."""
+        live = self._status.state in LIVE_STATES
+        resumable = self._status.state in ("stopped", "failed", "lost")
+        fitting = {"stop": live, "checkpoint": live, "app.leave": live, "resume": resumable}
+        fitting["switch(1)"] = len(self._runs) > 1
+        return [key for key in super().keys_shown() if key.scope == "app" or fitting.get(key.action, True)]
+
+    # --- drawing
+
+    def _frame(self) -> None:
+        live = self._status.state in LIVE_STATES
+        if self._run is not None and (self._changed or live):
+            self._show()
+
+    def _show(self) -> None:
+        self._changed = False
+        history, now = self._history, self.owner.backend.now()
+        live = self._status.state in LIVE_STATES
+        total = float(history.steps)
+        self.set_class(self._run is None, "-none")
+        name = self._run.name if self._run else "no runs yet: start one from Launch (2)"
+        at = next((n for n, run in enumerate(self._runs, 1) if self._run and run.path == self._run.path), 0)
+        place = f"{at} of {len(self._runs)}" if at and len(self._runs) > 1 else ""
+        with self.app.batch_update():
+            self.query_one(RunHeader).show(name, history, self._status, self._plan, now, place)
+            self._chart("loss").show(
+                [
+                    Curve(history.loss, "trace"),
+                    Curve(history.average, "accent"),
+                    Curve(history.evaluation, "second", points=True),
+                ],
+                self._loss_figures(),
+                total,
+            )
+            rate, norm, learning = history.tokens_per_s, history.grad_norm, history.learning_rate
+            self._chart("rate").show([Curve(rate)], _latest(rate.latest, format.rate, bool(rate)), total)
+            self._chart("grad-norm").show([Curve(norm)], _latest(norm.latest, "{:.3g}".format, bool(norm)), total)
+            self._chart("learning-rate").show(
+                [Curve(learning)], _latest(learning.latest, "{:.2e}".format, bool(learning)), total
+            )
+            gpus = [
+                (gpu, now - history.gpu_times[index] if live else 0.0) for index, gpu in sorted(history.gpus.items())
+            ]
+            self.query_one(GpuPanel).show(gpus, history.host)
+            self.query_one(LogPane).show(history, self._plan)
+            self.refresh_bars()
+
+    def _chart(self, name: str) -> LineChart:
+        return self.query_one(f"#{name}", LineChart)
+
+    def _loss_figures(self) -> Line:
+        history = self._history
+        if not history.loss:
+            return []
+        latest = history.loss.latest
+        figures: Line = [(format.loss(latest), "" if math.isfinite(latest) else "bad")]
+        if history.average:
+            figures.append((f" mean {history.average.latest:.4f}", "accent"))
+        if history.evaluation:
+            figures.append((f" held-out {format.loss(history.evaluation.latest)}", "second"))
+        if history.not_finite:
+            figures.append((f" ✘ {history.not_finite} not finite", "bad"))
+        return figures
+
+    def status_line(self) -> Line:
+        """State, progress and loss in one line."""
+        if self._run is None:
+            return [(" no run", "dim")]
+        history = self._history
+        loss = f"  loss {format.loss(history.loss.latest)}" if history.loss else ""
+        return [
+            (" ", ""),
+            state_span(self._status.state, self._status.cause),
+            (f"  {history.step:,}/{history.steps:,}{loss}  {eta_text(history, self._status.state)}", ""),
+        ]
+
+    # --- keys
+
+    def action_switch(self, direction: int) -> None:
+        """Watch the next or the previous run."""
+        paths = [run.path for run in self._runs]
+        if len(paths) < 2 or self._run is None:
+            self.notify("There is no other run.", severity="warning")
+            return
+        at = paths.index(self._run.path) if self._run.path in paths else 0
+        self.watch_run(self._runs[(at + direction) % len(paths)])
+
+    def action_log_scale(self) -> None:
+        """Switch the loss between a linear and a logarithmic axis."""
+        chart = self._chart("loss")
+        chart.log_scale = not chart.log_scale
+        chart.redraw()
+
+    def action_view(self) -> None:
+        """Next view of the pane below the charts."""
+        self.query_one(LogPane).next_view()
+
+    def action_stop(self) -> None:
+        """Write a checkpoint and end the run."""
+        if self._run is not None:
+            actions.stop(self.owner, self._run)
+
+    def action_kill(self) -> None:
+        """End the run at once."""
+        if self._run is not None:
+            actions.kill(self.owner, self._run)
+
+    def action_checkpoint(self) -> None:
+        """Write a checkpoint."""
+        if self._run is not None:
+            actions.checkpoint(self.owner, self._run)
+
+    def action_resume(self) -> None:
+        """Go on from the last checkpoint."""
+        if self._run is not None:
+            actions.resume(self.owner, self._run)
+
+
+def _latest(value: float, show: object, known: bool) -> Line:
+    if not known:
+        return []
+    return [(show(value) if math.isfinite(value) else str(value), "" if math.isfinite(value) else "bad")]  # type: ignore[operator]

@@ -1,0 +1,295 @@
+"""Plan: one live form. Every edit plans anew and shows memory, speed, time, cost and the reasons."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from textual import on, work
+from textual.app import ComposeResult
+from textual.containers import Horizontal, Vertical, VerticalScroll
+from textual.message import Message
+from textual.timer import Timer
+
+from ...planner.errors import FinetuiError, RecipeError
+from ...planner.plan import Plan
+from .. import (
+    form,
+    format,  # noqa: A004
+)
+from ..form import CPU, FIELDS, THIS_MACHINE, FieldSpec, Tree
+from ..keys import Key, bindings, keys_of
+from ..plan_view import verdict
+from ..planning import Planned
+from ..widgets.facts import Facts, Reasons
+from ..widgets.field import Field
+from ..widgets.lines import Line
+from ..widgets.memory_bar import MemoryBar
+from .base import BaseScreen
+from .editor import Editor, complete_path
+
+#: Seconds without an edit before planning: holding an arrow key down plans once.
+DEBOUNCE_S = 0.03
+_DATA_SUFFIXES = (".jsonl", ".json", ".csv", ".parquet", ".txt")
+_RECIPE_SUFFIXES = (".yaml", ".yml")
+
+
+class PlanScreen(BaseScreen):
+    """The form, the verdict and the reasons."""
+
+    SCOPE = "plan"
+    BINDINGS = bindings("plan")
+
+    @dataclass
+    class Ready(Message):
+        """A plan is ready, or why there is none. ``version`` is the edit that it answers."""
+
+        version: int
+        result: Planned
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._version = 0
+        self._timer: Timer | None = None
+        self._error: FinetuiError | None = None
+        self._data_note = ""
+        self._gpus: list[str] = [THIS_MACHINE, CPU]
+        self._models: list[str] = []
+
+    def body(self) -> ComposeResult:
+        """Form and verdict side by side, reasons below."""
+        with Horizontal(id="upper"):
+            with VerticalScroll(id="form", can_focus=False) as panel:
+                panel.border_title = "plan"
+                for spec in FIELDS:
+                    yield Field(spec)
+            with Vertical(id="verdict") as panel:
+                panel.border_title = "verdict"
+                yield MemoryBar()
+                yield Facts()
+        with VerticalScroll(id="reasons") as panel:
+            panel.border_title = "why"
+            yield Reasons()
+
+    def on_mount(self) -> None:
+        """Plan what is there, and learn which models and GPUs can be chosen."""
+        self._field("model").focus()
+        self._show_fields()
+        self.call_after_refresh(self._load_choices)
+
+    def on_screen_resume(self) -> None:
+        """The recipe may be another one now."""
+        super().on_screen_resume()
+        self._show_fields()
+        if self.owner.plan is None or self._version == 0:
+            self.call_after_refresh(self.plan_again, at_once=True)
+
+    def on_descendant_focus(self) -> None:
+        """The keys differ between a field and the reasons."""
+        self.refresh_bars()
+        if isinstance(self.focused, Field):
+            form_panel, words = self.query_one("#form"), self.focused.spec.help
+            form_panel.border_subtitle = words if len(words) <= form_panel.size.width - 4 else ""
+
+    def keys_shown(self) -> list[Key]:
+        """A field's keys first."""
+        return [*(keys_of("field") if isinstance(self.focused, Field) else []), *super().keys_shown()]
+
+    def status_line(self) -> Line:
+        """The verdict in one line."""
+        plan = self.owner.plan
+        if self._error is not None:
+            return [(f" ✘ {self._error.what}", "bad")]
+        if plan is None:
+            return [(" planning…", "dim")]
+        glyph, word = verdict(plan)
+        return [
+            (f" {glyph} {word}  ", "bold"),
+            (f"{plan.memory.device_gib:.1f} of {plan.hardware.memory_gib:.1f} GiB", ""),
+        ]
+
+    # --- planning
+
+    def plan_again(self, tree: Tree | None = None, *, at_once: bool = False) -> None:
+        """Plan ``tree``, or the form as it stands, once no edit has come for a moment."""
+        self._version += 1
+        if self._timer is not None:
+            self._timer.stop()
+        version, wanted = self._version, self.owner.draft if tree is None else tree
+        self._timer = self.set_timer(0.001 if at_once else DEBOUNCE_S, lambda: self._compute(wanted, version))
+
+    @work(thread=True, exclusive=True, group="plan", exit_on_error=False)
+    def _compute(self, tree: Tree, version: int) -> None:
+        self.post_message(self.Ready(version, self.owner.planner.plan(tree)))
+
+    @on(Ready)
+    def _planned(self, message: Ready) -> None:
+        if message.version != self._version:  # there was another edit meanwhile
+            return
+        result = message.result
+        self._error, self._data_note = result.error, result.data
+        self.owner.recipe, self.owner.plan = result.recipe, result.plan
+        self._show_plan()
+
+    def _show_plan(self) -> None:
+        plan, error = self.owner.plan, self._error
+        self.query_one(Facts).show(plan)
+        on_field = form.field_of(error.where) if error is not None else ""
+        told = (error.message.removesuffix(error.do), error.do) if error and not on_field else None
+        self.query_one(Reasons).show(plan, told)
+        self.query_one(MemoryBar).show(plan, f"✘ no plan: see {on_field or 'below'}" if error else "planning…")
+        panel = self.query_one("#verdict")
+        panel.border_title = f"verdict: {self._place(plan)}" if plan else "verdict"
+        panel.border_subtitle = self._basis(plan) if plan else ""
+        panel.set_class(plan is None, "-none")
+        warnings = f", {len(plan.warnings)} warnings" if plan and plan.warnings else ""
+        self.query_one("#reasons").border_title = f"why: {len(plan.reasons)} choices{warnings}" if plan else "why"
+        self._show_fields()
+        self.refresh_bars()
+
+    def _basis(self, plan: Plan) -> str:
+        peak = f", peak in the {plan.memory.moment}" if self.size.width >= 120 else ""
+        return f"by {plan.basis}, data {plan.workload.basis}{peak}"
+
+    @staticmethod
+    def _place(plan: Plan) -> str:
+        hardware = plan.hardware
+        return f"{hardware.count} × {hardware.gpu}" if hardware.count > 1 else hardware.gpu
+
+    def _show_fields(self) -> None:
+        tree, plan = self.owner.draft, self.owner.plan
+        at = form.field_of(self._error.where) if self._error else ""
+        for field in self.query(Field):
+            value, note = form.shown(tree, field.spec, plan)
+            below = self._data_line(plan) if field.spec.key == "data" else ""
+            error = ""
+            if self._error is not None and at == field.spec.key:
+                error = f"{self._error.what}. {self._error.do}".rstrip()
+            field.show(value, note, below=below, error=error, useless=form.disabled(tree, field.spec.key))
+
+    def _data_line(self, plan: Plan | None) -> str:
+        if plan is None or not self._data_note:
+            return ""
+        return f"{self._data_note}, {format.count(plan.workload.tokens)} tok"
+
+    # --- editing
+
+    def _field(self, key: str) -> Field:
+        return self.query_one(f"#field-{key.replace('.', '-')}", Field)
+
+    def set_value(self, key: str, text: str) -> None:
+        """Change one field and plan again."""
+        self.owner.draft = form.put(self.owner.draft, key, text)
+        self.owner.recipe_path, self.owner.edited = None, True
+        self._show_fields()
+        self.plan_again()
+
+    def _steps(self, spec: FieldSpec) -> list[str]:
+        return self._gpus if spec.key == "hardware.gpu" else list(spec.steps)
+
+    @on(Field.Stepped)
+    def _stepped(self, message: Field.Stepped) -> None:
+        spec = message.field.spec
+        value = form.get(self.owner.draft, spec.key)
+        new = form.step(spec, value, message.direction, self._steps(spec))
+        if new != value:
+            self.set_value(spec.key, new)
+
+    @on(Field.Reset)
+    def _reset(self, message: Field.Reset) -> None:
+        spec = message.field.spec
+        if spec.auto:
+            self.set_value(spec.key, "auto")
+        elif spec.key == "hardware.gpu":
+            self.set_value(spec.key, THIS_MACHINE)
+
+    @on(Field.EditRequested)
+    def _edit(self, message: Field.EditRequested) -> None:
+        spec, tree = message.field.spec, self.owner.draft
+
+        def done(text: str | None) -> None:
+            if text is None or text == form.get(tree, spec.key):
+                self.plan_again(at_once=True)
+            else:
+                self.set_value(spec.key, text)
+
+        def typing(text: str) -> None:
+            self.plan_again(form.put(tree, spec.key, text))
+
+        options = self._steps(spec)
+        editor = Editor(
+            spec.label.strip(),
+            form.get(tree, spec.key),
+            hint=spec.help,
+            options=self._models if spec.key == "model" else _data_files if spec.key == "data" else options,
+            closed=spec.closed,
+            on_change=None if spec.key in ("model", "data") else typing,
+        )
+        self.app.push_screen(editor, done)
+
+    @work(thread=True, group="choices", exit_on_error=False)
+    def _load_choices(self) -> None:
+        backend = self.owner.backend
+        gpus, models = backend.gpus(), backend.models()
+        self.app.call_later(self._take_choices, gpus, models)
+
+    def _take_choices(self, gpus: list[str], models: list[str]) -> None:
+        self._gpus = [THIS_MACHINE, CPU, *gpus]
+        self._models = models
+
+    # --- keys
+
+    def action_scroll(self, direction: int) -> None:
+        """Scroll the reasons."""
+        pane = self.query_one("#reasons", VerticalScroll)
+        pane.scroll_relative(y=direction * max(pane.size.height - 1, 1), animate=False)
+
+    def action_here(self) -> None:
+        """Plan for this machine."""
+        self.set_value("hardware.gpu", THIS_MACHINE)
+
+    def action_open(self) -> None:
+        """Ask for a recipe and open it."""
+
+        def done(text: str | None) -> None:
+            if not text:
+                return
+            try:
+                self.owner.open_recipe(Path(text).expanduser())
+            except RecipeError as error:
+                self.notify(str(error), title="not opened", severity="error", timeout=12)
+                return
+            self._show_fields()
+            self.plan_again(at_once=True)
+
+        self.app.push_screen(Editor("open a recipe", "", hint="A YAML file", options=_recipe_files), done)
+
+    def action_save(self) -> None:
+        """Ask where to, and save the recipe."""
+        recipe = self.owner.recipe
+        if recipe is None:
+            self.notify("There is nothing to save until the form is right.", severity="warning")
+            return
+
+        def done(text: str | None) -> None:
+            if not text:
+                return
+            path = Path(text).expanduser().resolve()
+            try:
+                recipe.save(path)
+            except OSError as error:
+                self.notify(f"{path}: {error.strerror}", title="not saved", severity="error", timeout=12)
+                return
+            self.owner.recipe_path, self.owner.edited = path, False
+            self.notify(f"finetui run {path}", title=f"saved as {path.name}")
+
+        start = str(self.owner.recipe_path or "recipe.yaml")
+        self.app.push_screen(Editor("save as", start, hint="A file that is there already is replaced"), done)
+
+
+def _data_files(text: str) -> list[str]:
+    return complete_path(text, suffixes=_DATA_SUFFIXES)
+
+
+def _recipe_files(text: str) -> list[str]:
+    return complete_path(text, suffixes=_RECIPE_SUFFIXES)

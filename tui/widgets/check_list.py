@@ -1,0 +1,41 @@
+"""CheckList: what preflight found, the failures first."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from .lines import Line, Lines, wrapped
+
+if TYPE_CHECKING:
+    from ...engine.preflight import Check
+
+_GLYPHS = {"ok": ("✔", "good"), "warn": ("!", "warn"), "fail": ("✘", "bad")}
+
+
+class CheckList(Lines):
+    """The checks made so far."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._checks: list[Check] = []
+        self._note = ""
+
+    def show(self, checks: list[Check], note: str) -> None:
+        """Draw checks, and below them a note on those that are still to come."""
+        self._checks, self._note = list(checks), note
+        self.refresh(layout=True)
+        self.redraw()
+
+    def draw(self, width: int, height: int) -> list[Line]:
+        """See :class:`Lines`."""
+        lines: list[Line] = []
+        for check in sorted(self._checks, key=lambda check: ("fail", "warn", "ok").index(check.status)):
+            glyph, role = _GLYPHS[check.status]
+            first, *rest = wrapped(f"{check.name}: {check.detail}" if check.detail else check.name, max(width - 2, 8))
+            lines.append([(f"{glyph} ", role), *[(text, "" if check.status == "ok" else role) for text, _ in first]])
+            lines += [[("  ", ""), *line] for line in rest]
+            if check.do and check.status != "ok":
+                lines += [[("  ", ""), *line] for line in wrapped(check.do, max(width - 2, 8), "dim")]
+        if self._note:
+            lines += wrapped(self._note, width, "dim")
+        return lines

@@ -1,0 +1,79 @@
+"""MemoryBar: one GPU's predicted memory against what the card has, whole and term by term."""
+
+from __future__ import annotations
+
+from ...planner.plan import Plan
+from .. import format  # noqa: A004
+from ..plan_view import verdict
+from .lines import Line, Lines, Span, length, spread, wrapped
+
+_VERDICT_ROLES = {"✔": "good", "!": "warn", "✘": "bad"}
+
+
+def bar(filled: float, width: int, role: str = "accent") -> list[Span]:
+    """A bar of ``width`` cells of which a share (0 to 1) is filled."""
+    cells = min(max(round(filled * width), 1 if filled > 0 else 0), width) if filled == filled else 0
+    return [("█" * cells, role), ("░" * (width - cells), "empty")]
+
+
+def interval_line(plan: Plan, width: int) -> Line:
+    """A ruler below the bar: where the lowest and the highest prediction end, and how full the card gets."""
+    memory, capacity = plan.memory, max(plan.hardware.memory_gib, 1e-9)
+    low, high = (min(round(value / capacity * width), width - 1) for value in (memory.low_gib, memory.high_gib))
+    text = f"{memory.low_gib:.1f}–{memory.high_gib:.1f} GiB"
+    ruler = f"├{'─' * max(high - low - 1, 0)}┤" if high > low else "│"
+    line: Line = [(" " * low, ""), (ruler, "dim")]
+    if low + len(ruler) + 2 + len(text) <= width:
+        return [*line, (f"  {text}", "dim")]
+    if low >= len(text) + 2:
+        return [(" " * (low - len(text) - 2), ""), (f"{text}  ", "dim"), (ruler, "dim")]
+    return [(text.center(width), "dim")]
+
+
+class MemoryBar(Lines):
+    """The verdict, the bar, and a row per term, largest first."""
+
+    def __init__(self, *, id: str | None = None) -> None:  # noqa: A002
+        super().__init__(id=id)
+        self._plan: Plan | None = None
+        self._note = "planning…"
+
+    def show(self, plan: Plan | None, note: str = "planning…") -> None:
+        """Draw a plan's memory, or in its place a note that says why there is none."""
+        rows = self.lines_needed(self.size.width)
+        self._plan, self._note = plan, note
+        if rows != self.lines_needed(self.size.width):
+            self.refresh(layout=True)
+        self.redraw()
+
+    def draw(self, width: int, height: int) -> list[Line]:
+        """See :class:`Lines`."""
+        if self._plan is None:
+            return wrapped(self._note, width, "bad" if self._note.startswith("✘") else "dim")
+        if width < 12:
+            return []
+        plan, memory = self._plan, self._plan.memory
+        glyph, word = verdict(plan)
+        role = _VERDICT_ROLES[glyph]
+        capacity = max(plan.hardware.memory_gib, 1e-9)
+        share = memory.device_gib / capacity
+        figures: Line = [(f"{memory.device_gib:.1f} of {capacity:.1f} GiB", "bold"), (f" {share:5.0%}", role)]
+        head: Line = [(f"{glyph} {word}", role)]
+        if length(head) + length(figures) >= width:
+            figures = figures[:1]
+        lines = [
+            spread(head, figures, width) if length(head) + length(figures) < width else head,
+            bar(share, width, role),
+            interval_line(plan, width),
+        ]
+        terms = sorted(((value, name) for name, value in memory.terms.items() if value >= 0.005), reverse=True)
+        largest = max((value for value, _ in terms), default=1.0)
+        for value, name in terms:
+            label, figure = name.ljust(13), format.gib(value).rjust(9)
+            room = width - len(label) - len(figure) - 1
+            row: Line = [(label, "")]
+            if room >= 4:
+                cells = max(round(value / largest * room), 1)
+                row += [("━" * cells, "second"), (" " * (room - cells + 1), "")]
+            lines.append([*row, (figure, "")])
+        return lines

@@ -1,0 +1,49 @@
+"""RunDetails: one run of the table in words."""
+
+from __future__ import annotations
+
+import math
+
+from .. import format  # noqa: A004
+from ..run_table import RunRow
+from .lines import Line, Lines, wrapped
+from .run_header import STATE_ROLES
+
+
+class RunDetails(Lines):
+    """The run under the cursor: why it ended, what to try, what it is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._row: RunRow | None = None
+        self._now = 0.0
+
+    def show(self, row: RunRow | None, now: float) -> None:
+        """Draw a run."""
+        self._row, self._now = row, now
+        self.refresh(layout=True)
+        self.redraw()
+
+    def draw(self, width: int, height: int) -> list[Line]:
+        """See :class:`Lines`."""
+        row = self._row
+        if row is None:
+            return [[("no runs yet: plan one (1), then launch it (2)", "dim")]]
+        lines: list[Line] = []
+        if row.message:
+            lines += wrapped(row.message, width, STATE_ROLES.get(row.state, ""))
+        if row.do:
+            lines += wrapped(f"Try: {row.do}", width, "bold")
+        attempt = f", attempt {row.attempt}" if row.attempt > 1 else ""
+        lines.append([("model    ", "dim"), (f"{row.model}, {row.tuning}{attempt}", "")])
+        memory = f"{row.planned_gib:.1f} GiB planned" if math.isfinite(row.planned_gib) else ""
+        if math.isfinite(row.peak_gib):
+            memory += f", {row.peak_gib:.1f} GiB reserved at most"
+        lines.append([("memory   ", "dim"), (memory, "")])
+        planned = f" of {format.duration(row.planned_s)} planned" if math.isfinite(row.planned_s) else ""
+        saved = f", checkpoint at step {row.checkpoint_step:,}" if row.checkpoint_step else ", no checkpoint"
+        lines.append([("time     ", "dim"), (f"{format.duration(row.elapsed_s)}{planned}{saved}", "")])
+        when = "at work" if row.live else f"ended {format.ago(row.when, self._now)}"
+        lines.append([("when     ", "dim"), (f"{when}, {row.place}", "")])
+        lines.append([("folder   ", "dim"), (format.path(row.run.path), "")])
+        return lines
