@@ -32,11 +32,11 @@ from types import FrameType
 
 import psutil
 
+from ..planner.cgroup import oom_kills, usable_cpus
 from ..planner.errors import FinetuiError, RunError
 from ..planner.plan import Plan
 from ..planner.recipe import Limits
 from ..planner.version import VERSION
-from .cgroup import oom_kills, usable_cpus
 from .checkpoint import find
 from .events import Failure, Phase, Warn, parse_line
 from .launcher import WORKER, import_environment

@@ -18,7 +18,7 @@ from typing import Any
 
 import psutil
 
-from .cgroup import memory_limit
+from ..planner.cgroup import memory_limit
 from .events import EventLog, GpuSample, HostSample, Warn
 
 GIB = 2**30

@@ -89,11 +89,17 @@ def _rank(offer: Offer, spot: bool) -> tuple[bool, float]:
     return offer.as_of == "unknown", _price(offer, spot) or 0.0
 
 
-def cost_of(time_s: float, node: Node, offers: Iterable[Offer] | None = None) -> Cost:
-    """What a run of this length costs on this node: nothing here, else the cheapest offer on demand.
+def cost_of(
+    time_s: float, node: Node, offers: Iterable[Offer] | None = None, *, usd_per_h: float | None = None
+) -> Cost:
+    """What a run of this length costs on this node: at the price given, else nothing here and the cheapest offer on
+    demand elsewhere.
 
     Where nobody offers so many of the GPU in one machine, single ones of the cheapest offer stand for it.
     """
+    if usd_per_h is not None:
+        provider = "this machine" if node.local else "your price"
+        return Cost(usd=usd_per_h * time_s / 3600, usd_per_h=usd_per_h, provider=provider)
     if node.local:
         return Cost()
     best = _shipped() if offers is None else cheapest_offers(offers)

@@ -18,8 +18,12 @@ _DEFAULT_BATCH = 16
 _DEFAULT_LENGTH = 2048
 #: How full packed rows get: best-fit decreasing leaves a few percent.
 PACKED_FILL = 0.97
-#: How much longer than estimated from its text an example may be before it is cut.
-_ESTIMATE_MARGIN = 1.25
+#: Estimates take a token as four characters. It is at least one, so that many times the estimate is never exceeded.
+_CHARACTERS = 4
+#: Estimates come from the first rows: below this length a later, longer row would be cut to save next to nothing.
+_SHORTEST_ESTIMATE = 512
+#: How much longer than estimated the longest row is taken to be where memory is predicted.
+_ESTIMATE_MARGIN = 2
 
 
 class Frame:
@@ -62,12 +66,16 @@ class Frame:
         if limit and limit < _DEFAULT_LENGTH:
             why = f"the model was made for {limit} positions"
         longest = self.given.longest if self.given and self.recipe.method == "sft" else 0
-        about = ""
-        if self.given and self.given.basis == "estimated":
-            longest, about = math.ceil(_ESTIMATE_MARGIN * longest), "about "
-        if longest and 64 * math.ceil(longest / 64) < length:
-            length = 64 * math.ceil(longest / 64)
+        estimated = self.given is not None and self.given.basis == "estimated"
+        bound = 64 * math.ceil(longest * (_CHARACTERS if estimated else 1) / 64)
+        if estimated:
+            bound = max(bound, _SHORTEST_ESTIMATE)
+        about = "about " if estimated else ""
+        if longest and bound < length:
+            length = bound
             why = f"the longest example has {about}{longest} tokens: a longer row would be padding"
+            if estimated:
+                why = f"well above the longest example, about {longest} tokens by its characters: nothing is cut"
         elif longest > length:
             why += f"; examples up to {about}{longest} tokens are cut"
         self.because("sequence_length", length, why)
@@ -82,6 +90,14 @@ class Frame:
     def mean(self) -> float:
         """Tokens per example after cutting."""
         return max(min(self.workload.mean_tokens, float(self.length)), 1.0)
+
+    def row_tokens(self) -> int:
+        """Tokens of the longest row that memory must hold: a packed row is full, a padded one as long as its data."""
+        longest = self.workload.longest
+        if self.packing or not longest or self.workload.basis == "assumed":
+            return self.length
+        margin = _ESTIMATE_MARGIN if self.workload.basis == "estimated" else 1
+        return min(self.length, max(margin * longest, 8))
 
     def _packing(self) -> bool:
         if self.recipe.packing != "auto":
@@ -149,10 +165,7 @@ class Frame:
             batch = max(recipe.batch_tokens // self.length, 1)
             why = f"{recipe.batch_tokens} tokens are {batch} rows of {self.length}"
         else:
-            batch = min(_DEFAULT_BATCH, rows)
-            why = f"{_DEFAULT_BATCH} sequences per step are a common start"
-            if batch < _DEFAULT_BATCH:
-                why = f"the data is only {rows} rows long"
+            batch, why = self._default_batch(rows)
         free = self.recipe.hardware.gpus == "auto" and recipe.micro_batch == "auto"
         while free and len(self.gpus) > 1 and len(self.gpus) > batch:
             self.gpus = self.gpus[:-1]
@@ -162,6 +175,15 @@ class Frame:
             why += f", rounded so that {len(self.gpus)} device(s) share it evenly"
         self.because("batch_size", rounded, why)
         return rounded
+
+    def _default_batch(self, rows: int) -> tuple[int, str]:
+        """Sixteen examples. Packing changes the shape of a step, not how many examples an update averages over."""
+        batch, why = _DEFAULT_BATCH, f"{_DEFAULT_BATCH} sequences per step are a common start"
+        if self.packing and self.recipe.method == "sft":
+            per_row = self.length * PACKED_FILL / self.mean()
+            batch = max(math.ceil(_DEFAULT_BATCH / per_row), len(self.gpus))
+            why = f"about {batch * per_row:.0f} examples per step, {per_row:.0f} to a packed row"
+        return (batch, why) if batch <= rows else (rows, f"the data is only {rows} rows long")
 
     def _give_up_devices(self, batch: int) -> None:
         """Leave devices idle that were not asked for, until the rest share the batch evenly."""

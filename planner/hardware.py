@@ -11,7 +11,9 @@ from __future__ import annotations
 
 import csv
 import difflib
+import os
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from datetime import date
 from functools import cache
@@ -166,7 +168,11 @@ def find_gpu(name: str) -> Gpu:
 def this_machine() -> Node:
     """The GPUs of this machine as NVML shows them, or its CPU when there is no driver.
 
-    Different GPUs in one machine: the first kind counts, since ranks of one run need equal memory.
+    ``CUDA_VISIBLE_DEVICES`` is kept to, as CUDA does: a scheduler sets it to what is ours. Different GPUs in one
+    machine: the first kind counts, since ranks of one run need equal memory.
+
+    Raises:
+        HardwareError: the driver is there but doesn't answer, or only slices of a GPU (MIG) are visible.
     """
     return _nvml_node() or cpu_node()
 
@@ -180,8 +186,9 @@ def _nvml_node() -> Node | None:
         return None
     try:
         seen = []
-        for index in range(pynvml.nvmlDeviceGetCount()):
-            handle = pynvml.nvmlDeviceGetHandleByIndex(index)
+        handles = [pynvml.nvmlDeviceGetHandleByIndex(index) for index in range(pynvml.nvmlDeviceGetCount())]
+        for index in _visible(len(handles), lambda index: pynvml.nvmlDeviceGetUUID(handles[index])):
+            handle = handles[index]
             name = pynvml.nvmlDeviceGetName(handle)
             total = pynvml.nvmlDeviceGetMemoryInfo(handle).total / GIB
             major, minor = pynvml.nvmlDeviceGetCudaComputeCapability(handle)
@@ -195,7 +202,39 @@ def _nvml_node() -> Node | None:
         return None
     first = seen[0][1]
     indices = tuple(index for index, name, _, _ in seen if name == first)
-    return Node(known_or_assumed(first, seen[0][2], seen[0][3]), len(indices), indices, _host_memory_gib(), local=True)
+    return Node(
+        known_or_assumed(first, seen[0][2], seen[0][3]),
+        len(indices),
+        indices,
+        round(_host_memory()[0] / GIB, 2),
+        local=True,
+    )
+
+
+def _visible(count: int, uuid: Callable[[int], str | bytes]) -> list[int]:
+    """The NVML indices that ``CUDA_VISIBLE_DEVICES`` leaves, in its order.
+
+    Indices, or the beginnings of UUIDs; the first that names no device ends the list (CUDA C++ programming guide,
+    "CUDA environment variables"). Indices count in the order of the PCI bus, which is NVML's.
+    """
+    given = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if given is None:
+        return list(range(count))
+    chosen: list[int] = []
+    for part in map(str.strip, given.split(",")):
+        if part.startswith("MIG-"):
+            do = "Make whole GPUs visible, or plan with --gpu NAME."
+            raise HardwareError("runs on slices of a GPU (MIG) are not supported", where="CUDA_VISIBLE_DEVICES", do=do)
+        if part.isdigit():
+            found = [int(part)] if int(part) < count else []
+        else:
+            uuids = {index: uuid(index) for index in range(count)}
+            names = {index: u.decode() if isinstance(u, bytes) else u for index, u in uuids.items()}
+            found = [index for index, name in names.items() if part and name.startswith(part)]
+        if len(found) != 1 or found[0] in chosen:
+            break
+        chosen += found
+    return chosen
 
 
 def known_or_assumed(name: str, total_gib: float, compute_capability: str) -> Gpu:
@@ -229,10 +268,10 @@ def cpu_node() -> Node:
     import psutil
 
     cores = psutil.cpu_count(logical=False) or psutil.cpu_count() or 1
-    memory = psutil.virtual_memory()
+    total, free = _host_memory()
     gpu = Gpu(
         name=f"CPU ({cores} core{'s' if cores > 1 else ''})",
-        memory_gib=round(memory.available / GIB, 2),
+        memory_gib=round(free / GIB, 2),
         bandwidth_gb_s=min(10.0 * cores, 80.0),
         bf16_tflops=cores * _CORE_GFLOPS / 1000,
         fp32_tflops=cores * _CORE_GFLOPS / 1000,
@@ -241,13 +280,19 @@ def cpu_node() -> Node:
         kind="cpu",
         source="this machine; speed assumed",
     )
-    return Node(gpu, 1, (0,), round(memory.total / GIB, 2), local=True)
+    return Node(gpu, 1, (0,), round(total / GIB, 2), local=True)
 
 
-def _host_memory_gib() -> float:
+def _host_memory() -> tuple[int, int]:
+    """Bytes of host memory in all and free, of this container where it has a limit of its own."""
     import psutil
 
-    return round(psutil.virtual_memory().total / GIB, 2)
+    from .cgroup import memory_limit
+
+    memory, limit = psutil.virtual_memory(), memory_limit()
+    if limit is None or limit.limit >= memory.total:
+        return memory.total, memory.available
+    return limit.limit, min(memory.available, max(limit.limit - limit.used, 0))
 
 
 def node_for(request: HardwareRequest) -> Node:

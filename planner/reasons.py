@@ -13,6 +13,12 @@ if TYPE_CHECKING:
     from .solver import Candidate
 
 
+_ORDER = (
+    "workload", "gpus", "strategy", "sequence_length", "packing", "row_tokens", "batch_size", "micro_batch",
+    "checkpointing", "precision", "optimizer", "learning_rate", "train_on", "eval_every", "checkpoint_every", "kernels",
+)  # fmt: skip
+
+
 def explain_choice(recipe: Recipe, best: Candidate, tried: Sequence[Candidate], gpu: Gpu, limit: float) -> list[Reason]:
     """One reason for each setting that was left to the solver."""
     chosen, reasons = best.settings, []
@@ -31,11 +37,15 @@ def explain_choice(recipe: Recipe, best: Candidate, tried: Sequence[Candidate], 
             else "those that prove themselves on this GPU are used"
         )
         reasons.append(Reason("kernels", "off" if gpu.kind == "cpu" else "auto", why))
-    if recipe.hardware.strategy == "auto":
-        world = chosen.world_size
-        why = "each device holds the whole model and takes its share of the batch" if world > 1 else "one device"
-        reasons.append(Reason("strategy", "ddp" if world > 1 else "single", why))
+    if recipe.hardware.strategy == "auto" and chosen.world_size > 1:
+        why = "each device holds the whole model and takes its share of the batch"
+        reasons.append(Reason("strategy", "ddp", why))
     return reasons
+
+
+def in_order(reasons: Sequence[Reason]) -> list[Reason]:
+    """What every figure rests on first, then what the user decides about, then what runs by itself."""
+    return sorted(reasons, key=lambda reason: _ORDER.index(reason.setting) if reason.setting in _ORDER else len(_ORDER))
 
 
 def _like(best: Candidate, tried: Sequence[Candidate], *same: str) -> list[Candidate]:

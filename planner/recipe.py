@@ -123,13 +123,15 @@ class HardwareRequest(_Section):
     """``bf16`` keeps weights in 16 bits, ``bf16-mixed`` and ``fp16`` compute in 16 bits over fp32 weights."""
     kernels: Literal["auto", "on", "off"] = "auto"
     """Fused Triton kernels. ``auto`` uses those that prove themselves on this GPU."""
+    usd_per_h: float | None = Field(None, gt=0)
+    """What the machine costs per hour; without it a local one is free and others cost their cheapest offer."""
 
 
 class Limits(_Section):
     """When a run is ended early."""
 
     cost_usd: float | None = Field(None, gt=0)
-    """Stop with a checkpoint before this much is spent (needs a price)."""
+    """Stop with a checkpoint before this much is spent; on your own machine, give hardware.usd_per_h too."""
     hours: float | None = Field(None, gt=0)
     """Stop with a checkpoint after this long."""
     nan_steps: int = Field(3, ge=1)
@@ -198,7 +200,7 @@ class Recipe(_Section):
     epochs: float = Field(1.0, gt=0)
     """Passes over the data."""
     max_steps: int | None = Field(None, ge=1)
-    """End after so many optimiser steps, whatever epochs says."""
+    """End after so many optimiser steps where epochs would take more; the schedule of the rate ends there too."""
     seed: int = Field(42, ge=0)
     """Seed of data order, adapter initialisation and dropout."""
     optimizer: Optimizer = Optimizer()

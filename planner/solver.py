@@ -18,6 +18,7 @@ from .frame import PACKED_FILL, Frame
 from .hardware import Node, Offer
 from .memory import Settings, peak_memory
 from .plan import HardwareSummary, Memory, ModelSummary, Plan, Resolved, Speed, Workload
+from .reasons import explain_choice, in_order
 from .speed import step_speed
 from .stacks import Stack, find_stack
 
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
 #: Methods that a plan can be made for.
 PLANNED_METHODS = ("sft", "pretrain")
 _MICRO_BATCHES = (1, 2, 4, 8, 16, 32, 64)
+#: Predictions of speed that differ by less are taken as equal.
+_EQUALLY_FAST = 0.02
 
 
 @dataclass(frozen=True)
@@ -82,6 +85,9 @@ class _Solver:
         if recipe.hardware.kernels == "on" and node.gpu.kind == "cpu":
             do = "Use kernels: auto, or off."
             raise HardwareError("fused kernels need a CUDA GPU", where="hardware.kernels", do=do)
+        if recipe.limits.cost_usd is not None and node.local and recipe.hardware.usd_per_h is None:
+            do = "Set hardware.usd_per_h to what this machine costs per hour, or use limits.hours."
+            raise RecipeError("a limit on cost has no effect without a price", where="limits.cost_usd", do=do)
         self.recipe, self.architecture, self.node, self.stack = recipe, architecture, node, stack
         self.frame = Frame(recipe, architecture, node, workload)
         self.because, self.warnings = self.frame.because, self.frame.warnings
@@ -122,7 +128,7 @@ class _Solver:
         targets = tuning.targets if isinstance(tuning.targets, str) else tuple(tuning.targets)
         return Settings(
             tuning=tuning.type,
-            sequence_length=self.frame.length,
+            sequence_length=self.frame.row_tokens(),
             micro_batch=micro,
             accumulation=max(self.frame.batch // (micro * len(self.frame.gpus)), 1),
             rank=tuning.rank,
@@ -202,10 +208,10 @@ class _Solver:
             memory=best.memory,
             speed=best.speed,
             time_s=time_s,
-            cost=cost_of(time_s, node, offers),
+            cost=cost_of(time_s, node, offers, usd_per_h=self.recipe.hardware.usd_per_h),
             resolved=resolved,
             workload=self.frame.workload,
-            reasons=self.frame.reasons,
+            reasons=in_order(self.frame.reasons),
             warnings=self.warnings,
         )
 
@@ -215,8 +221,10 @@ class _Solver:
         return nearest_changes(self.architecture, best.settings, self.stack, self.node, limit)
 
     def _explain(self, best: Candidate, tried: list[Candidate], limit: float) -> None:
-        from .reasons import explain_choice
-
+        row, length = self.frame.row_tokens(), self.frame.length
+        if row < 0.75 * length:
+            twice = "twice the longest estimate" if self.frame.workload.basis == "estimated" else "the longest example"
+            self.because("row_tokens", row, f"memory is for padded rows of {twice}; the limit of {length} cuts later")
         self.frame.reasons += explain_choice(self.recipe, best, tried, self.node.gpu, limit)
 
     def _resolve(self, best: Candidate) -> Resolved:
@@ -294,8 +302,14 @@ class _Solver:
 
 
 def _fastest(candidates: list[Candidate]) -> Candidate | None:
-    """The fastest, and of equally fast ones the smallest."""
-    return max(candidates, key=lambda c: (round(c.speed.tokens_per_s, 3), -c.memory.device_gib), default=None)
+    """The fastest; of those as fast under the same checkpointing, the largest micro-batch: it launches fewest kernels,
+    which on small models counts for more than is predicted."""
+    best = max(candidates, key=lambda c: (round(c.speed.tokens_per_s, 3), -c.memory.device_gib), default=None)
+    if best is None:
+        return None
+    level = (1 - _EQUALLY_FAST) * best.speed.tokens_per_s
+    like = [c for c in candidates if c.settings.checkpointing == best.settings.checkpointing]
+    return max((c for c in like if c.speed.tokens_per_s >= level), key=lambda c: c.settings.micro_batch)
 
 
 def _duration(seconds: float) -> str:

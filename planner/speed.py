@@ -74,8 +74,11 @@ def step_speed(
         "dequantize": _dequantize_bytes(architecture, settings) / bandwidth,
         "launch": 0.0,
     }
-    launches = _launches(architecture, settings) * (_LAUNCH_S if gpu.kind == "cuda" else _LAUNCH_CPU_S)
-    terms["launch"] = max(0.0, launches - sum(terms.values()))
+    launches = _launches(architecture, settings)
+    if gpu.kind == "cpu":  # nothing is launched ahead: each operation waits for the one before
+        terms["launch"] = launches * _LAUNCH_CPU_S
+    else:
+        terms["launch"] = max(0.0, launches * _LAUNCH_S - sum(terms.values()))
     terms = {name: seconds * settings.accumulation for name, seconds in terms.items()}
     terms["optimizer"] = _optimizer_bytes(architecture, settings, stack) / bandwidth
     terms["communication"] = _communication(architecture, settings, stack, gpu, terms["backward"])

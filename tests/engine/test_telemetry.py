@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from finetui.engine.cgroup import MemoryLimit
 from finetui.engine.events import EventLog, read_events
 from finetui.engine.telemetry import RETRY_S, GpuMonitor, HostMonitor, Sampler, gpu_interval_s
+from finetui.planner.cgroup import MemoryLimit
 
 GIB = 2**30
 

@@ -9,6 +9,7 @@ import pytest
 
 from finetui.planner import hardware
 from finetui.planner.architecture import Architecture
+from finetui.planner.cgroup import MemoryLimit
 from finetui.planner.cost import cheapest_offers, cost_of, rank_offers
 from finetui.planner.errors import HardwareError
 from finetui.planner.hardware import (
@@ -132,6 +133,9 @@ class _Nvml:
     def nvmlDeviceGetName(self, handle):
         return self.names[handle]
 
+    def nvmlDeviceGetUUID(self, handle):
+        return ("GPU-aa11", "GPU-ab22", "GPU-cc33")[handle]
+
     def nvmlDeviceGetMemoryInfo(self, handle):
         return type("Memory", (), {"total": 80 * 2**30})
 
@@ -140,9 +144,38 @@ class _Nvml:
 
 
 def test_this_machine_through_nvml(monkeypatch):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     monkeypatch.setitem(__import__("sys").modules, "pynvml", _Nvml())
     node = hardware.this_machine()
     assert (node.gpu.name, node.count, node.indices, node.local) == ("A100-80GB", 2, (0, 2), True)
+
+
+@pytest.mark.parametrize(
+    ("visible", "indices"),
+    [("0,1,2", (0, 2)), ("2", (2,)), ("2,0", (2, 0)), ("GPU-cc", (2,)), ("0,9,2", (0,)), ("0,-1,2", (0,))],
+)
+def test_only_visible_gpus_are_planned_for(monkeypatch, visible, indices):
+    monkeypatch.setitem(__import__("sys").modules, "pynvml", _Nvml())
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert hardware.this_machine().indices == indices
+
+
+def test_nothing_visible_is_a_cpu_and_slices_are_refused(monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "pynvml", _Nvml())
+    for visible in ("", "GPU-a", "7"):  # none, an ambiguous UUID, and an index too many
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+        assert hardware.this_machine().gpu.kind == "cpu"
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "MIG-1234")
+    with pytest.raises(HardwareError, match="MIG"):
+        hardware.this_machine()
+
+
+def test_a_container_is_as_large_as_its_limit(monkeypatch):
+    limit = MemoryLimit(limit=3 * hardware.GIB, used=1 * hardware.GIB)
+    monkeypatch.setattr("finetui.planner.cgroup.memory_limit", lambda: limit)
+    node = hardware.cpu_node()
+    assert node.host_memory_gib == 3.0
+    assert node.gpu.memory_gib <= 2.0
 
 
 def test_no_driver_is_a_cpu_and_a_lost_gpu_is_said(monkeypatch):
@@ -152,6 +185,7 @@ def test_no_driver_is_a_cpu_and_a_lost_gpu_is_said(monkeypatch):
     assert node.gpu.memory_gib > 0
     with pytest.raises(HardwareError, match="no CUDA GPU"):
         node_for(HardwareRequest(device="cuda"))
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     monkeypatch.setitem(__import__("sys").modules, "pynvml", _Nvml(lost=True))
     with pytest.raises(HardwareError, match="GPU is lost"):
         hardware.this_machine()

@@ -127,11 +127,50 @@ def test_sequence_length_and_packing_follow_the_data():
     assert plan(workload=short).resolved.packing
     assert not plan(workload=Workload(1000, 600_000, 700, basis="counted")).resolved.packing
     assert plan(workload=Workload(1000, 600_000, 9000, basis="counted")).resolved.sequence_length == 2048
-    assert plan(workload=Workload(1000, 600_000, 700, basis="estimated")).resolved.sequence_length == 896
     assert plan(method="pretrain").resolved.packing
     assert plan(method="pretrain").resolved.train_on == "all"
     packed, loose = (plan(workload=short, packing=packing, batch_size=4) for packing in (True, False))
     assert packed.resolved.steps < loose.resolved.steps / 3
+
+
+@pytest.mark.parametrize(("longest", "length"), [(54, 512), (200, 832), (700, 2048)])
+def test_an_estimate_never_cuts_data(longest, length):
+    """A token is at least a character, and estimates take it as four."""
+    assert plan(workload=Workload(1000, 30 * 1000, longest, basis="estimated")).resolved.sequence_length == length
+
+
+def test_memory_is_for_the_rows_there_are():
+    asked = {"packing": False, "sequence_length": 2048, "micro_batch": 4, "batch_size": 16}
+    full, short = (plan(workload=Workload(100, 100 * t, t, basis="counted"), **asked) for t in (2048, 300))
+    guess = plan(workload=Workload(100, 100 * 150, 150, basis="estimated"), **asked)
+    assert short.memory.device_gib < full.memory.device_gib - 1
+    assert guess.memory.device_gib == pytest.approx(short.memory.device_gib)
+    assert [r.value for r in guess.reasons if r.setting == "row_tokens"] == [300]
+    packed = plan(workload=Workload(100, 100 * 150, 150, basis="estimated"), **{**asked, "packing": True})
+    assert packed.memory.device_gib > full.memory.device_gib - 1
+
+
+def test_packing_does_not_change_how_many_examples_an_update_sees():
+    workload = Workload(10_000, 300_000, 600, basis="counted")
+    packed, loose = (plan(workload=workload, packing=packing).resolved for packing in (True, False))
+    assert packed.steps == pytest.approx(loose.steps, rel=0.35)
+
+
+def test_equally_fast_goes_to_the_larger_micro_batch():
+    tiny = Architecture.from_config(
+        {"model_type": "llama", "hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 6,
+         "num_attention_heads": 4, "vocab_size": 4096}
+    )  # fmt: skip
+    recipe = Recipe.build({"model": "t", "tuning": "full", "batch_size": 8, "sequence_length": 128, "packing": False})
+    resolved = make_plan(recipe, tiny, Node(CPU, local=True), Workload(1368, 54720, 54, basis="counted")).resolved
+    assert (resolved.micro_batch, resolved.accumulation) == (8, 1)
+
+
+def test_reasons_come_in_the_order_of_what_people_ask():
+    settings = [reason.setting for reason in plan(count=2).reasons]
+    assert settings[:2] == ["workload", "gpus"]
+    assert settings.index("micro_batch") < settings.index("checkpointing") < settings.index("kernels")
+    assert "strategy" not in [reason.setting for reason in plan(count=1).reasons]
 
 
 def test_a_batch_is_never_larger_than_the_data():
@@ -159,6 +198,16 @@ def test_local_runs_cost_nothing_and_rented_ones_name_their_offer():
     assert rented.usd == pytest.approx(rented.usd_per_h * plan(gpu="H100").time_s / 3600)
     assert rented.provider
     assert plan(gpu="cpu", tuning="qlora").cost.usd == 0
+
+
+def test_an_own_machine_has_the_price_it_is_given():
+    priced = plan(gpu="cpu", tuning="qlora", hardware={"usd_per_h": 1.5}, limits={"cost_usd": 3})
+    assert (priced.cost.provider, priced.cost.usd_per_h) == ("this machine", 1.5)
+    assert priced.cost.usd == pytest.approx(1.5 * priced.time_s / 3600)
+    with pytest.raises(RecipeError, match=r"limits\.cost_usd: .*no effect without a price.*hardware\.usd_per_h"):
+        plan(gpu="cpu", tuning="qlora", limits={"cost_usd": 3})
+    assert plan(gpu="H100", limits={"cost_usd": 3}).cost.usd_per_h > 0
+    assert plan(gpu="H100", hardware={"usd_per_h": 9.0}).cost.provider == "your price"
 
 
 _SETTINGS = st.builds(

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from finetui.engine.cgroup import MemoryLimit, memory_limit, oom_kills, usable_cpus
+from finetui.planner.cgroup import MemoryLimit, memory_limit, oom_kills, usable_cpus
 
 
 def put(folder: Path, **files: str) -> None:
