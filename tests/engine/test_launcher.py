@@ -107,8 +107,8 @@ def test_sigkill_of_the_supervisor_ends_the_ranks_and_the_run_can_be_resumed(mak
     until(lambda: steps(run) >= 2 and (run.path / "pid1").exists())
     ranks = [int((run.path / f"pid{rank}").read_text()) for rank in (0, 1)]
     os.kill(pid, signal.SIGKILL)
-    until(lambda: not any(psutil.pid_exists(rank) for rank in ranks), 2.0)
-    until(lambda: run.status.state == "lost", 2.0)
+    until(lambda: not any(psutil.pid_exists(rank) for rank in ranks), 15.0)
+    until(lambda: run.status.state == "lost", 15.0)
     assert "finetui resume" in run.status.do
     spent = run.status.elapsed_s()
     with pytest.raises(RunError, match="it is lost"):
@@ -153,7 +153,7 @@ def test_kill_ends_ranks_that_ignore_sigterm(make_run: Callable[..., Run], monke
     until(lambda: (run.path / "pid0").exists())
     launcher.kill(run)
     assert not psutil.pid_exists(int((run.path / "pid0").read_text()))
-    until(lambda: not psutil.pid_exists(pid), 2.0)
+    until(lambda: not psutil.pid_exists(pid), 15.0)
     assert run.status.state == "stopped"
     assert "without a checkpoint" in run.status.message
 

@@ -153,6 +153,7 @@ def test_failures_of_the_hub_in_plain_words(monkeypatch: pytest.MonkeyPatch) -> 
     from huggingface_hub.errors import GatedRepoError, OfflineModeIsEnabled
 
     monkeypatch.setenv("HF_ENDPOINT", "https://hub.example")
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
     gated = GatedRepoError.__new__(GatedRepoError)
     error = explain(gated, "o/d")
     assert isinstance(error, HubError)
@@ -172,6 +173,7 @@ def test_an_unreachable_hub_is_told_at_once(monkeypatch: pytest.MonkeyPatch, tmp
     pytest.importorskip("datasets")
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
     monkeypatch.setenv("HF_HOME", str(tmp_path))
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
     done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, timeout=60)
     assert done.stdout.startswith("HubError some/dataset: the hub can't be reached"), done.stdout + done.stderr
 
