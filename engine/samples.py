@@ -13,8 +13,10 @@ from .evaluate import IGNORED
 from .events import Sample
 from .model import Emit
 
-#: How many prompts are asked, and for how long all of them together may take.
-PROMPTS, SECONDS = 3, 20.0
+#: How many prompts are asked.
+PROMPTS = 3
+#: For how long all answers together may take: the first step of a run should not wait for them.
+SECONDS_BEFORE, SECONDS_AFTER = 3.0, 20.0
 _PROBE = "FinetuiProbe"
 
 
@@ -60,7 +62,7 @@ def answer(model: Any, tokenizer: Any, prompts: list[Prompt], step: int, emit: E
                     attention_mask=torch.ones_like(ids),
                     do_sample=False,
                     max_new_tokens=min(96, len(prompt.expected) + 16),
-                    max_time=SECONDS / len(prompts),
+                    max_time=(SECONDS_AFTER if step else SECONDS_BEFORE) / len(prompts),
                     use_cache=True,
                 )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -14,6 +15,9 @@ from finetui.engine.evaluate import evaluate_run
 from finetui.engine.events import read_events
 from finetui.engine.run import Run
 from finetui.engine.worker import attempt
+
+# These tests are one rank in this process, which must not see the other GPUs of the machine.
+os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")
 
 pytestmark = pytest.mark.cuda
 MakeRun = Callable[..., Run]
