@@ -14,7 +14,7 @@ from ...engine.data.preview import survey
 from ...engine.planning import plan_for
 from ...planner.errors import DataError
 from ...planner.recipe import Recipe
-from .options import DataFlag, JsonFlag, SetFlag, Target, recipe_from
+from .options import JsonFlag, takes_recipe
 
 if TYPE_CHECKING:
     from ...engine.data.preview import Sample
@@ -22,15 +22,9 @@ if TYPE_CHECKING:
 SamplesFlag = Annotated[int, typer.Option("--samples", "-n", min=0, help="How many examples to show token by token.")]
 
 
-def data(
-    target: Target = None,
-    sources: DataFlag = None,
-    samples: SamplesFlag = 2,
-    overrides: SetFlag = None,
-    as_json: JsonFlag = False,
-) -> None:
+@takes_recipe(without={"tuning", "rank", "targets", "gpu", "gpus", "micro_batch", "checkpointing", "optimizer"})
+def data(recipe: Recipe, samples: SamplesFlag = 2, as_json: JsonFlag = False) -> None:
     """Formats, rows and lengths of a recipe's data, and the tokens that count for the loss."""
-    recipe = recipe_from(target, data=sources, overrides=overrides)
     if not recipe.data:
         raise DataError("the recipe names no data", where="data", do="Add 'data: rows.jsonl', or give --data.")
     found = survey(recipe)

@@ -13,41 +13,19 @@ from ...planner.architecture import Architecture
 from ...planner.cost import rank_offers
 from ...planner.hardware import load_catalog
 from ...planner.hub import find_config
-from .options import (
-    DataFlag,
-    JsonFlag,
-    MethodFlag,
-    RankFlag,
-    SeqLenFlag,
-    SetFlag,
-    Target,
-    TuningFlag,
-    recipe_from,
-)
+from ...planner.recipe import Recipe
+from .options import JsonFlag, takes_recipe
 
 SpotFlag = Annotated[bool, typer.Option("--spot", help="Interruptible prices instead of on-demand ones.")]
 TopFlag = Annotated[int, typer.Option("--top", min=1, help="How many offers to show.")]
 
 
-def gpus(
-    target: Target = None,
-    method: MethodFlag = None,
-    tuning: TuningFlag = None,
-    rank: RankFlag = None,
-    data: DataFlag = None,
-    seq_len: SeqLenFlag = None,
-    spot: SpotFlag = False,
-    top: TopFlag = 20,
-    overrides: SetFlag = None,
-    as_json: JsonFlag = False,
-) -> None:
+@takes_recipe(without={"gpu", "gpus"}, optional=True)
+def gpus(recipe: Recipe | None, spot: SpotFlag = False, top: TopFlag = 20, as_json: JsonFlag = False) -> None:
     """The GPUs that can be planned for; with RECIPE or MODEL, where this plan is cheapest."""
-    if target is None:
+    if recipe is None:
         _catalog(as_json=as_json)
         return
-    recipe = recipe_from(
-        target, method=method, tuning=tuning, rank=rank, data=data, seq_len=seq_len, overrides=overrides
-    )
     name, config, _origin = find_config(recipe.model)
     ranked = rank_offers(recipe, Architecture.from_config(config, name), workload_of(recipe), spot=spot)
     rows = [

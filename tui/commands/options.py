@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Collection
+from inspect import Signature, signature
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -10,28 +12,6 @@ import typer
 from ...planner.errors import RecipeError
 from ...planner.recipe import Recipe, apply_overrides
 
-Target = Annotated[
-    str | None,
-    typer.Argument(metavar="RECIPE|MODEL", help="A recipe (.yaml), a checkpoint folder, a config.json or a hub id."),
-]
-MethodFlag = Annotated[str | None, typer.Option("--method", help="sft or pretrain.")]
-TuningFlag = Annotated[str | None, typer.Option("--tuning", help="full, lora or qlora.")]
-RankFlag = Annotated[int | None, typer.Option("--rank", help="Rank of the adapters.")]
-TargetsFlag = Annotated[str | None, typer.Option("--targets", help="all-linear, or module names with commas.")]
-DataFlag = Annotated[list[str] | None, typer.Option("--data", help="File, folder or hub dataset; may be repeated.")]
-GpuFlag = Annotated[str | None, typer.Option("--gpu", help="Plan for this GPU of the catalog (see: finetui gpus).")]
-GpusFlag = Annotated[str | None, typer.Option("--gpus", help="How many (2) or which (0,1).")]
-SeqLenFlag = Annotated[int | None, typer.Option("--seq-len", help="Longest sequence in tokens.")]
-MicroBatchFlag = Annotated[int | None, typer.Option("--micro-batch", help="Sequences per GPU in one forward pass.")]
-CheckpointingFlag = Annotated[str | None, typer.Option("--checkpointing", help="none or full.")]
-OptimizerFlag = Annotated[str | None, typer.Option("--optimizer", help="adamw, adamw-8bit, …")]
-FrameworkFlag = Annotated[
-    str,
-    typer.Option("--framework", help="Whose run is predicted: finetui, trl, trl-liger, unsloth, axolotl, torchtune."),
-]
-SetFlag = Annotated[
-    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any key of the recipe; may be repeated.")
-]
 JsonFlag = Annotated[bool, typer.Option("--json", help="Answer in JSON.")]
 RunArgument = Annotated[str, typer.Argument(metavar="RUN", help="Name or directory of a run.")]
 
@@ -39,20 +19,32 @@ _SUFFIXES = (".yaml", ".yml")
 
 
 def recipe_from(
-    target: str | None,
-    *,
-    method: str | None = None,
-    tuning: str | None = None,
-    rank: int | None = None,
-    targets: str | None = None,
-    data: list[str] | None = None,
-    gpu: str | None = None,
-    gpus: str | None = None,
-    seq_len: int | None = None,
-    micro_batch: int | None = None,
-    checkpointing: str | None = None,
-    optimizer: str | None = None,
-    overrides: list[str] | None = None,
+    target: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="RECIPE|MODEL", help="A recipe (.yaml), a checkpoint folder, a config.json or a hub id."
+        ),
+    ] = None,
+    method: Annotated[str | None, typer.Option("--method", help="sft or pretrain.")] = None,
+    tuning: Annotated[str | None, typer.Option("--tuning", help="full, lora or qlora.")] = None,
+    rank: Annotated[int | None, typer.Option("--rank", help="Rank of the adapters.")] = None,
+    targets: Annotated[str | None, typer.Option("--targets", help="all-linear, or module names with commas.")] = None,
+    data: Annotated[
+        list[str] | None, typer.Option("--data", help="File, folder or hub dataset; may be repeated.")
+    ] = None,
+    gpu: Annotated[
+        str | None, typer.Option("--gpu", help="Plan for this GPU of the catalog (see: finetui gpus).")
+    ] = None,
+    gpus: Annotated[str | None, typer.Option("--gpus", help="How many (2) or which (0,1).")] = None,
+    seq_len: Annotated[int | None, typer.Option("--seq-len", help="Longest sequence in tokens.")] = None,
+    micro_batch: Annotated[
+        int | None, typer.Option("--micro-batch", help="Sequences per GPU in one forward pass.")
+    ] = None,
+    checkpointing: Annotated[str | None, typer.Option("--checkpointing", help="none or full.")] = None,
+    optimizer: Annotated[str | None, typer.Option("--optimizer", help="adamw, adamw-8bit, …")] = None,
+    overrides: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any key of the recipe; may be repeated.")
+    ] = None,
 ) -> Recipe:
     """A recipe from its file, a preset's name or a bare model, with flags on top and ``--set`` above all.
 
@@ -88,6 +80,33 @@ def recipe_from(
     else:
         recipe = Recipe.load(path, settings)
     return recipe.with_overrides(overrides) if overrides else recipe
+
+
+def takes_recipe(
+    *, without: Collection[str] = (), optional: bool = False
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Give a command the flags of :func:`recipe_from`; the recipe made of them is its first argument.
+
+    Args:
+        without: flags that have no effect on this command.
+        optional: without a target the recipe is None.
+    """
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        flags = [p for p in signature(recipe_from, eval_str=True).parameters.values() if p.name not in without]
+        own = list(signature(command, eval_str=True).parameters.values())[1:]
+
+        def wrapped(**values: Any) -> None:
+            chosen = {flag.name: values.pop(flag.name) for flag in flags}
+            nothing = optional and chosen["target"] is None
+            command(None if nothing else recipe_from(**chosen), **values)
+
+        wrapped.__doc__ = command.__doc__
+        wrapped.__annotations__ = {parameter.name: parameter.annotation for parameter in (*flags, *own)}
+        wrapped.__signature__ = Signature([*flags, *own])  # type: ignore[attr-defined]
+        return wrapped
+
+    return decorate
 
 
 def local_path(text: str) -> str:

@@ -2,60 +2,23 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
+import typer
+
 from ...engine.planning import plan_for
-from .options import (
-    CheckpointingFlag,
-    DataFlag,
-    FrameworkFlag,
-    GpuFlag,
-    GpusFlag,
-    JsonFlag,
-    MethodFlag,
-    MicroBatchFlag,
-    OptimizerFlag,
-    RankFlag,
-    SeqLenFlag,
-    SetFlag,
-    Target,
-    TargetsFlag,
-    TuningFlag,
-    recipe_from,
-)
+from ...planner.recipe import Recipe
+from .options import JsonFlag, takes_recipe
+
+FrameworkFlag = Annotated[
+    str,
+    typer.Option("--framework", help="Whose run is predicted: finetui, trl, trl-liger, unsloth, axolotl, torchtune."),
+]
 
 
-def plan(
-    target: Target = None,
-    method: MethodFlag = None,
-    tuning: TuningFlag = None,
-    rank: RankFlag = None,
-    targets: TargetsFlag = None,
-    data: DataFlag = None,
-    gpu: GpuFlag = None,
-    gpus: GpusFlag = None,
-    seq_len: SeqLenFlag = None,
-    micro_batch: MicroBatchFlag = None,
-    checkpointing: CheckpointingFlag = None,
-    optimizer: OptimizerFlag = None,
-    framework: FrameworkFlag = "finetui",
-    overrides: SetFlag = None,
-    as_json: JsonFlag = False,
-) -> None:
+@takes_recipe()
+def plan(recipe: Recipe, framework: FrameworkFlag = "finetui", as_json: JsonFlag = False) -> None:
     """Memory, speed, time and cost of a fine-tune, before anything is downloaded."""
-    recipe = recipe_from(
-        target,
-        method=method,
-        tuning=tuning,
-        rank=rank,
-        targets=targets,
-        data=data,
-        gpu=gpu,
-        gpus=gpus,
-        seq_len=seq_len,
-        micro_batch=micro_batch,
-        checkpointing=checkpointing,
-        optimizer=optimizer,
-        overrides=overrides,
-    )
     result = plan_for(recipe, framework=framework)
     if as_json:
         print(result.to_json())

@@ -17,22 +17,7 @@ from ...planner.errors import HardwareError
 from ...planner.plan import Plan
 from ...planner.recipe import Recipe
 from ..watch import watch
-from .options import (
-    CheckpointingFlag,
-    DataFlag,
-    GpusFlag,
-    JsonFlag,
-    MethodFlag,
-    MicroBatchFlag,
-    OptimizerFlag,
-    RankFlag,
-    SeqLenFlag,
-    SetFlag,
-    Target,
-    TargetsFlag,
-    TuningFlag,
-    recipe_from,
-)
+from .options import JsonFlag, takes_recipe
 
 NameFlag = Annotated[str | None, typer.Option("--name", help="Name of the run; a telling one is made up otherwise.")]
 OutFlag = Annotated[
@@ -42,19 +27,9 @@ DetachFlag = Annotated[bool, typer.Option("--detach", "-d", help="Return at once
 ForceFlag = Annotated[bool, typer.Option("--force", help="Start although the plan does not fit or a check failed.")]
 
 
+@takes_recipe(without={"gpu"})
 def run(
-    target: Target = None,
-    method: MethodFlag = None,
-    tuning: TuningFlag = None,
-    rank: RankFlag = None,
-    targets: TargetsFlag = None,
-    data: DataFlag = None,
-    gpus: GpusFlag = None,
-    seq_len: SeqLenFlag = None,
-    micro_batch: MicroBatchFlag = None,
-    checkpointing: CheckpointingFlag = None,
-    optimizer: OptimizerFlag = None,
-    overrides: SetFlag = None,
+    recipe: Recipe,
     name: NameFlag = None,
     out: OutFlag = None,
     detach: DetachFlag = False,
@@ -62,20 +37,6 @@ def run(
     as_json: JsonFlag = False,
 ) -> None:
     """Start a run that outlives this terminal, and watch it; Ctrl-C stops only the watching."""
-    recipe = recipe_from(
-        target,
-        method=method,
-        tuning=tuning,
-        rank=rank,
-        targets=targets,
-        data=data,
-        gpus=gpus,
-        seq_len=seq_len,
-        micro_batch=micro_batch,
-        checkpointing=checkpointing,
-        optimizer=optimizer,
-        overrides=overrides,
-    )
     started = launch(recipe, plan_for(recipe), name=name, out=out, force=force)
     if as_json:
         print(json.dumps({"run": started.name, "path": str(started.path)}))
