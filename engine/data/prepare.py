@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import random
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from itertools import islice
@@ -20,6 +19,7 @@ from ...planner.recipe import Recipe
 from . import cache
 from .files import Row
 from .formats import Detected, open_source, to_example
+from .holdout import choose
 from .labels import IGNORED, Encoded, TrainOn, encode_batch
 from .packing import join, pack
 
@@ -116,14 +116,6 @@ def prepare(
     return _load(path)
 
 
-def holdout_size(rows: int, holdout: float | str) -> int:
-    """How many of ``rows`` are held out; ``auto`` is 5%, at most 200, and none below 20 rows."""
-    if holdout == "auto":
-        return 0 if rows < 20 else min(200, max(1, round(0.05 * rows)))
-    share = float(holdout)
-    return min(rows - 1, max(1, round(share * rows))) if share and rows > 1 else 0
-
-
 @dataclass
 class _Tally:
     """Counts over the examples of a split."""
@@ -170,8 +162,7 @@ def _build(recipe: Recipe, settings: DataSettings, tokenizer: Any, work: Path, p
         kept, out = list(range(len(examples))), list(range(len(held_out)))
     else:
         held_out = examples
-        count = holdout_size(len(examples), recipe.evaluation.holdout)
-        out = sorted(random.Random(settings.seed).sample(range(len(examples)), count))
+        out = choose(len(examples), recipe.evaluation.holdout, settings.seed)
         kept = sorted(set(range(len(examples))) - set(out))
     train = _write_rows(work / "train.arrow", examples, kept, settings)
     evaluation = _write_rows(work / "eval.arrow", held_out, out, settings)

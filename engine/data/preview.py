@@ -12,14 +12,17 @@ from dataclasses import dataclass
 from functools import lru_cache
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ...planner.errors import DataError, MissingExtraError
 from ...planner.recipe import DataSource, Recipe
 from .files import Row
 from .formats import DETECT_ROWS, Example, detect, open_source, to_example
-from .prepare import DataSettings, holdout_size
+from .holdout import holdout_size
 from .sources import is_local, read_rows, source_files
+
+if TYPE_CHECKING:
+    from .prepare import DataSettings
 
 #: English text has about four characters per token in today's large vocabularies.
 CHARACTERS_PER_TOKEN = 4.0

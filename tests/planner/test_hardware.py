@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import sys
 from datetime import date
 
 import pytest
@@ -143,9 +144,14 @@ class _Nvml:
         return (8, 0)
 
 
+def _install(monkeypatch: pytest.MonkeyPatch, driver: object) -> None:
+    monkeypatch.setattr(hardware, "_has_driver", lambda: True)
+    monkeypatch.setitem(sys.modules, "pynvml", driver)
+
+
 def test_this_machine_through_nvml(monkeypatch):
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    monkeypatch.setitem(__import__("sys").modules, "pynvml", _Nvml())
+    _install(monkeypatch, _Nvml())
     node = hardware.this_machine()
     assert (node.gpu.name, node.count, node.indices, node.local) == ("A100-80GB", 2, (0, 2), True)
 
@@ -155,13 +161,13 @@ def test_this_machine_through_nvml(monkeypatch):
     [("0,1,2", (0, 2)), ("2", (2,)), ("2,0", (2, 0)), ("GPU-cc", (2,)), ("0,9,2", (0,)), ("0,-1,2", (0,))],
 )
 def test_only_visible_gpus_are_planned_for(monkeypatch, visible, indices):
-    monkeypatch.setitem(__import__("sys").modules, "pynvml", _Nvml())
+    _install(monkeypatch, _Nvml())
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
     assert hardware.this_machine().indices == indices
 
 
 def test_nothing_visible_is_a_cpu_and_slices_are_refused(monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "pynvml", _Nvml())
+    _install(monkeypatch, _Nvml())
     for visible in ("", "GPU-a", "7"):  # none, an ambiguous UUID, and an index too many
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
         assert hardware.this_machine().gpu.kind == "cpu"
@@ -179,14 +185,14 @@ def test_a_container_is_as_large_as_its_limit(monkeypatch):
 
 
 def test_no_driver_is_a_cpu_and_a_lost_gpu_is_said(monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "pynvml", _Nvml(driver=False))
+    _install(monkeypatch, _Nvml(driver=False))
     node = hardware.this_machine()
     assert (node.gpu.kind, node.count) == ("cpu", 1)
     assert node.gpu.memory_gib > 0
     with pytest.raises(HardwareError, match="no CUDA GPU"):
         node_for(HardwareRequest(device="cuda"))
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    monkeypatch.setitem(__import__("sys").modules, "pynvml", _Nvml(lost=True))
+    _install(monkeypatch, _Nvml(lost=True))
     with pytest.raises(HardwareError, match="GPU is lost"):
         hardware.this_machine()
 

@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 
 import finetui.engine.data.prepare as module
+from finetui.engine.data.holdout import holdout_size
 from finetui.engine.data.labels import IGNORED
-from finetui.engine.data.prepare import DataSettings, Prepared, holdout_size, prepare
+from finetui.engine.data.prepare import DataSettings, Prepared, prepare
 from finetui.planner.errors import DataError
 from finetui.planner.recipe import Recipe
 
