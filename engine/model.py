@@ -278,14 +278,25 @@ def _with_adapters(model: Any, resolved: Resolved, name: str) -> Any:
     return adapted
 
 
-def patch_kernels(model: Any, resolved: Resolved, device: torch.device, emit: Emit) -> None:
-    """Put the fused kernels on a model on CUDA; each kind of module left as it was is a Fallback event."""
+def patch_kernels(model: Any, resolved: Resolved, device: torch.device, emit: Emit) -> bool:
+    """Put the fused kernels on a model on CUDA; each kind of module left as it was is a Fallback event.
+
+    Returns:
+        Whether every decoder layer runs as one function, and so keeps for its backward pass what the plan's
+        checkpointing allows by itself: the layers must not be checkpointed from outside then.
+    """
     if device.type != "cuda" or resolved.kernels == "off":
-        return
-    from ..kernels.patch import patch_model
+        return False
+    from ..kernels.patch import KERNELS, patch_model
 
     numerics = Numerics.of(resolved)
-    report = patch_model(model, dtype=numerics.autocast or numerics.weights)
+    # Whole layers are for frozen weights with adapters.
+    wanted = [kernel for kernel in KERNELS if resolved.tuning != "full" or kernel != "decoder_layer"]
+    policy: Any = "all-but-elementwise"
+    if resolved.checkpointing == "full":
+        policy = "inputs+attention" if _host_takes_activations(model, resolved, device) else "inputs"
+    dtype = numerics.autocast or numerics.weights
+    report = patch_model(model, only=wanted, dtype=dtype, policy=policy, parks=policy == "inputs+attention")
     for line in report.summary():
         print(f"kernels: {line}")
     left: dict[tuple[str, str], int] = {}
@@ -293,3 +304,21 @@ def patch_kernels(model: Any, resolved: Resolved, device: torch.device, emit: Em
         left[item.kernel, item.why] = left.get((item.kernel, item.why), 0) + 1
     for (kernel, why), count in left.items():
         emit(Fallback(f"kernel {kernel}: {count} modules run as they were", why))
+    layers = {item.replaced for item in report.items if item.kernel == "decoder_layer"}
+    return layers == {True}
+
+
+#: Bytes per second to the host below which layers would wait for the bus (PCIe 4 x16 has 25e9 or so).
+_BUS = 15e9
+
+
+def _host_takes_activations(model: Any, resolved: Resolved, device: torch.device) -> bool:
+    """Whether what layers keep can wait in host memory: three rows as wide as the model per token and layer."""
+    import psutil
+
+    from ..kernels.offload import bandwidth
+
+    config = model.config.get_text_config()
+    tokens = resolved.micro_batch * resolved.sequence_length
+    wanted = 3 * 2 * tokens * config.hidden_size * config.num_hidden_layers * resolved.world_size
+    return wanted * 2 < psutil.virtual_memory().available and bandwidth(device) > _BUS

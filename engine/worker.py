@@ -61,10 +61,27 @@ def main(argv: list[str] | None = None) -> int:
         return 1
     for name, value in _QUIET.items():
         os.environ.setdefault(name, value)
+    _outlast_preemption(run)
     print(
         f"--- {time.strftime('%Y-%m-%d %H:%M:%S')} rank {rank.rank} of {rank.world}, process {os.getpid()}", flush=True
     )
     return attempt(run, rank)
+
+
+def _outlast_preemption(run: Run) -> None:
+    """A machine that shuts down sends SIGTERM to supervisor and ranks alike: live on for the checkpoint it asks for.
+
+    A SIGTERM without such a request comes from the supervisor itself and ends this rank, as it would anyway.
+    """
+
+    def on_sigterm(*_: object) -> None:
+        until = time.monotonic() + 1.0
+        while not run.requested("stop"):
+            if time.monotonic() > until:
+                os._exit(128 + signal.SIGTERM)
+            time.sleep(0.05)
+
+    signal.signal(signal.SIGTERM, on_sigterm)
 
 
 def attempt(run: Run, rank: Rank | None = None) -> int:
@@ -77,7 +94,7 @@ def attempt(run: Run, rank: Rank | None = None) -> int:
             work(run, rank, log)
         except Exception as error:
             traceback.print_exc()
-            log.append(classify(error, rank.rank, resolved))
+            run.append(classify(error, rank.rank, resolved))  # has a reserve for a disk that is full
             return 1
         finally:
             _leave_group()
@@ -127,7 +144,7 @@ def work(run: Run, rank: Rank, log: EventLog) -> None:
 
     resume = _newest_checkpoint(run, rank, say)
     say(Phase("loading the model", recipe.model))
-    model = _trainable_model(run, folder, resume, device, say)
+    model, whole_layers = _trainable_model(run, folder, resume, device, say)
     run_length = length(recipe, resolved, len(rows.train), say)
     order = Order(
         rows=len(rows.train),
@@ -150,17 +167,26 @@ def work(run: Run, rank: Rank, log: EventLog) -> None:
     trainer = TokenMeanTrainer(
         order=order,
         held_out=rows.evaluation,
-        collate=_collator(tokenizer),
+        collate=_collator(tokenizer, device),
         keep=recipe.checkpoint.keep,
         emit=say,
         numerics=numerics,
         model=model,
-        args=arguments(resolved, run_length, run.path / "checkpoints", resumed=bool(resume), evaluates=evaluates),
+        args=arguments(
+            resolved,
+            run_length,
+            run.path / "checkpoints",
+            resumed=bool(resume),
+            evaluates=evaluates,
+            checkpointed=resolved.checkpointing == "full" and not whole_layers,
+        ),
         train_dataset=rows.train,
         processing_class=tokenizer,
         callbacks=[reporter],
     )
     reporter.trainer = trainer
+    if device.type == "cuda" and resolved.kernels != "off":
+        trainer.fuse_loss()
     _drop_printer(trainer)
     prompts = held_out_prompts(rows.evaluation) if evaluates and rank.rank == 0 else []
 
@@ -201,10 +227,12 @@ def _rows(run: Run, tokenizer: Any, say: Any) -> Any:
     return prepare(recipe, data_settings(resolved), tokenizer, data_cache(run), progress)
 
 
-def _collator(tokenizer: Any) -> Any:
+def _collator(tokenizer: Any, device: Any) -> Any:
     from .data.packing import Collator
 
-    return Collator(tokenizer.pad_token_id)
+    # Attention is planned and kernels are chosen anew for each length on a GPU, which takes up to two seconds: few
+    # lengths, then.
+    return Collator(tokenizer.pad_token_id, multiple_of=128 if device.type == "cuda" else 1)
 
 
 def _newest_checkpoint(run: Run, rank: Rank, say: Any) -> Any:
@@ -226,15 +254,17 @@ def _newest_checkpoint(run: Run, rank: Rank, say: Any) -> Any:
     return found[0]
 
 
-def _trainable_model(run: Run, folder: Any, resume: Any, device: Any, say: Any) -> Any:
-    """A full model is loaded from its checkpoint in the first place; adapters are put on the base and read later."""
+def _trainable_model(run: Run, folder: Any, resume: Any, device: Any, say: Any) -> tuple[Any, bool]:
+    """A full model is loaded from its checkpoint in the first place; adapters are put on the base and read later.
+
+    The second answer is whether its layers recompute by themselves what they do not keep.
+    """
     from .model import adapt, load_base, patch_kernels
 
     recipe, resolved = run.recipe, run.plan.resolved
     source = resume.path if resume is not None and resolved.tuning == "full" else folder
     model = adapt(load_base(source, resolved, device, say), resolved, recipe.model)
-    patch_kernels(model, resolved, device, say)
-    return model
+    return model, patch_kernels(model, resolved, device, say)
 
 
 def _write_result(run: Run, model: Any, tokenizer: Any, folder: Any) -> None:

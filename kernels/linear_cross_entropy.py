@@ -46,7 +46,7 @@ def _tanh(x):
 
 @triton.jit
 def _rows_kernel(
-    logits_ptr, label_ptr, loss_ptr, stride, n_columns, scale, cap, z_weight,
+    logits_ptr, label_ptr, loss_ptr, right_ptr, stride, n_columns, scale, cap, z_weight,
     CAPPED: tl.constexpr, GRADIENT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Loss of one row, and its gradient written over its logits. A row labelled -1 has neither."""
@@ -56,6 +56,7 @@ def _rows_kernel(
     column = tl.arange(0, BLOCK)
     if label == -1:
         tl.store(loss_ptr + row, 0.0)
+        tl.store(right_ptr + row, 0)
         if GRADIENT:
             for start in range(0, n_columns, BLOCK):
                 inside = start + column < n_columns
@@ -81,6 +82,7 @@ def _rows_kernel(
         loss = lse - target + z_weight * lse * lse
         # A label outside the vocabulary must not pass unseen, nor read foreign memory.
         tl.store(loss_ptr + row, tl.where(known, loss, float("nan")))
+        tl.store(right_ptr + row, (known & (target >= top)).to(tl.int32))
 
         if GRADIENT:
             factor = 1.0 + 2.0 * z_weight * lse
@@ -120,7 +122,19 @@ def linear_cross_entropy(
     num_items: int | torch.Tensor | None = None, labelled: int | None = None, ignore_index: int = -100,
     softcap: float | None = None, logit_scale: float = 1.0, z_loss: float = 0.0, chunk_rows: int = CHUNK_ROWS,
 ) -> torch.Tensor:  # fmt: skip
-    """Cross-entropy of ``hidden @ weight.T`` against ``labels``; a scalar in fp32.
+    """Cross-entropy of ``hidden @ weight.T`` against ``labels``; a scalar in fp32. Arguments as in :func:`scored`."""
+    return scored(
+        hidden, weight, labels, num_items=num_items, labelled=labelled, ignore_index=ignore_index, softcap=softcap,
+        logit_scale=logit_scale, z_loss=z_loss, chunk_rows=chunk_rows,
+    )[0]  # fmt: skip
+
+
+def scored(
+    hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, *,
+    num_items: int | torch.Tensor | None = None, labelled: int | None = None, ignore_index: int = -100,
+    softcap: float | None = None, logit_scale: float = 1.0, z_loss: float = 0.0, chunk_rows: int = CHUNK_ROWS,
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    """The loss, a scalar in fp32, and how many labels have the largest logit of their row (ties count).
 
     Args:
         hidden: ``[..., features]`` in bf16, fp16 or fp32.
@@ -154,7 +168,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def forward(
         ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor,
         num_items: int | torch.Tensor | None, settings: tuple[Any, ...],
-    ) -> torch.Tensor:  # fmt: skip
+    ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
         ignore_index, softcap, logit_scale, z_loss, chunk_rows, labelled, gradient = settings
         h_grad, w_grad = (gradient and needed for needed in ctx.needs_input_grad[:2])
         h, w, flat = as_rows(hidden), weight.to(hidden.dtype), labels.reshape(-1)
@@ -167,6 +181,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
         n, features, words = rows.numel(), h.shape[1], w.shape[0]
         losses = torch.zeros(n, dtype=torch.float32, device=h.device)
+        right = torch.zeros(n, dtype=torch.int32, device=h.device)
         # One row more than there are: unused slots of a bound that was too large are written there.
         dh = torch.zeros(h.shape[0] + 1, features, dtype=h.dtype, device=h.device) if h_grad else None
         dw = torch.zeros(words, features, dtype=torch.float32, device=h.device) if w_grad else None
@@ -179,7 +194,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             torch.mm(part, w.t(), out=logits)
             with on(h):
                 _rows_kernel[(index.numel(),)](
-                    logits, targets[start:], losses[start:], logits.stride(0), words,
+                    logits, targets[start:], losses[start:], right[start:], logits.stride(0), words,
                     float(logit_scale), float(softcap or 1.0), float(z_loss),
                     CAPPED=softcap is not None, GRADIENT=h_grad or w_grad,
                     BLOCK=min(_BLOCK, next_power_of_2(words)), num_warps=16,
@@ -194,11 +209,13 @@ class _LinearCrossEntropy(torch.autograd.Function):
             dh[:-1] if dh is not None else None, dw.mul_(factor).to(weight.dtype) if dw is not None else None
         )
         # More labels than the caller said would be left out silently.
-        return torch.where(count <= n, losses.sum() * factor, torch.nan)
+        found = right.sum()
+        ctx.mark_non_differentiable(found)
+        return torch.where(count <= n, losses.sum() * factor, torch.nan), found
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dloss: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    def backward(ctx: Any, dloss: torch.Tensor, _right: Any = None) -> tuple[torch.Tensor | None, ...]:
         dh, dw = ctx.saved_tensors
         dh = (dh * dloss).view(ctx.shape) if dh is not None else None
         return dh, dw * dloss if dw is not None else None, None, None, None

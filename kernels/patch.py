@@ -12,12 +12,17 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
-#: What can be replaced, in the order in which it is looked for: the gated MLP builds on the LoRA layers in it.
-KERNELS = ("lora", "rms_norm", "rope", "glu")
+if TYPE_CHECKING:
+    from .decoder_layer import Policy
+
+#: What can be replaced, in the order in which it is looked for: a whole layer is held against its own code, so before
+#: its parts; the gated MLP builds on the LoRA layers in it.
+KERNELS = ("decoder_layer", "lora", "rms_norm", "rope", "glu")
 #: The attribute under which a replaced module keeps what its new forward needs to know.
 STATE = "_finetui_patch"
 
@@ -58,13 +63,20 @@ class PatchReport:
 
 
 def patch_model(
-    model: nn.Module, *, only: Collection[str] | None = None, dtype: torch.dtype | None = None
+    model: nn.Module,
+    *,
+    only: Collection[str] | None = None,
+    dtype: torch.dtype | None = None,
+    policy: Policy = "all-but-elementwise",
+    parks: bool = False,
 ) -> PatchReport:
     """Replace what can be replaced on ``model``; safe to call again, as after adapters were added.
 
     Args:
         only: the kernels to use, of :data:`KERNELS`; all by default.
         dtype: the dtype in which the model computes; by default that of most of its parameters.
+        policy: what whole layers keep for their backward pass; see :mod:`.decoder_layer`.
+        parks: what they keep under ``inputs+attention`` waits in host memory.
 
     Raises:
         ValueError: ``only`` names a kernel that there is not.
@@ -84,7 +96,10 @@ def patch_model(
     _restore(model, wanted)  # what is patched already is looked at again in its own form
     for kernel in KERNELS:
         if kernel in wanted:
-            report.items.extend(replace.FINDERS[kernel](model, dtype))
+            if kernel == "decoder_layer":
+                report.items.extend(replace.find_layers(model, dtype, policy, parks=parks))
+            else:
+                report.items.extend(replace.FINDERS[kernel](model, dtype))
     for module in model.modules():
         if STATE in vars(module):
             vars(module)[STATE].fallback = ""  # what trial runs left there

@@ -154,6 +154,12 @@ def activation_of(act: Callable[[torch.Tensor], torch.Tensor], device: torch.dev
     return None
 
 
+def settings(module: nn.Module) -> tuple[tuple[str, Any], ...]:
+    """The plain numbers among a module's attributes: with its class, they decide what it computes."""
+    values = ((name, value) for name, value in vars(module).items() if isinstance(value, int | float | str))
+    return tuple(sorted((name, value) for name, value in values if name not in ("training", "layer_idx")))
+
+
 def _eps(module: nn.Module) -> float | None:
     values = (getattr(module, name, None) for name in _EPS)
     return next((float(value) for value in values if isinstance(value, float)), None)

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from . import adapters, glu, lora_linear, recognise, rms_norm, rope, rotary, selfcheck
+from . import adapters, glu, layerproof, layers, lora_linear, recognise, rms_norm, rope, rotary, selfcheck
+from .decoder_layer import Policy
 from .launch import unavailable
 from .patch import STATE, Replacement
 
@@ -28,6 +29,32 @@ class Patch:
     found: Any = None
     verdicts: dict[tuple[Any, ...], selfcheck.Verdict] = field(default_factory=dict)
     fallback: str = ""
+
+
+def find_layers(model: nn.Module, dtype: torch.dtype, policy: Policy, *, parks: bool) -> Iterator[Replacement]:
+    known: dict[Any, layers.Found | str] = {}
+    for path, module in model.named_modules():
+        if not layers.looks_like_layer(module):
+            continue
+        device = next(module.parameters()).device
+        found: layers.Found | str = _obstacle(module, device)
+        if not found:
+            kind = layers.kind(module)
+            if kind not in known:
+                known[kind] = _proven_layer(module, dtype, policy, parks)
+            found = known[kind]
+        done = isinstance(found, layers.Found)
+        if done:
+            _install(module, Patch("decoder_layer", found), _layer_forward)
+        yield Replacement(path, "decoder_layer", done, policy if done else str(found))
+
+
+def _proven_layer(module: nn.Module, dtype: torch.dtype, policy: Policy, parks: bool) -> layers.Found | str:
+    found = layers.found(module, dtype, policy, parks=parks)
+    if isinstance(found, str):
+        return found
+    verdict = layerproof.prove(module, found, dtype)
+    return found if verdict.ok else verdict.why
 
 
 def _loras(model: nn.Module, dtype: torch.dtype) -> Iterator[Replacement]:
@@ -119,6 +146,17 @@ def _unfit(args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
     if args[0].dtype not in _DTYPES:
         return f"its input is {args[0].dtype}"
     return unavailable(args[0].device)
+
+
+def _layer_forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    patch: Patch = getattr(self, STATE)
+    if not torch.is_grad_enabled():
+        return type(self).forward(self, *args, **kwargs)
+    out = layers.forward(self, patch.found, args, kwargs)
+    if isinstance(out, str):
+        patch.fallback = out
+        return layers.own_forward(self, patch.found, args, kwargs)
+    return out
 
 
 def _lora_forward(self: nn.Module, *args: Any, **kwargs: Any) -> torch.Tensor:

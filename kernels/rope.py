@@ -91,11 +91,17 @@ def _kernel(
     )  # fmt: skip
 
 
-def _launch(
-    q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, layout: Layout, backward: bool
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """``q``, ``k``: ``[batch, heads, tokens, dim]``; new tensors in the memory order of the given ones."""
-    q_out, k_out = torch.empty_like(q), torch.empty_like(k)
+def rotate(
+    q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, layout: Layout, *, backward: bool = False,
+    out: tuple[torch.Tensor, torch.Tensor] | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    """Without autograd: ``q``, ``k``: ``[batch, heads, tokens, dim]`` to new tensors in their memory order.
+
+    Args:
+        backward: apply the transposed map, which takes gradients of the results to those of ``q`` and ``k``.
+        out: where to write, ``q`` and ``k`` themselves too: a program reads all of a pair before it writes.
+    """
+    q_out, k_out = out if out is not None else (torch.empty_like(q), torch.empty_like(k))
     batch, q_heads, length, dim = q.shape
     k_heads, rotary = k.shape[1], cos.shape[-1]
     if not q.numel() or not k.numel():
@@ -122,13 +128,13 @@ class _RoPE(torch.autograd.Function):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         ctx.save_for_backward(cos, sin)
         ctx.layout = layout
-        return _launch(q, k, cos, sin, layout, backward=False)
+        return rotate(q, k, cos, sin, layout)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dq: torch.Tensor, dk: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         cos, sin = ctx.saved_tensors
-        return *_launch(dq, dk, cos, sin, ctx.layout, backward=True), None, None, None
+        return *rotate(dq, dk, cos, sin, ctx.layout, backward=True), None, None, None
 
 
 def rope(

@@ -24,7 +24,7 @@ from pathlib import Path
 import torch
 import triton
 
-from . import glu, launch, rms_norm, rope
+from . import attention, glu, launch, rms_norm, rope
 
 #: How much worse than stock a kernel may be.
 LIMIT = 1.2
@@ -51,11 +51,14 @@ class Verdict:
 _verdicts: dict[str, Verdict] = {}
 
 
-def compare(ours: Operation, stock: Operation, exact: Operation, inputs: Sequence[torch.Tensor]) -> Verdict:
+def compare(
+    ours: Operation, stock: Operation, exact: Operation, inputs: Sequence[torch.Tensor], *, floor: float = 0.0
+) -> Verdict:
     """Run three versions of one operation, forward and backward, and judge the first by the second.
 
     Args:
         inputs: the differentiable inputs; ``exact`` gets them in float64.
+        floor: relative error that passes in any case, if that of the dtype is too strict for a long computation.
     """
     device = inputs[0].device
     results: list[list[torch.Tensor]] = []
@@ -83,22 +86,24 @@ def compare(ours: Operation, stock: Operation, exact: Operation, inputs: Sequenc
             return Verdict(False, f"{name} is not finite")
         if i >= n_out and not mine.any():
             return Verdict(False, f"{name} is zero")
-        floor = FLOOR[mine.dtype]
+        allowed = max(floor, FLOOR[mine.dtype])
         if launch.INTERPRETED and any(tensor.dtype == torch.bfloat16 for tensor in inputs):
-            floor = FLOOR[torch.bfloat16]  # an fp32 output carries a cut within it
+            allowed = max(allowed, FLOOR[torch.bfloat16])  # an fp32 output carries a cut within it
         if not mine.dim():  # one number: which of two equally good sums lies closer is luck
-            floor = max(floor, torch.finfo(inputs[0].dtype).eps / 4)
-        if error > LIMIT * stock_error + floor:
+            allowed = max(allowed, torch.finfo(inputs[0].dtype).eps / 4)
+        if error > LIMIT * stock_error + allowed:
             return Verdict(False, f"{name}: error {error:.2e} against float64, stock {stock_error:.2e}")
-        worst = max(worst, error / max(stock_error, floor))
+        worst = max(worst, error / max(stock_error, allowed))
     return Verdict(True, worst=worst)
 
 
-def proven(kernel: str, source: str, device: torch.device, shape: str, trial: Callable[[], Verdict]) -> Verdict:
+def proven(
+    kernel: str, source: str | tuple[str, ...], device: torch.device, shape: str, trial: Callable[[], Verdict]
+) -> Verdict:
     """The verdict on ``kernel`` for a device and a shape class, from memory, from disk, or from ``trial``.
 
     Args:
-        source: path of the kernel's file; a changed kernel is proven again.
+        source: path of the kernel's file or files; a changed kernel is proven again.
         shape: everything about dtype and size that the outcome depends on, as text.
 
     A trial that raises (a compiler error, no memory) is a failed verdict, kept for this process only.
@@ -175,6 +180,42 @@ def prove_rope(device: torch.device, dtype: torch.dtype, dim: int, rotary: int, 
     return proven("rope", rope.__file__, device, f"{layout} {dtype} [{rotary} of {dim}]", trial)
 
 
+def prove_documents(device: torch.device, dtype: torch.dtype, dim: int, groups: int) -> Verdict:
+    """Attention within documents, for heads of one size of which ``groups`` share a key head."""
+
+    def trial() -> Verdict:
+        lengths = (40, 24, 64) if not launch.INTERPRETED else (3, 1, 4)
+        total = sum(lengths)
+        inputs = [
+            _random((1, total, heads, dim), dtype, device, seed=seed).transpose(1, 2)
+            for seed, heads in enumerate((2 * groups, 2, 2))
+        ]
+        dout = _random((1, total, 2 * groups, dim), dtype, device, seed=9).transpose(1, 2)
+        owner = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths)).to(device)
+        mask = (owner[:, None] == owner[None, :]).tril()[None, None]
+        starts = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32).to(device)
+        documents = attention.Documents(lengths, starts)
+
+        def run(documents: attention.Documents | None, dtype: torch.dtype) -> list[torch.Tensor]:
+            q, k, v = (t.to(dtype) for t in inputs)
+            out, attended = attention.attend(q, k, v, mask, dim**-0.5, documents)
+            return [out, *attention.gradients(attended, q, k, v, out, dout.to(dtype))]
+
+        worst = 0.0
+        for name, mine, theirs, truth in zip(
+            ("output", "dq", "dk", "dv"), run(documents, dtype), run(None, dtype), run(None, torch.float64), strict=True
+        ):
+            error, stock = _relative_error(mine, truth), _relative_error(theirs, truth)
+            # Two flash kernels order their sums otherwise; neither is exact.
+            if not error <= 1.5 * stock + max(FLOOR[dtype], torch.finfo(dtype).eps / 8):
+                return Verdict(False, f"{name}: error {error:.2e} against float64, with a mask {stock:.2e}")
+            worst = max(worst, error / max(stock, FLOOR[dtype]))
+        return Verdict(True, worst=worst)
+
+    shape = f"{dtype} [{dim}] {groups} per key head"
+    return proven("documents", attention.__file__, device, shape, trial)
+
+
 def cache_file() -> Path:
     """Where verdicts are kept: ``$FINETUI_CACHE``, or finetui's folder in the user's cache."""
     folder = os.environ.get("FINETUI_CACHE")
@@ -204,8 +245,9 @@ def _relative_error(value: torch.Tensor, truth: torch.Tensor) -> float:
 
 
 @functools.cache
-def _fingerprint(source: str) -> str:
-    files = (source, launch.__file__, __file__)  # the judge is part of the judgement
+def _fingerprint(source: str | tuple[str, ...]) -> str:
+    sources = (source,) if isinstance(source, str) else source
+    files = (*sources, launch.__file__, __file__)  # the judge is part of the judgement
     return hashlib.sha256(b"".join(Path(file).read_bytes() for file in files)).hexdigest()[:16]
 
 

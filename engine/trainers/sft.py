@@ -20,12 +20,15 @@ import torch
 from torch.utils.data import DataLoader
 from trl import SFTConfig, SFTTrainer
 
+from ...kernels.attention import Documents
 from ...planner.plan import Resolved
 from ...planner.recipe import Recipe
 from .. import checkpoint
 from ..evaluate import IGNORED, Collate, HeldOut, held_out_loss, reduce_sum, score
 from ..events import CheckpointSaved, Fallback
 from ..model import Emit, Numerics
+from .flat import flatten, shorten_walks
+from .head import Wanted, give_token_loss
 from .order import Order
 from .save import save_weights
 
@@ -69,8 +72,21 @@ def length(recipe: Recipe, resolved: Resolved, rows: int, emit: Emit) -> Length:
     return Length(steps, min(steps, round(resolved.warmup_steps * share)), max(1, every), max(1, measure))
 
 
-def arguments(resolved: Resolved, run_length: Length, folder: Path, *, resumed: bool, evaluates: bool) -> SFTConfig:
-    """TRL's settings for a plan; everything that TRL would decide by itself is decided here."""
+def arguments(
+    resolved: Resolved,
+    run_length: Length,
+    folder: Path,
+    *,
+    resumed: bool,
+    evaluates: bool,
+    checkpointed: bool | None = None,
+) -> SFTConfig:
+    """TRL's settings for a plan; everything that TRL would decide by itself is decided here.
+
+    Args:
+        checkpointed: whether layers are recomputed from outside; by default as the plan says.
+    """
+    checkpointed = resolved.checkpointing == "full" if checkpointed is None else checkpointed
     numerics = Numerics.of(resolved)
     schedule = resolved.schedule if resolved.schedule != "constant" else "constant_with_warmup"
     cuda = resolved.device == "cuda"
@@ -89,8 +105,8 @@ def arguments(resolved: Resolved, run_length: Length, folder: Path, *, resumed: 
         bf16=numerics.autocast is torch.bfloat16,
         fp16=numerics.autocast is torch.float16,
         tf32=None,
-        gradient_checkpointing=resolved.checkpointing == "full",
-        gradient_checkpointing_kwargs={"use_reentrant": False} if resolved.checkpointing == "full" else None,
+        gradient_checkpointing=checkpointed,
+        gradient_checkpointing_kwargs={"use_reentrant": False} if checkpointed else None,
         seed=resolved.seed,
         data_seed=resolved.seed,
         use_cpu=not cuda,
@@ -134,9 +150,12 @@ class TokenMeanTrainer(SFTTrainer):
         self.keep, self.emit, self.numerics = keep, emit, numerics
         self.tokens = 0
         """Non-padding tokens processed so far, over all ranks and attempts."""
+        self.fuses_loss = False
+        """The loss comes from labelled positions alone, in one operation with the output head."""
         self.grad_norm: torch.Tensor | float = math.nan
         """Norm of the gradient of the step in progress, before clipping."""
         self._counts: torch.Tensor | None = None
+        self._trained: list[tuple[str, torch.nn.Parameter]] = []
         model = rest["model"]
         with _adapters_kept_in_their_format(model):
             super().__init__(data_collator=self._collate_counted, **rest)
@@ -145,16 +164,51 @@ class TokenMeanTrainer(SFTTrainer):
         self.model_accepts_loss_kwargs = True
         vars(self)["loss_is_scaled_for_ga"] = True
 
+    def fuse_loss(self) -> None:
+        """Take the loss from labelled positions alone, where the output head allows it; else say why not."""
+        if self.aux_loss_enabled:
+            why = "a mixture of experts adds a loss of its own"
+        elif self.numerics.autocast is torch.float16:
+            why = "its gradient, made before the loss is scaled up, would vanish in fp16"
+        else:
+            why = give_token_loss(self.model, self.numerics.context(self.args.device))
+        self.fuses_loss = not why
+        if why:
+            self.emit(Fallback("loss: by the trainer's own output head", why))
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
+        """The recipe's optimiser; over many small tensors it takes its steps as over one."""
+        new = self.optimizer is None
+        optimizer = super().create_optimizer(*args, **kwargs)
+        adam = self.args.optim in ("adamw_torch_fused", "adamw_bnb_8bit")
+        # The scaler of fp16 looks for each tensor's gradient in the optimiser.
+        on_gpu = self.args.device.type == "cuda" and self.numerics.autocast is not torch.float16
+        # Adapters are small: one more copy of a whole model, for a moment, would not be.
+        if new and adam and on_gpu and hasattr(self.model, "peft_config"):
+            flatten(optimizer)
+        if new:
+            shorten_walks(self.model, [parameter for _, parameter in self.trained_parameters()])
+        return optimizer
+
     def trained_parameters(self) -> list[tuple[str, torch.nn.Parameter]]:
-        """What is updated, by name."""
+        """What is updated, by name; found once, since a walk over a large model takes as long as a layer."""
         model: Any = self.model
-        return [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+        if not self._trained:
+            self._trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+        return self._trained
 
     # --- data
 
-    def _collate_counted(self, rows: list[Any]) -> dict[str, torch.Tensor]:
-        batch = self.collate(rows)
-        batch["num_tokens"] = torch.tensor(sum(len(row["input_ids"]) for row in rows))
+    def _collate_counted(self, rows: list[Any]) -> dict[str, Any]:
+        batch: dict[str, Any] = self.collate(rows)
+        # On the host, where they cost no wait for the device.
+        batch["num_tokens"] = sum(len(row["input_ids"]) for row in rows)
+        if "seq_lengths" in rows[0]:
+            width = batch["labels"].shape[1]
+            gaps = [width - sum(row["seq_lengths"]) for row in rows]
+            lengths = [n for row, gap in zip(rows, gaps, strict=True) for n in (*row["seq_lengths"], gap) if n]
+            batch["documents"] = tuple(lengths)
+        batch["num_labelled"] = int(batch["labels"][:, 1:].ne(IGNORED).sum())
         return batch
 
     def get_train_dataloader(self) -> DataLoader[Any]:
@@ -169,10 +223,7 @@ class TokenMeanTrainer(SFTTrainer):
         )
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> torch.Tensor:
-        count = torch.zeros((), dtype=torch.int64)
-        for batch in batch_samples:
-            count += batch["labels"][:, 1:].ne(IGNORED).sum()
-        return reduce_sum(count, device)
+        return reduce_sum(torch.tensor(sum(batch["num_labelled"] for batch in batch_samples)), device)
 
     # --- loss
 
@@ -181,15 +232,37 @@ class TokenMeanTrainer(SFTTrainer):
     ) -> Any:
         """This micro-batch's share of the mean over the trained tokens of the global batch."""
         assert not return_outputs, "nothing here asks for the logits"
-        tokens = inputs.pop("num_tokens")
+        tokens, labelled = inputs.pop("num_tokens"), inputs.pop("num_labelled")
+        lengths = inputs.pop("documents", None)
+        if self.fuses_loss:
+            if lengths is not None:
+                inputs["documents"] = _documents(lengths, inputs["labels"].device)
+            return self._fused_loss(model, inputs, num_items_in_batch, tokens, labelled)
         scored = score(model, inputs, fused=self._fused, routed=self.aux_loss_enabled)
         # DDP averages gradients over ranks, so each rank's share is scaled up by their number.
         loss = scored.loss / num_items_in_batch.clamp(min=1) * self.accelerator.num_processes
         if scored.auxiliary is not None:
             loss = loss + self.router_aux_loss_coef * scored.auxiliary / self.args.gradient_accumulation_steps
-        counts = torch.stack([tokens, scored.trained, scored.right])
-        self._counts = counts if self._counts is None else self._counts + counts
+        self._count(tokens, labelled, scored.right)
         return loss
+
+    def _fused_loss(
+        self, model: Any, inputs: dict[str, Any], num_items: torch.Tensor, tokens: int, labelled: int
+    ) -> torch.Tensor:
+        # Rows are padded on the right, where no labelled position of a causal model looks: without the mask attention
+        # runs at its full speed, and nobody has to ask the device whether the mask is all ones.
+        inputs.pop("attention_mask", None)
+        wanted = Wanted(num_items.clamp(min=1).float() / self.accelerator.num_processes, labelled)
+        out = model(**inputs, use_cache=False, token_loss=wanted)
+        self._count(tokens, labelled, out.right)
+        loss: torch.Tensor = out.loss
+        return loss
+
+    def _count(self, tokens: int, labelled: int, right: torch.Tensor) -> None:
+        right = right.to(torch.int64)
+        # Filled, not copied from the host, which would wait for the device.
+        counts = torch.stack([torch.full_like(right, tokens), torch.full_like(right, labelled), right])
+        self._counts = counts if self._counts is None else self._counts + counts
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
         self.grad_norm = super()._get_grad_norm(model, grad_norm=grad_norm)
@@ -297,6 +370,13 @@ class TokenMeanTrainer(SFTTrainer):
 
             result: Any = set_peft_model_state_dict(self.model, load_file(folder / "adapter_model.safetensors"))
             assert not result.unexpected_keys, f"adapter of another shape: {result.unexpected_keys[:3]}"
+
+
+def _documents(lengths: tuple[int, ...], device: torch.device) -> Documents:
+    starts = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
+    if device.type == "cuda":
+        starts = starts.pin_memory()
+    return Documents(lengths, starts.to(device, non_blocking=True))
 
 
 @contextlib.contextmanager

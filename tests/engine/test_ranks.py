@@ -108,3 +108,26 @@ def _lives(pid: int) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except OSError:
         return False
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("asked_to_stop", [True, False])
+def test_sigterm_waits_for_the_checkpoint_that_a_preempted_machine_asks_for(
+    training_run: MakeRun, asked_to_stop: bool
+) -> None:
+    run = training_run(steps=2000, checkpoint_every=2000, eval_every=2000)
+    command = [sys.executable, "-P", "-m", "finetui.engine.worker", str(run.path)]
+    worker = subprocess.Popen(command, env=environment())
+    end = time.monotonic() + 120
+    while not steps(run):
+        assert time.monotonic() < end, run.log_path(0).read_text()
+        time.sleep(0.1)
+    if asked_to_stop:
+        run.request("stop")
+    worker.send_signal(signal.SIGTERM)
+    code = worker.wait(timeout=60)
+    if asked_to_stop:
+        assert code == 0
+        assert list((run.path / "checkpoints").glob("step-*"))
+    else:
+        assert code == 128 + signal.SIGTERM

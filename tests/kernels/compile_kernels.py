@@ -20,7 +20,8 @@ from triton.runtime.jit import JITFunction
 
 TARGETS = (80, 89, 90)
 TYPES = {
-    torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int64: "i64", torch.uint8: "u8",
+    torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int64: "i64", torch.int32: "i32",
+    torch.uint8: "u8",
 }  # fmt: skip
 BF16 = torch.bfloat16
 seen: set[str] = set()
@@ -61,7 +62,7 @@ def empty(*shape: int, dtype: torch.dtype = BF16) -> torch.Tensor:
 
 
 def main() -> None:
-    from finetui.kernels import glu, linear_cross_entropy, nf4, rms_norm, rope
+    from finetui.kernels import glu, linear_cross_entropy, lora_glu, nf4, rms_norm, rope
 
     for form in rms_norm.FORMS:
         rms_norm.rms_norm(empty(8, 4096), empty(4096), 1e-5, form).backward(torch.empty(8, 4096, dtype=BF16))
@@ -73,6 +74,10 @@ def main() -> None:
         glu.glu(empty(8, 14336), empty(8, 14336), activation).backward(torch.empty(8, 14336, dtype=BF16))
     g, u, d = (torch.empty(8, 14336, dtype=BF16) for _ in range(3))
     glu.backward(d, g, u, "silu", dgate=g, dup=u, h=d)
+    for rank in (16, 64):
+        xa, b = torch.empty(8, 2 * rank, dtype=BF16).split(rank, dim=1), [torch.empty(14336, rank, dtype=BF16)] * 2
+        lora_glu.forward(g, u, xa, (b[0], b[1]), (2.0, 2.0), "silu")
+        lora_glu.backward(d, g, u, xa, (b[0], b[1]), (2.0, 2.0), "silu")
     for layout in rope.LAYOUTS:
         for rotary in (64, 128):
             table = torch.empty(1, 8, rotary, dtype=BF16)

@@ -118,8 +118,9 @@ def test_losses_and_gradients_of_real_models_stay_the_same(device, kind):
     model = with_lora(tiny(kind)).to(device)
     loss, gradients = loss_and_gradients(model)
     report = patch_model(model)
-    assert not report.left, report.summary()
-    assert {item.kernel for item in report.replaced} == set(patch.KERNELS)
+    # Whole layers have tests of their own (test_decoder_layer.py); with eager attention they are left as they are.
+    assert {item.kernel for item in report.left} <= {"decoder_layer"}, report.summary()
+    assert {item.kernel for item in report.replaced} == {*patch.KERNELS} - {"decoder_layer"}
     new_loss, new_gradients = loss_and_gradients(model)
     torch.testing.assert_close(new_loss, loss, rtol=1e-5, atol=0)
     assert new_gradients.keys() == gradients.keys()
@@ -193,7 +194,8 @@ def test_nf4_models_keep_their_losses_and_gradients(device):
             parameter.data = parameter.data.half()
     loss, gradients = loss_and_gradients(model)
     report = patch_model(model)
-    assert not report.left, report.summary()
+    # Whole layers have tests of their own (test_decoder_layer.py); with eager attention they are left as they are.
+    assert {item.kernel for item in report.left} <= {"decoder_layer"}, report.summary()
     assert sum(item.kernel == "lora" for item in report.replaced) == 14
     new_loss, new_gradients = loss_and_gradients(model)
     torch.testing.assert_close(new_loss, loss, rtol=2e-3, atol=0)
@@ -228,7 +230,7 @@ def test_an_fp32_model_under_autocast(device):
         loss, gradients = loss_and_gradients(model)
         report = patch_model(model, dtype=torch.bfloat16)
         new_loss, new_gradients = loss_and_gradients(model)
-    assert not report.left, report.summary()
+    assert {item.kernel for item in report.left} <= {"decoder_layer"}, report.summary()
     assert patch.fallbacks(model) == []
     torch.testing.assert_close(new_loss, loss, rtol=2e-3, atol=0)
     # The interpreter cuts to bf16 where a GPU rounds, which alone doubles an error.

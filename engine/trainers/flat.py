@@ -1,0 +1,79 @@
+"""An optimiser that updates hundreds of small tensors as one.
+
+LoRA on an 8B model trains 448 tensors, and an optimiser that launches one kernel for each (8-bit AdamW does) keeps the
+GPU waiting for Python: 29 ms of a 480 ms step on an H200, for 2.6 ms of work. Here the tensors become parts of one
+long tensor, in place, and the optimiser sees that one. Its arithmetic is element by element, or by blocks of 256 that
+no tensor taken in shares with another, so the result is the same to the last bit.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+#: 8-bit optimiser states share a scale among so many neighbours (bitsandbytes, ``optimizer_update_8bit_blockwise``).
+BLOCK = 256
+#: Below this bitsandbytes keeps its states in 32 bits, so these tensors stay by themselves.
+SMALLEST = 4096
+
+
+def flatten(optimizer: torch.optim.Optimizer) -> int:
+    """Make one tensor of each group's fp32 tensors, before the first step; returns how many were taken in.
+
+    The parameters stay those of the model: their memory moves, and their gradients are gathered at each step. A step
+    before which no gradient is there passes them over, as it would have.
+    """
+    assert not optimizer.state, "the optimiser has taken a step already"
+    joined: list[tuple[torch.nn.Parameter, list[torch.nn.Parameter]]] = []
+    for group in optimizer.param_groups:
+        members = [p for p in group["params"] if _fits(p)]
+        if len(members) < 2:
+            continue
+        whole = torch.nn.Parameter(torch.cat([p.detach().reshape(-1) for p in members]))
+        for p, part in zip(members, whole.detach().split([p.numel() for p in members]), strict=True):
+            p.data = part.view(p.shape)
+        taken = {id(p) for p in members}
+        group["params"] = [whole, *(p for p in group["params"] if id(p) not in taken)]
+        joined.append((whole, members))
+
+    def gather(*_: Any) -> None:
+        for whole, members in joined:
+            if any(p.grad is not None for p in members):
+                parts = [torch.zeros_like(p) if p.grad is None else p.grad for p in members]
+                whole.grad = torch.cat([part.reshape(-1) for part in parts])
+
+    def release(*_: Any) -> None:
+        for whole, _members in joined:
+            whole.grad = None
+
+    if joined:
+        optimizer.register_step_pre_hook(gather)
+        optimizer.register_step_post_hook(release)
+    return sum(len(members) for _, members in joined)
+
+
+def shorten_walks(model: Any, trained: list[torch.nn.Parameter]) -> None:
+    """Two things that a trainer asks of a model in every step, without a walk over all its modules.
+
+    Between the last kernel of one step and the first of the next the GPU waits for such walks: some thousand modules,
+    to clear gradients that only ``trained`` can have and to set a mode that is set already.
+    """
+    stock_train = model.train
+
+    def zero_grad(set_to_none: bool = True) -> None:
+        for p in trained:
+            if set_to_none or p.grad is None:
+                p.grad = None
+            else:
+                p.grad.detach_().zero_()
+
+    def train(mode: bool = True) -> Any:
+        return model if mode and model.training else stock_train(mode)
+
+    model.zero_grad, model.train = zero_grad, train
+
+
+def _fits(p: torch.nn.Parameter) -> bool:
+    plain = p.dtype == torch.float32 and p.is_contiguous() and type(p) is torch.nn.Parameter
+    return plain and p.numel() >= SMALLEST and p.numel() % BLOCK == 0

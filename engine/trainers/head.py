@@ -1,0 +1,118 @@
+"""The loss of a causal model from its last hidden states, over labelled positions alone.
+
+The output projection and the cross-entropy are one operation (``kernels/linear_cross_entropy.py``): the logits of the
+whole batch are never in memory, positions without a label are never projected, and the gradient of the hidden states
+is made in the forward pass. A model is given a second way to be called, so that wrappers around it (adapters,
+autocast, data parallelism) act as ever; a head that is more than one matrix keeps the trainer's own loss.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.utils import ModelOutput
+
+
+@dataclass
+class TokenLoss(ModelOutput):
+    """``loss``: sum over labelled positions divided by ``num_items``; ``right``: how many have the largest logit."""
+
+    loss: torch.Tensor | None = None
+    right: torch.Tensor | None = None
+    aux_loss: torch.Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What a call asks for.
+
+    Args:
+        num_items: what the summed loss is divided by, on the device.
+        labelled: positions with a label in this batch, known on the host.
+    """
+
+    num_items: torch.Tensor
+    labelled: int
+
+
+def give_token_loss(model: Any, context: contextlib.AbstractContextManager[Any]) -> str:
+    """Let ``model(…, labels=…, token_loss=Wanted(…))`` answer with a :class:`TokenLoss`; or say why it can't.
+
+    All other calls go where they went before.
+
+    Args:
+        context: in which the model computes, for a trial.
+    """
+    causal = model.get_base_model() if hasattr(model, "get_base_model") else model
+    head, scale, cap = causal.get_output_embeddings(), *_logit_shape(causal.config.get_text_config())
+    if type(head) is not nn.Linear or head.bias is not None or "forward" in vars(head):
+        return f"the output head is {type(head).__name__}, not one plain matrix"
+    if head._forward_hooks or head._forward_pre_hooks:
+        return "something listens to the output head"
+    if not hasattr(causal, "base_model") or causal.base_model is causal:
+        return "the model has no backbone of its own"
+    with context:
+        why = _disagreement(causal, scale, cap)
+    if why:
+        return why
+    stock = causal.forward
+
+    def forward(*args: Any, token_loss: Wanted | None = None, **kwargs: Any) -> Any:
+        if token_loss is None:
+            return stock(*args, **kwargs)
+        from ...kernels.linear_cross_entropy import scored, shift_labels
+
+        labels = kwargs.pop("labels")
+        out = causal.base_model(*args, **(kwargs | {"use_cache": False}))
+        weight = causal.get_output_embeddings().weight
+        loss, right = scored(
+            out.last_hidden_state,
+            weight,
+            shift_labels(labels),
+            num_items=token_loss.num_items,
+            labelled=token_loss.labelled,
+            softcap=cap,
+            logit_scale=scale,
+        )
+        return TokenLoss(loss=loss, right=right)
+
+    causal.forward = forward
+    return ""
+
+
+def _logit_shape(config: Any) -> tuple[float, float | None]:
+    """What the architecture does to its logits: a factor, and a soft cap after it."""
+    scale = 1.0
+    for name in ("logit_scale", "output_multiplier", "lm_head_multiplier"):
+        if getattr(config, name, None) is not None:
+            scale = float(getattr(config, name))
+            break
+    else:
+        scaling = getattr(config, "logits_scaling", None)
+        if scaling is not None:
+            scale = float(scaling) if config.model_type == "hyperclovax" else 1.0 / float(scaling)
+    return scale, getattr(config, "final_logit_softcapping", None)
+
+
+def _disagreement(causal: Any, scale: float, cap: float | None) -> str:
+    """Whether logits as we make them are those that the model makes, on a few words."""
+    device = causal.get_output_embeddings().weight.device
+    words = torch.arange(4, device=device).unsqueeze(0)
+    training = causal.training
+    causal.eval()
+    try:
+        with torch.no_grad():
+            hidden = causal.base_model(input_ids=words, use_cache=False).last_hidden_state
+            ours = causal.get_output_embeddings()(hidden).float() * scale
+            if cap is not None:
+                ours = cap * torch.tanh(ours / cap)
+            theirs = causal(input_ids=words, use_cache=False).logits.float()
+    finally:
+        causal.train(training)
+    distance = ((ours - theirs).norm() / theirs.norm().clamp_min(1e-30)).item()
+    limit = 4 * torch.finfo(hidden.dtype).eps
+    return "" if distance < limit else f"its logits are not scale and cap of one product ({distance:.1e} apart)"

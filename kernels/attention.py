@@ -1,0 +1,152 @@
+"""Causal attention as a piece of a larger function: run now, differentiated later, with q, k and v dropped between.
+
+The stock operation (``scaled_dot_product_attention``) picks the fastest kernel of the machine: cuDNN on Hopper, flash
+attention elsewhere. It is run under autograd, so its own backward serves; hooks on what it saves keep q, k, v and the
+output out of that graph, for the caller to keep, to move or to compute again.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+
+
+@dataclass(frozen=True)
+class Documents:
+    """Where independent sequences lie in a batch whose rows hold several, padding being one of them.
+
+    Args:
+        lengths: tokens of each, row after row; they add up to the batch's tokens.
+        starts: their running sum from 0, int32, on the device.
+    """
+
+    lengths: tuple[int, ...]
+    starts: torch.Tensor
+
+    @property
+    def longest(self) -> int:
+        return max(self.lengths)
+
+
+@dataclass
+class Attended:
+    """One attention that was run. ``held`` is filled for the backward pass: q, k, v and the output."""
+
+    output: Any
+    inputs: list[Any]
+    held: list[torch.Tensor]
+
+
+class _Source(torch.autograd.Function):
+    """Tensors with a gradient and nothing behind them: a leaf's own node would keep its memory."""
+
+    @staticmethod
+    def forward(ctx: Any, anchor: torch.Tensor, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return tuple(tensor.view_as(tensor) for tensor in tensors)
+
+    @staticmethod
+    def backward(ctx: Any, *_: torch.Tensor) -> tuple[None, ...]:
+        return (None,) * (len(_) + 1)
+
+
+class _Saved:
+    """What one hook was given: a tensor, or the place of one that the caller holds."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self.tensor: torch.Tensor | None = tensor
+        self.place = -1
+
+
+def attend(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    mask: torch.Tensor | None,
+    scale: float,
+    documents: Documents | None = None,
+) -> tuple[torch.Tensor, Attended]:
+    """Attention of ``[batch, heads, tokens, dim]``; fewer key than query heads share them.
+
+    Args:
+        mask: as the stock operation takes it, True where a query may look; None is plain causal attention.
+        scale: of the products of queries and keys.
+        documents: causal attention within each of these, in place of ``mask``.
+
+    Returns:
+        The output ``[batch, heads, tokens, dim]``, and what :func:`gradients` needs.
+    """
+    saved: list[_Saved] = []
+    held: list[torch.Tensor] = []
+
+    def pack(tensor: torch.Tensor) -> _Saved:
+        saved.append(_Saved(tensor))
+        return saved[-1]
+
+    def unpack(packed: _Saved) -> torch.Tensor:
+        return held[packed.place] if packed.tensor is None else packed.tensor
+
+    with torch.enable_grad():
+        leaves = _Source.apply(torch.zeros((), requires_grad=True), q, k, v)
+        queries, keys, values = leaves
+        with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+            if documents is not None:
+                out = _within(documents, queries, keys, values, scale)
+            else:
+                out = _over_rows(queries, keys, values, mask, scale)
+    places = {_memory(tensor): place for place, tensor in enumerate((q, k, v, out))}
+    for item in saved:
+        assert item.tensor is not None
+        item.place = places.get(_memory(item.tensor), -1)
+        if item.place >= 0:
+            item.tensor = None
+    edges = [torch.autograd.graph.get_gradient_edge(leaf) for leaf in leaves]
+    return out.detach(), Attended(torch.autograd.graph.get_gradient_edge(out), edges, held)
+
+
+def _over_rows(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, scale: float
+) -> torch.Tensor:
+    grouped = q.shape[1] != k.shape[1]
+    if grouped and mask is not None:  # no fused kernel takes both a mask and shared heads
+        k, v = (t.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for t in (k, v))
+    causal = mask is None and q.shape[2] > 1
+    return scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=grouped and mask is None
+    )
+
+
+def takes_documents(x: torch.Tensor, head_dim: int) -> bool:
+    """Whether attention within documents can run on heads made of ``x``; if not, a mask has to say the same."""
+    return not x.is_cuda or (x.dtype in (torch.bfloat16, torch.float16) and head_dim <= 256 and head_dim % 8 == 0)
+
+
+def _within(documents: Documents, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
+    """All rows end to end: flash attention's own way of taking sequences of many lengths, shared heads included."""
+    batch, heads, length, dim = q.shape
+    q, k, v = (t.transpose(1, 2).reshape(batch * length, -1, dim) for t in (q, k, v))
+    if q.is_cuda:
+        out = torch.ops.aten._flash_attention_forward(
+            q, k, v, documents.starts, documents.starts, documents.longest, documents.longest, 0.0, True, False,
+            scale=scale,
+        )[0]  # fmt: skip
+    else:
+        pieces = zip(*(t.transpose(0, 1).unsqueeze(0).split(documents.lengths, dim=2) for t in (q, k, v)), strict=True)
+        out = torch.cat([_over_rows(a, b, c, None, scale) for a, b, c in pieces], dim=2)[0].transpose(0, 1)
+    return out.reshape(batch, length, heads, dim).transpose(1, 2)
+
+
+def gradients(
+    attended: Attended, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor, dout: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """dq, dk and dv, given again what :func:`attend` was given and what it returned. Once per attention."""
+    attended.held[:] = (q, k, v, out)
+    dq, dk, dv = torch.autograd.grad([attended.output], attended.inputs, [dout])
+    attended.held.clear()
+    return dq, dk, dv
+
+
+def _memory(tensor: torch.Tensor) -> tuple[int, torch.Size, tuple[int, ...], torch.dtype]:
+    return tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype

@@ -1,0 +1,407 @@
+"""A whole decoder layer (Llama, Mistral, Qwen 2 and 3) as one autograd function, with a choice of what it keeps.
+
+    n₁ = norm(x)        q, k, v = n₁·W_qkv      q, k = rope(norm(q), norm(k))      (the inner norms are Qwen 3's)
+    o  = attention(q, k, v)                     s = x + o·W_o
+    n₂ = norm(s)        h = f(n₂·W_gate) · (n₂·W_up)                               y = s + h·W_down
+
+Every W may carry a LoRA adapter; all else is frozen, so the backward pass makes the gradients of x and of the adapters
+alone. It is written by hand for three reasons: what an elementwise step can make again from its inputs is never kept;
+what has been used is overwritten; and the layer's output is not needed for its gradients, so the down projection, a
+quarter of the layer's arithmetic, is never computed twice, as checkpointing a layer as a black box does.
+
+What is kept between the passes, in bytes per token for 16-bit values (H hidden, I MLP width, Q and K the widths of
+queries and of keys; besides, 2 per rank of each group of adapters and 4 per head):
+
+====================  ============================  =====================================================
+policy                kept                          computed again in backward
+====================  ============================  =====================================================
+inputs                2 H                           all but the down projection
+inputs+attention      4 H + 2 Q                     the projections to q, k, v, gate and up
+all-but-elementwise   4 H + 4 Q + 4 K + 4 I         norms, rotary embedding, activation
+====================  ============================  =====================================================
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import torch
+from torch.autograd.function import once_differentiable
+
+from . import attention, glu, lora_glu, offload, rms_norm, rope
+from .launch import as_rows
+from .projection import (
+    Group,
+    Projection,
+    adapter_gradients,
+    columns,
+    dense,
+    expand,
+    input_gradient,
+    mm_fp32,
+    rows_of,
+    shrink,
+)
+
+#: What a layer keeps for its backward pass, least first.
+Policy = Literal["inputs", "inputs+attention", "all-but-elementwise"]
+POLICIES: tuple[Policy, ...] = get_args(Policy)
+
+
+@dataclass(frozen=True)
+class Norm:
+    """A frozen RMSNorm."""
+
+    weight: torch.Tensor
+    eps: float
+    form: rms_norm.Form
+
+
+@dataclass(frozen=True)
+class Layer:
+    """What is frozen of one decoder layer.
+
+    Args:
+        projections: q, k, v, o, gate, up and down.
+        scale: of the products of queries and keys.
+        q_norm, k_norm: over each head, or None.
+        policy: what is kept for the backward pass.
+        parks: what is kept of ``inputs+attention`` waits in host memory; see :mod:`.offload`.
+    """
+
+    norm1: Norm
+    norm2: Norm
+    projections: tuple[Projection, ...]
+    head_dim: int
+    scale: float
+    activation: glu.Activation
+    layout: rope.Layout
+    q_norm: Norm | None = None
+    k_norm: Norm | None = None
+    policy: Policy = "inputs+attention"
+    parks: bool = False
+
+
+def decoder_layer(
+    x: torch.Tensor,
+    tables: tuple[torch.Tensor, torch.Tensor],
+    mask: torch.Tensor | None,
+    layer: Layer,
+    adapters: Sequence[torch.Tensor],
+    documents: attention.Documents | None = None,
+) -> torch.Tensor:
+    """The layer's output, ``[batch, tokens, hidden]`` like x.
+
+    Args:
+        x: in the dtype of the weights, which is the one computed in.
+        tables: cosines and sines, ``[batch or 1, tokens, rotary]``.
+        mask: None for plain causal attention, else as the stock operation takes it.
+        documents: sequences that share rows; attention stays within each, and the mask is not used.
+        adapters: A ``[rank, in]`` and B ``[out, rank]`` of each projection that has an adapter, in their order.
+
+    Its backward writes over what it kept, so it runs once per forward.
+    """
+    with torch.autocast(x.device.type, enabled=False):
+        return _DecoderLayer.apply(x, *tables, mask, documents, layer, *adapters)
+
+
+@dataclass
+class _Kept:
+    """What waits for the backward pass; None is made again. Rows are ``[tokens, columns]``."""
+
+    x: torch.Tensor | None
+    groups: tuple[Group, Group, Group, Group]
+    small: tuple[torch.Tensor | None, ...] = ()
+    attended: attention.Attended | None = None
+    out: torch.Tensor | None = None
+    s: torch.Tensor | None = None
+    projected: list[torch.Tensor] | None = None
+    gate_up: list[torch.Tensor] | None = None
+    parked: offload.Parked | None = None
+
+    def park(self) -> None:
+        """Send x, the attention's output and s to the host."""
+        assert self.x is not None
+        assert self.out is not None
+        assert self.s is not None
+        self.parked = offload.park([self.x, self.out.transpose(1, 2), self.s])
+        self.x = self.out = self.s = None
+
+    def unpark(self) -> torch.Tensor:
+        """Have them back; returns x."""
+        if self.parked is not None:
+            self.x, out, self.s = self.parked.take()
+            self.out, self.parked = out.transpose(1, 2), None
+        assert self.x is not None
+        return self.x
+
+
+@dataclass
+class _Heads:
+    """Queries, keys and values ``[batch, heads, tokens, dim]`` as attention takes them.
+
+    ``projected`` is what they were made of, as rows: normed queries and keys are new tensors, others the same ones
+    rotated in place.
+    """
+
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    projected: list[torch.Tensor]
+    rstd: list[torch.Tensor]
+
+
+class _DecoderLayer(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, mask: torch.Tensor | None,
+        documents: attention.Documents | None, layer: Layer,
+        *adapters: torch.Tensor,
+    ) -> torch.Tensor:  # fmt: skip
+        batch = x.shape[0]
+        rows = as_rows(x)
+        groups = _groups(layer, adapters, x)
+        qkv, only_o, mlp, only_down = groups
+        kept = _Kept(rows, groups)
+
+        n1, _ = _normed(rows, layer.norm1)
+        xa = shrink(n1, qkv)
+        heads = _heads(_project(n1, xa, qkv), layer, cos, sin, batch, rotated=False)
+        del n1
+        out, attended = attention.attend(heads.q, heads.k, heads.v, mask, layer.scale, documents)
+        o = _head_rows(out)
+        oa = shrink(o, only_o)
+        (s,) = _project(o, oa, only_o, add=rows)
+        if layer.policy != "inputs":
+            kept.attended, kept.out, kept.s = attended, out, s
+        if layer.policy == "all-but-elementwise":
+            kept.projected = heads.projected
+        del heads, attended, out, o
+
+        n2, _ = _normed(s, layer.norm2)
+        na = shrink(n2, mlp)
+        gate, up = _gate_up(n2, na, mlp, layer)
+        del n2
+        if layer.policy == "all-but-elementwise":
+            kept.gate_up = [gate, up]
+        h = _activated(gate, up, na, mlp, layer)
+        del gate, up
+        ha = shrink(h, only_down)
+        (y,) = _project(h, ha, only_down, add=s, in_place=kept.s is None)
+        kept.small = (xa, oa, na, ha)
+        if layer.parks and layer.policy == "inputs+attention":
+            kept.park()
+        ctx.layer, ctx.kept, ctx.documents = layer, kept, documents
+        ctx.save_for_backward(cos, sin, mask)
+        ctx.dtypes = [adapter.dtype for adapter in adapters]
+        return y.view(x.shape)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: torch.Tensor) -> tuple[Any, ...]:
+        if ctx.kept is None:
+            raise RuntimeError("a fused layer was asked for its gradient twice; what it kept is overwritten")
+        kept, ctx.kept = ctx.kept, None
+        layer, shape, x = ctx.layer, dy.shape, kept.unpark()
+        cos, sin, mask = ctx.saved_tensors
+        qkv, only_o, _, _ = kept.groups
+        xa, oa, _, _ = kept.small
+
+        n1 = heads = None
+        if kept.out is None:
+            n1, rstd1 = _normed(x, layer.norm1)
+            heads = _heads(_project(n1, xa, qkv), layer, cos, sin, shape[0], rotated=False)
+            kept.out, kept.attended = attention.attend(heads.q, heads.k, heads.v, mask, layer.scale, ctx.documents)
+            (kept.s,) = _project(_head_rows(kept.out), oa, only_o, add=x)
+        ds, mlp_gradients = _mlp_backward(as_rows(dy), kept, layer)
+
+        weights = dense([part.weight for part in layer.projections[:4]], x.dtype)
+        doa, o_bs = _expand_gradients([ds], oa, only_o)
+        o_as = _shrink_gradients(doa, _head_rows(kept.out), only_o)
+        do = input_gradient([ds], doa, only_o, weights[3:])
+        if n1 is None or heads is None:
+            n1, rstd1 = _normed(x, layer.norm1)
+            projected = kept.projected or _project(n1, xa, qkv, weights[:3])
+            heads = _heads(projected, layer, cos, sin, shape[0], rotated=kept.projected is not None)
+            kept.projected = None
+        do = do.view(*shape[:2], -1, layer.head_dim).transpose(1, 2)
+        dheads = attention.gradients(kept.attended, heads.q, heads.k, heads.v, kept.out, do)
+        del do
+        kept.out = kept.attended = None
+        dys = _heads_backward(dheads, heads, layer, cos, sin)
+        del heads, dheads
+        dxa, bs = _expand_gradients(dys, xa, qkv)
+        as_ = _shrink_gradients(dxa, n1, qkv)
+        dx = None
+        if ctx.needs_input_grad[0]:
+            dn1 = input_gradient(dys, dxa, qkv, weights[:3], out=n1)
+            dx, _ = rms_norm.backward(dn1, ds, x, layer.norm1.weight, rstd1, layer.norm1.form, weight_grad=False)
+            dx = dx.view(shape)
+        pairs = [*zip(as_, bs, strict=True), *zip(o_as, o_bs, strict=True), *mlp_gradients]
+        flat = [gradient for pair in pairs for gradient in pair if gradient is not None]
+        return dx, None, None, None, None, None, *(g.to(d) for g, d in zip(flat, ctx.dtypes, strict=True))
+
+
+def _mlp_backward(dy: torch.Tensor, kept: _Kept, layer: Layer) -> tuple[torch.Tensor, list[tuple[Any, Any]]]:
+    """The gradient of s, and those of the adapters of gate, up and down."""
+    assert kept.s is not None
+    s, kept.s = kept.s, None
+    _, _, mlp, only_down = kept.groups
+    _, _, na, ha = kept.small
+    weights = dense([part.weight for part in layer.projections[4:]], s.dtype)
+    n2, rstd = _normed(s, layer.norm2)
+    gate, up = kept.gate_up or _gate_up(n2, na, mlp, layer, weights[:2])
+    kept.gate_up = None
+
+    dha, down_bs = _expand_gradients([dy], ha, only_down)
+    dh = input_gradient([dy], dha, only_down, weights[2:])
+    fused = _fused(na, mlp, layer)
+    if fused is not None:
+        lora_glu.backward(dh, gate, up, *fused, layer.activation)
+    else:
+        glu.backward(dh, gate, up, layer.activation, dgate=gate, dup=up, h=dh)
+    down_as = _shrink_gradients(dha, dh, only_down)  # dh has become h
+    del dh
+    dna, bs = _expand_gradients([gate, up], na, mlp)
+    as_ = _shrink_gradients(dna, n2, mlp)
+    dn2 = input_gradient([gate, up], dna, mlp, weights[:2], out=n2)
+    del gate, up
+    ds, _ = rms_norm.backward(dn2, dy, s, layer.norm2.weight, rstd, layer.norm2.form, weight_grad=False)
+    return ds, [*zip(as_, bs, strict=True), *zip(down_as, down_bs, strict=True)]
+
+
+def _groups(layer: Layer, adapters: Sequence[torch.Tensor], x: torch.Tensor) -> tuple[Group, Group, Group, Group]:
+    """The adapters in x's dtype: copied in one launch, into memory where those of a group are stacked already."""
+    parts = layer.projections
+    if len(adapters) != 2 * sum(part.rank > 0 for part in parts):
+        raise ValueError(f"{len(adapters)} adapter tensors do not fit the ranks {[part.rank for part in parts]}")
+    order = [tensor.detach() for tensor in (*adapters[::2], *adapters[1::2])]
+    sizes = [tensor.numel() for tensor in order]
+    flat = torch.empty(sum(sizes), dtype=x.dtype, device=x.device)
+    copies = [piece.view(t.shape) for piece, t in zip(flat.split(sizes), order, strict=True)] if order else []
+    if order:
+        torch._foreach_copy_(copies, order)
+    bs = iter(copies[len(order) // 2 :])
+    start, groups = 0, []
+    for members in (parts[:3], parts[3:4], parts[4:6], parts[6:]):
+        rank, width = sum(part.rank for part in members), members[0].in_features
+        stacked = flat[start : start + rank * width].view(rank, width) if rank else None
+        start += rank * width
+        groups.append(Group(members, stacked, tuple(next(bs) if part.rank else None for part in members)))
+    return groups[0], groups[1], groups[2], groups[3]
+
+
+def _normed(rows: torch.Tensor, norm: Norm) -> tuple[torch.Tensor, torch.Tensor]:
+    """The normed rows, and 1 / root mean square of each."""
+    y, _, rstd = rms_norm.forward(rows, norm.weight, norm.eps, norm.form)
+    return y, rstd
+
+
+def _project(
+    x: torch.Tensor, xa: torch.Tensor | None, group: Group, weights: Sequence[torch.Tensor] | None = None, *,
+    add: torch.Tensor | None = None, in_place: bool = False,
+) -> list[torch.Tensor]:  # fmt: skip
+    """All outputs of a group, each plus ``add``."""
+    weights = dense([part.weight for part in group.parts], x.dtype) if weights is None else weights
+    shares = columns(xa, group)
+    return [
+        expand(x, mine, weight, b, part, add=add, out=add if in_place else None)
+        for part, weight, mine, b in zip(group.parts, weights, shares, group.b, strict=True)
+    ]
+
+
+def _fused(na: torch.Tensor | None, mlp: Group, layer: Layer) -> tuple[Any, Any, tuple[float, float]] | None:
+    """What ``lora_glu`` needs to add the adapters of gate and up by itself.
+
+    None if they are of another kind, or if gate and up are kept: then they are made once and read twice, and it is
+    cheaper (measured) to have the adapters' share in them.
+    """
+    gate, up = mlp.parts
+    if na is None or not 0 < gate.rank == up.rank <= lora_glu.MAX_RANK or layer.policy == "all-but-elementwise":
+        return None
+    return na.split(mlp.ranks, dim=1), mlp.b, (gate.scaling, up.scaling)
+
+
+def _gate_up(
+    n2: torch.Tensor,
+    na: torch.Tensor | None,
+    mlp: Group,
+    layer: Layer,
+    weights: Sequence[torch.Tensor] | None = None,
+) -> list[torch.Tensor]:
+    """Both products; without their adapters' share if the activation adds it."""
+    return _project(n2, None if _fused(na, mlp, layer) is not None else na, mlp, weights)
+
+
+def _activated(gate: torch.Tensor, up: torch.Tensor, na: torch.Tensor | None, mlp: Group, layer: Layer) -> torch.Tensor:
+    fused = _fused(na, mlp, layer)
+    if fused is None:
+        return glu.forward(gate, up, layer.activation)
+    return lora_glu.forward(gate, up, *fused, layer.activation)
+
+
+def _heads(
+    projected: list[torch.Tensor], layer: Layer, cos: torch.Tensor, sin: torch.Tensor, batch: int, *, rotated: bool
+) -> _Heads:
+    """Queries and keys normed, where the layer does, and turned; ``rotated`` says that plain ones are already."""
+    q, k, v = (t.view(batch, -1, t.shape[1] // layer.head_dim, layer.head_dim) for t in projected)
+    rstd: list[torch.Tensor] = []
+    if layer.q_norm is not None and layer.k_norm is not None:
+        q, _, q_rstd = rms_norm.forward(q, layer.q_norm.weight, layer.q_norm.eps, layer.q_norm.form)
+        k, _, k_rstd = rms_norm.forward(k, layer.k_norm.weight, layer.k_norm.eps, layer.k_norm.form)
+        rstd, rotated = [q_rstd, k_rstd], False
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+    if not rotated:
+        rope.rotate(q, k, cos, sin, layer.layout, out=(q, k))
+    return _Heads(q, k, v, projected, rstd)
+
+
+def _heads_backward(
+    dheads: tuple[torch.Tensor, ...], heads: _Heads, layer: Layer, cos: torch.Tensor, sin: torch.Tensor
+) -> list[torch.Tensor]:
+    """The gradients of what was projected, as rows."""
+    dq, dk = rope.rotate(dheads[0], dheads[1], cos, sin, layer.layout, backward=True)
+    rows = [_head_rows(t) for t in (dq, dk, dheads[2])]
+    if layer.q_norm is not None and layer.k_norm is not None:
+        for place, norm in enumerate((layer.q_norm, layer.k_norm)):
+            x = heads.projected[place]
+            narrow = (-1, layer.head_dim)
+            d, _ = rms_norm.backward(
+                rows[place].view(narrow), None, x.view(narrow), norm.weight, heads.rstd[place], norm.form,
+                weight_grad=False,
+            )  # fmt: skip
+            rows[place] = d.view(x.shape)
+    return rows
+
+
+def _head_rows(t: torch.Tensor) -> torch.Tensor:
+    """``[batch, heads, tokens, dim]`` as ``[batch · tokens, heads · dim]``; a view in the order attention works in."""
+    t = t.transpose(1, 2)
+    return t.reshape(t.shape[0] * t.shape[1], -1)
+
+
+def _expand_gradients(
+    dys: Sequence[torch.Tensor], xa: torch.Tensor | None, group: Group
+) -> tuple[torch.Tensor | None, list[torch.Tensor | None]]:
+    """dXA of a group, and the dB of each."""
+    if xa is None:
+        return None, [None] * len(group.parts)
+    dxa = torch.empty_like(xa)
+    gradients: list[torch.Tensor | None] = []
+    for dy, mine, dmine, b, part in zip(
+        dys, columns(xa, group), columns(dxa, group), group.b, group.parts, strict=True
+    ):
+        if mine is None or dmine is None or b is None:
+            gradients.append(None)
+        else:
+            gradients.append(adapter_gradients(dy, mine, b, part, dmine))
+    return dxa, gradients
+
+
+def _shrink_gradients(dxa: torch.Tensor | None, x: torch.Tensor, group: Group) -> list[torch.Tensor | None]:
+    """dA of each, in fp32."""
+    if dxa is None:
+        return [None] * len(group.parts)
+    return rows_of(mm_fp32(dxa.t(), x), group)

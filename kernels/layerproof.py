@@ -1,0 +1,86 @@
+"""Proof that our function may stand in for a model's own decoder layer; see :mod:`.selfcheck`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from . import attention, decoder_layer, glu, layers, lora_glu, nf4, projection, rms_norm, rope, selfcheck
+from .launch import INTERPRETED
+from .selfcheck import Verdict
+
+_SOURCES = tuple(
+    str(m.__file__) for m in (decoder_layer, attention, projection, lora_glu, glu, rms_norm, rope, nf4, layers)
+)
+#: How far from float64 a layer's own code may lie before our float64 composition is another function than it.
+_SAME = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 6e-2}
+
+#: Where errors are a few roundings of a long sum, which of two lies closer is luck.
+_FLOOR = {torch.float32: 5e-6, torch.float16: 1e-4, torch.bfloat16: 5e-4}
+
+
+def prove(module: Any, what: layers.Found, dtype: torch.dtype) -> Verdict:
+    """Our function, the layer's own forward and float64, on a short random input with random adapters.
+
+    Adapters' B starts at zero, which would hide every error of A; random ones take their place for the moment.
+    """
+    device = module.input_layernorm.weight.device
+    length = 8 if INTERPRETED else 128
+    width, head = module.input_layernorm.weight.shape[0], int(module.self_attn.head_dim)
+    x = selfcheck._random((1, length, width), dtype, device)
+    angles = selfcheck._random((1, length, head // 2), torch.float32, device, seed=3)
+    angles = torch.cat((angles, angles), dim=-1)
+    tables = (angles.cos().to(dtype), angles.sin().to(dtype))
+
+    with _training(module), torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
+        built = layers.build(module, what, x)
+    if isinstance(built, str):
+        return Verdict(False, built)  # as it stands now: nothing to remember
+    layer, small = built
+
+    def trial() -> Verdict:
+        names = {id(p): name for name, p in module.named_parameters()}
+        places = [names[id(p)] for p in small]
+        fresh = [
+            (selfcheck._random(p.shape, torch.float32, device, seed=7 + i) * p.shape[1] ** -0.5).to(p.dtype)
+            for i, p in enumerate(small)
+        ]
+
+        def ours(x: torch.Tensor, *leaves: torch.Tensor) -> torch.Tensor:
+            return decoder_layer.decoder_layer(x, tables, None, layer, leaves)
+
+        def stock(x: torch.Tensor, *leaves: torch.Tensor) -> torch.Tensor:
+            with _training(module), torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
+                swapped = dict(zip(places, leaves, strict=True))
+                options = {"attention_mask": None, "position_embeddings": tables}
+                out = torch.func.functional_call(module, swapped, (x,), options)
+            if not isinstance(out, torch.Tensor):
+                raise TypeError(f"the layer returns a {type(out).__name__}")
+            return out
+
+        def exact(x: torch.Tensor, *leaves: torch.Tensor) -> torch.Tensor:
+            return layers.reference(x, tables, layer, list(leaves))
+
+        with torch.no_grad():
+            truth = exact(x.double(), *(t.double() for t in fresh))
+            distance = selfcheck._relative_error(stock(x, *fresh), truth)
+        if not distance < _SAME[dtype]:
+            return Verdict(False, f"it computes something else than a plain decoder layer ({distance:.1e} apart)")
+        return selfcheck.compare(ours, stock, exact, [x, *fresh], floor=_FLOOR[dtype])
+
+    shape = " ".join(str(item) for item in (dtype, what, layers.kind(module)))
+    return selfcheck.proven("decoder_layer", _SOURCES, device, shape, trial)
+
+
+@contextmanager
+def _training(module: nn.Module) -> Iterator[None]:
+    before = module.training
+    module.train(True)
+    try:
+        yield
+    finally:
+        module.train(before)

@@ -1,0 +1,161 @@
+"""Frozen linear layers that share an input, each with or without a LoRA adapter; forward and backward by hand.
+
+    y_i   = x·W_iᵀ + b_i + s_i·(x·A_iᵀ)·B_iᵀ
+    dXA_i = s_i·dy_i·B_i          dB_i = s_i·dy_iᵀ·(x·A_iᵀ)          dA_i = dXA_iᵀ·x
+    dx    = Σ_i dXA_i·A_i + Σ_i dy_i·W_i
+
+Source: Hu et al., "LoRA", arXiv 2106.09685. No autograd here: these are the pieces of larger functions, which decide
+what is kept between the two passes. The adapters of a group arrive stacked, so that x·A and dA are one product each;
+the small products go first and the large one adds to them in its own fp32 sums.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from .nf4 import NF4, dequantise, scratch
+
+
+@dataclass(frozen=True)
+class Projection:
+    """One frozen linear layer.
+
+    Args:
+        weight: ``[out, in]``, dense or NF4; bias: ``[out]`` or None.
+        rank: of its adapter, 0 if it has none; scaling: s.
+    """
+
+    weight: torch.Tensor | NF4
+    bias: torch.Tensor | None = None
+    rank: int = 0
+    scaling: float = 1.0
+
+    @property
+    def out_features(self) -> int:
+        return int(self.weight.shape[0])
+
+    @property
+    def in_features(self) -> int:
+        return int(self.weight.shape[1])
+
+
+@dataclass(frozen=True)
+class Group:
+    """Projections of one input with their adapters in the dtype computed in.
+
+    Args:
+        a: ``[Σ rank, in]``, or None if none has an adapter.
+        b: ``[out, rank]`` for each.
+    """
+
+    parts: tuple[Projection, ...]
+    a: torch.Tensor | None
+    b: tuple[torch.Tensor | None, ...]
+
+    @property
+    def ranks(self) -> list[int]:
+        return [part.rank for part in self.parts]
+
+
+def dense(weights: Sequence[torch.Tensor | NF4], dtype: torch.dtype) -> list[torch.Tensor]:
+    """The weights in ``dtype``; NF4 ones side by side in scratch memory, to be used before the next call."""
+    sizes = [math.prod(w.shape) if isinstance(w, NF4) else 0 for w in weights]
+    device = next((w.packed.device for w in weights if isinstance(w, NF4)), None)
+    buffer = scratch((sum(sizes),), dtype, device) if device is not None else torch.empty(0)
+    result, start = [], 0
+    for weight, size in zip(weights, sizes, strict=True):
+        if isinstance(weight, NF4):
+            if weight.dtype == dtype:
+                result.append(dequantise(weight, buffer[start : start + size].view(weight.shape)))
+            else:
+                result.append(dequantise(weight).to(dtype))
+            start += size
+        else:
+            result.append(weight.to(dtype))
+    return result
+
+
+def shrink(x: torch.Tensor, group: Group) -> torch.Tensor | None:
+    """x·Aᵀ of all adapters in one product, ``[rows, Σ rank]``."""
+    return torch.mm(x, group.a.t()) if group.a is not None else None
+
+
+def columns(xa: torch.Tensor | None, group: Group) -> list[torch.Tensor | None]:
+    """Each adapter's share of ``xa``."""
+    if xa is None:
+        return [None] * len(group.parts)
+    return [share if share.shape[1] else None for share in xa.split(group.ranks, dim=1)]
+
+
+def rows_of(da: torch.Tensor, group: Group) -> list[torch.Tensor | None]:
+    """Each adapter's rows of the stacked ``da``, ``[Σ rank, in]``."""
+    return [rows if rows.shape[0] else None for rows in da.split(group.ranks)]
+
+
+def expand(
+    x: torch.Tensor, xa: torch.Tensor | None, weight: torch.Tensor, b: torch.Tensor | None, part: Projection,
+    *, add: torch.Tensor | None = None, out: torch.Tensor | None = None,
+) -> torch.Tensor:  # fmt: skip
+    """One layer's output: ``add + bias + s·xa·Bᵀ + x·Wᵀ``, the large product last and into the sum.
+
+    Args:
+        add: ``[rows, out]``, as a residual; it may be ``out`` itself.
+        out: where to write.
+    """
+    if out is None:
+        out = torch.empty(x.shape[0], part.out_features, dtype=x.dtype, device=x.device)
+    base = add
+    if part.bias is not None:
+        bias = part.bias.to(x.dtype)
+        base = bias if add is None else torch.add(add, bias, out=out)
+    if xa is not None and b is not None:
+        if base is None:
+            torch.addmm(out, xa, b.t(), beta=0, alpha=part.scaling, out=out)
+        else:
+            torch.addmm(base, xa, b.t(), alpha=part.scaling, out=out)
+        base = out
+    if base is None:
+        return torch.mm(x, weight.t(), out=out)
+    return torch.addmm(base, x, weight.t(), out=out)
+
+
+def adapter_gradients(
+    dy: torch.Tensor, xa: torch.Tensor, b: torch.Tensor, part: Projection, dxa: torch.Tensor
+) -> torch.Tensor:
+    """dB in fp32, and dXA written into ``dxa``; s is applied to the sums, not to copies."""
+    torch.addmm(dxa, dy, b, beta=0, alpha=part.scaling, out=dxa)
+    return mm_fp32(dy.t(), xa).mul_(part.scaling)
+
+
+def input_gradient(
+    dys: Sequence[torch.Tensor], dxa: torch.Tensor | None, group: Group, weights: Sequence[torch.Tensor],
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:  # fmt: skip
+    """dx of a group, ``[rows, in]``."""
+    first = dys[0]
+    if out is None:
+        out = torch.empty(first.shape[0], group.parts[0].in_features, dtype=first.dtype, device=first.device)
+    filled = False
+    if dxa is not None and group.a is not None:
+        torch.mm(dxa, group.a, out=out)
+        filled = True
+    for dy, weight in zip(dys, weights, strict=True):
+        if filled:
+            torch.addmm(out, dy, weight, out=out)
+        else:
+            torch.mm(dy, weight, out=out)
+            filled = True
+    return out
+
+
+def mm_fp32(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """a·b with the fp32 sums left as they are (fp64 stays fp64)."""
+    if a.dtype in (torch.float32, torch.float64):
+        return torch.mm(a, b)
+    if a.is_cuda:
+        return torch.mm(a, b, out_dtype=torch.float32)
+    return torch.mm(a.float(), b.float())
