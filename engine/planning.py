@@ -5,13 +5,20 @@ Nothing is downloaded but a ``config.json``, and not even that for a folder or a
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
 from ..planner.architecture import Architecture
 from ..planner.hardware import Node, node_for
 from ..planner.hub import find_config
 from ..planner.plan import Plan, Workload
 from ..planner.recipe import Recipe
 from ..planner.solver import make_plan
+from ..planner.state import state_dir
 from .data.preview import survey
+
+if TYPE_CHECKING:
+    from ..planner.calibration import Finished
 
 
 def plan_for(recipe: Recipe, *, framework: str = "finetui", node: Node | None = None) -> Plan:
@@ -28,7 +35,17 @@ def plan_for(recipe: Recipe, *, framework: str = "finetui", node: Node | None = 
     name, config, _origin = find_config(recipe.model)
     architecture = Architecture.from_config(config, name)
     workload = workload_of(recipe)
-    return make_plan(recipe, architecture, node or node_for(recipe.hardware), workload, framework=framework)
+    node = node or node_for(recipe.hardware)
+    return make_plan(recipe, architecture, node, workload, framework=framework, finished=finished_runs())
+
+
+def finished_runs() -> Sequence[Finished]:
+    """What this user's finished runs measured: they correct plans for the same GPU, family and size."""
+    if not (state_dir() / "calibration.jsonl").is_file():
+        return ()
+    from ..planner.calibration import history
+
+    return history(state_dir())
 
 
 def workload_of(recipe: Recipe) -> Workload | None:

@@ -22,7 +22,7 @@ import psutil
 from ..planner.cgroup import memory_limit
 from ..planner.errors import UserError
 from ..planner.plan import Plan
-from ..planner.recipe import Recipe
+from ..planner.recipe import RUNNABLE_METHODS, Recipe
 from .run import default_root
 
 GIB = 2**30
@@ -93,6 +93,9 @@ def checks(recipe: Recipe, plan: Plan, root: Path | None = None) -> Iterator[Che
 def _fits(plan: Plan) -> list[Check]:
     need, have, what = plan.memory.device_gib, plan.hardware.memory_gib, plan.hardware.gpu
     told = f"{need:.1f} of {have:.1f} GiB on {what}"
+    if plan.resolved.method not in RUNNABLE_METHODS:
+        do = f"Use method: {' or '.join(sorted(RUNNABLE_METHODS))}."
+        return [Check("plan", "fail", f"method {plan.resolved.method} can be planned, not yet run", do)]
     if not plan.fits:
         return [Check("plan", "fail", f"the plan does not fit: {told}", " ".join(plan.warnings[:1]))]
     if not plan.hardware.local:

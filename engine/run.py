@@ -35,6 +35,7 @@ import psutil
 from ..planner.errors import RunError
 from ..planner.plan import Plan
 from ..planner.recipe import Recipe
+from ..planner.state import state_dir
 from ..planner.version import VERSION
 from .events import EventLog, Payload, State
 
@@ -336,11 +337,6 @@ class Run:
 def default_root() -> Path:
     """Where new runs go: ``$FINETUI_RUNS``, else ``runs`` in the current folder."""
     return Path(os.environ.get("FINETUI_RUNS") or "runs").resolve()
-
-
-def state_dir() -> Path:
-    """Small files that finetui keeps per user: ``$XDG_STATE_HOME/finetui``."""
-    return Path(os.environ.get("XDG_STATE_HOME") or Path("~/.local/state").expanduser()) / "finetui"
 
 
 def list_runs(root: Path | None = None) -> list[Run]:

@@ -40,6 +40,7 @@ from ..planner.version import VERSION
 from .checkpoint import find
 from .events import Failure, Phase, Warn, parse_line
 from .launcher import WORKER, import_environment
+from .learning import learn_from
 from .outcome import EndReason, Facts, Outcome, decide, first_exit
 from .run import LIVE_STATES, Run, Status
 from .telemetry import Sampler
@@ -150,6 +151,11 @@ def _attempt(run: Run, plan: Plan, limits: Limits, status: Status, worker: Seque
     run.withdraw("checkpoint")
     run.update(**dataclasses.asdict(outcome), ended=time.time())
     run.free_reserve()
+    if outcome.state == "finished":
+        try:
+            learn_from(run, plan)
+        except (OSError, KeyError, TypeError):  # a history that can't be kept costs a correction, not a run
+            traceback.print_exc()
     return outcome
 
 

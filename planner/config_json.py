@@ -20,7 +20,13 @@ _ALIASES: dict[str, tuple[str, ...]] = {
     "max_position_embeddings": ("max_position_embeddings", "n_positions", "max_seq_len", "max_sequence_length"),
 }
 #: Text towers whose config may leave out its own model_type.
-_TEXT_TYPES = {"gemma3": "gemma3_text", "mistral3": "mistral", "llava": "llama", "llava_next": "llama"}
+_TEXT_TYPES = {
+    "gemma3": "gemma3_text",
+    "mistral3": "mistral",
+    "llama4": "llama4_text",
+    "llava": "llama",
+    "llava_next": "llama",
+}
 #: Models that hold every shape key of a decoder and yet can't be trained to continue text.
 _NOT_DECODERS = {
     "albert", "bart", "bert", "bge", "blip", "camembert", "clip", "deberta", "deberta-v2", "distilbert", "electra",
@@ -172,6 +178,8 @@ def _layers(c: _Config, hidden: int, heads: int, kv_heads: int, head_dim: int, n
     sparse = _sparse_layers(c, total) if family.moe else 0
     kinds = []
     if total - sparse:
+        if family.moe and family.moe.dense_width:
+            inner = c.whole(family.moe.dense_width)
         kinds.append(Layer(total - sparse, attention, _mlp(c, hidden, inner), norms, width, inner))
     if sparse:
         kinds.append(_moe_layer(c, sparse, attention, (norms, width), hidden))
@@ -241,6 +249,9 @@ def _sparse_layers(c: _Config, total: int) -> int:
         return sum((i + 1) % step == 0 and i not in dense for i in range(total))
     if rule == "first_dense":
         return max(total - int(c.get("first_k_dense_replace") or 0), 0)
+    if rule == "interleave":
+        chosen, step = c.get("moe_layers"), int(c.get("interleave_moe_layer_step") or 1)
+        return len(chosen) if isinstance(chosen, list) else total // step
     if rule == "types":
         kinds = c.get("mlp_layer_types")
         return sum(kind == "sparse" for kind in kinds) if isinstance(kinds, list) else total - 1
@@ -258,7 +269,7 @@ def _moe_layer(c: _Config, count: int, attention: tuple[Linear, ...], norms: tup
     inner = active * width
     if moe.shared:
         size = c.whole("shared_expert_intermediate_size") if moe.shared == "size" else 0
-        size = size or width * int(c.get("n_shared_experts") or 0)
+        size = size or width * (1 if moe.shared == "one" else int(c.get("n_shared_experts") or 0))
         if size:
             shared = (
                 Linear("gate_proj", hidden, size),
@@ -269,4 +280,6 @@ def _moe_layer(c: _Config, count: int, attention: tuple[Linear, ...], norms: tup
         if moe.shared == "size":
             shared = (*shared, Linear("shared_expert_gate", hidden, 1))
     router = experts * hidden + (experts if moe.bias else 0)
+    if moe.linear_router:
+        shared, router = (Linear("router", hidden, experts), *shared), 0
     return Layer(count, attention, shared, *norms, inner, router, experts, width, experts * each, active * each)

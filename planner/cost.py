@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING
 
 from .architecture import Architecture
 from .hardware import Node, Offer, find_gpu, load_offers
-from .memory import Settings, optimizer_bytes
+from .memory import Settings
 from .plan import Cost, Plan, Workload
+from .storage import optimizer_bytes
 
 if TYPE_CHECKING:
     from .recipe import Recipe
@@ -109,7 +110,9 @@ def cost_of(
     if offer is None:
         return Cost()
     price = factor * (offer.usd_per_h or 0.0)
-    return Cost(usd=price * time_s / 3600, usd_per_h=price, provider=offer.provider, as_of=offer.as_of)
+    return Cost(
+        usd=price * time_s / 3600, usd_per_h=price, provider=offer.provider, as_of=offer.as_of, stale=offer.is_stale()
+    )
 
 
 def _price(offer: Offer, spot: bool) -> float | None:

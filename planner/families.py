@@ -22,15 +22,21 @@ class MoE:
 
     ``sparse`` names the rule for which layers have experts: ``all``; ``step`` (every ``decoder_sparse_step``-th layer
     but those in ``mlp_only_layers``); ``first_dense`` (all after the first ``first_k_dense_replace``); ``types``
-    (``mlp_layer_types``, or all but the first). Experts and routers are plain parameters, not ``nn.Linear``:
+    (``mlp_layer_types``, or all but the first); ``interleave`` (``moe_layers``, or every
+    ``interleave_moe_layer_step``-th). Experts and routers are plain parameters, not ``nn.Linear``:
     neither bitsandbytes nor ``all-linear`` sees them.
     """
 
     count: tuple[str, ...] = ("num_local_experts", "num_experts")
     width: tuple[str, ...] = ("moe_intermediate_size",)
-    sparse: Literal["all", "step", "first_dense", "types"] = "all"
-    shared: Literal["", "count", "size"] = ""
-    """Shared experts: ``count`` x width (``n_shared_experts``), or one of ``shared_expert_intermediate_size``."""
+    sparse: Literal["all", "step", "first_dense", "types", "interleave"] = "all"
+    shared: Literal["", "count", "size", "one"] = ""
+    """Shared experts: ``count`` x width (``n_shared_experts``), one of ``shared_expert_intermediate_size``, or ``one``
+    as wide as the others."""
+    dense_width: str = ""
+    """Config key of the MLP width of the layers without experts, where it is not ``intermediate_size``."""
+    linear_router: bool = False
+    """The router is an ``nn.Linear``, which ``all-linear`` and bitsandbytes do see."""
     bias: bool = False
     """Router and experts have biases."""
     adapted: tuple[str, ...] = ()
@@ -102,6 +108,46 @@ FAMILIES: dict[str, Family] = {
         _shape(32000, 4096, 11008, 32, 32, max_position_embeddings=2048),
         **_BY_ATTENTION_BIAS,
         mlp_bias="mlp_bias",
+    ),
+    "llama4_text": Family(
+        "Llama 4",
+        _shape(
+            202048, 5120, 8192, 48, 40, 8, head_dim=128, intermediate_size_mlp=16384, num_local_experts=16,
+            num_experts_per_tok=1, interleave_moe_layer_step=1, max_position_embeddings=131072,
+        ),
+        **_BY_ATTENTION_BIAS,
+        moe=MoE(
+            width=("intermediate_size",), sparse="interleave", shared="one", dense_width="intermediate_size_mlp",
+            linear_router=True,
+        ),
+    ),
+    "arcee": Family(
+        "Arcee",
+        _shape(32000, 2560, 18432, 32, 32, max_position_embeddings=4096),
+        **_BY_ATTENTION_BIAS,
+        mlp_bias="mlp_bias",
+        mlp=("up_proj", "down_proj"),
+    ),
+    "ernie4_5": Family(
+        "ERNIE 4.5",
+        _shape(103424, 1024, 3072, 18, 16, 2, head_dim=128, max_position_embeddings=131072, **_TIED),
+        qkv_bias="use_bias",
+        out_bias="use_bias",
+        mlp_bias="use_bias",
+    ),
+    "seed_oss": Family(
+        "Seed-OSS",
+        _shape(155136, 4096, 27648, 64, 80, 8, head_dim=128, attention_bias=True, max_position_embeddings=524288),
+        qkv_bias="attention_bias",
+        out_bias="attention_out_bias",
+        mlp_bias="mlp_bias",
+    ),
+    "olmoe": Family(
+        "OLMoE",
+        _shape(50304, 2048, 2048, 16, 16, num_experts=64, num_experts_per_tok=8, max_position_embeddings=4096),
+        **_BY_ATTENTION_BIAS,
+        qk_norm="width",
+        moe=MoE(width=("intermediate_size",), count=("num_experts",), adapted=_PROJECTIONS),
     ),
     "mistral": Family(
         "Mistral",

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from .errors import HardwareError
+from .host import cores, host_memory
 
 if TYPE_CHECKING:
     from .recipe import HardwareRequest
@@ -86,11 +87,16 @@ class Offer:
 
     def is_stale(self, today: date | None = None) -> bool:
         """Whether the price is undated or older than 90 days."""
-        try:
-            age = (today or date.today()) - date.fromisoformat(self.as_of)
-        except ValueError:
-            return True
-        return age.days > STALE_DAYS
+        return is_stale(self.as_of, today)
+
+
+def is_stale(as_of: str, today: date | None = None) -> bool:
+    """Whether a price of this day is old; one of an unknown day is."""
+    try:
+        age = (today or date.today()) - date.fromisoformat(as_of)
+    except ValueError:
+        return True
+    return age.days > STALE_DAYS
 
 
 @cache
@@ -218,7 +224,7 @@ def _nvml_node() -> Node | None:
         known_or_assumed(first, seen[0][2], seen[0][3]),
         len(indices),
         indices,
-        round(_host_memory()[0] / GIB, 2),
+        round(host_memory()[0] / GIB, 2),
         local=True,
     )
 
@@ -277,34 +283,19 @@ _CORE_GFLOPS = 40.0
 
 def cpu_node() -> Node:
     """This machine's CPU as a device, with its free memory; speed is assumed from the number of physical cores."""
-    import psutil
-
-    cores = psutil.cpu_count(logical=False) or psutil.cpu_count() or 1
-    total, free = _host_memory()
+    count, (total, free) = cores(), host_memory()
     gpu = Gpu(
-        name=f"CPU ({cores} core{'s' if cores > 1 else ''})",
+        name=f"CPU ({count} core{'s' if count > 1 else ''})",
         memory_gib=round(free / GIB, 2),
-        bandwidth_gb_s=min(10.0 * cores, 80.0),
-        bf16_tflops=cores * _CORE_GFLOPS / 1000,
-        fp32_tflops=cores * _CORE_GFLOPS / 1000,
+        bandwidth_gb_s=min(10.0 * count, 80.0),
+        bf16_tflops=count * _CORE_GFLOPS / 1000,
+        fp32_tflops=count * _CORE_GFLOPS / 1000,
         bf16=True,
         achievable=0.8,
         kind="cpu",
         source="this machine; speed assumed",
     )
     return Node(gpu, 1, (0,), round(total / GIB, 2), local=True)
-
-
-def _host_memory() -> tuple[int, int]:
-    """Bytes of host memory in all and free, of this container where it has a limit of its own."""
-    import psutil
-
-    from .cgroup import memory_limit
-
-    memory, limit = psutil.virtual_memory(), memory_limit()
-    if limit is None or limit.limit >= memory.total:
-        return memory.total, memory.available
-    return limit.limit, min(memory.available, max(limit.limit - limit.used, 0))
 
 
 def node_for(request: HardwareRequest) -> Node:

@@ -5,38 +5,30 @@
     optimizer  all gradients, and the optimiser's temporaries
 
 Adding the terms of all three, as most estimates do, counts memory that never lives at the same time: checkpoints are
-freed layer by layer while gradients appear. What forward keeps per token and layer was measured on transformers'
-Llama with saved-tensor hooks (bytes exact, two norms, SDPA, no mask)::
-
-    full, bf16          16 H +  8 I + 4 q + 4 kv + 4 heads + 8
-    full, mixed         26 H +  8 I + 4 q + 4 kv            (and a 16-bit copy of each weight)
-    full, fp32          24 H + 16 I + 8 q + 8 kv
-    frozen, bf16         8 H +  6 I + 4 q + 4 kv            and what its adapters keep:
-    + LoRA, bf16        each distinct input once, 2 B, and 2 B x rank per module
-    + LoRA, fp32        its own copy of the input per module: 2 B under autocast, 4 B without; 2 or 4 B x rank
-
-with H hidden, I MLP width, q and kv the widths of queries and of keys or values. All results are bytes unless named
+freed layer by layer while gradients appear. What forward keeps is in :mod:`.activations`, what is there whatever the
+batch in :mod:`.storage`, and how several devices share it in :mod:`.sharding`. All results are bytes unless named
 ``gib``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Literal
 
-from .architecture import Architecture, Layer, Linear
+from .activations import activation_bytes
+from .architecture import Architecture
+from .fused import layer_bytes, runs_whole_layers
 from .hardware import GIB, Gpu
+from .interval import margins
+from .methods import METHODS, stack_for
 from .plan import Memory
+from .sharding import STRATEGIES, SUB_GROUP_ELEMENTS, Gathered, Strategy, gathered
 from .stacks import Stack
+from .storage import Fixed, fixed_bytes
 
-#: NF4, double quantisation: 4 bits, an 8-bit scale per 64 weights, an fp32 one per 256 of those (arXiv:2305.14314).
-NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
-#: 8-bit Adam: two bytes and two fp32 scales per 256 (bitsandbytes ``optimizer/functional``).
-ADAM8_BYTES = 2 + 8 / 256
-#: HF Trainer keeps fp32 states for embeddings under 8-bit Adam (transformers/trainer.py, GlobalOptimManager).
-ADAM32_BYTES = 8.0
+Moment = Literal["loss", "backward", "optimizer", "rollout"]
+
 #: Bytes per logit of a tile in forward and backward where torch operations fold it instead of a Triton kernel: their
 #: fp32 temporaries (measured with TRL 1.16 on the CPU).
 _CPU_TILE = (29.0, 45.0)
@@ -53,26 +45,54 @@ class Settings:
     rank: int = 16
     dropout: bool = False
     targets: str | tuple[str, ...] = "all-linear"
-    quantization: Literal["none", "nf4"] = "none"
+    dora: bool = False
+    """Weights split into magnitude and direction (arXiv:2402.09353)."""
+    quantization: Literal["none", "nf4", "nf4-single", "int8", "gptq"] = "none"
     precision: Literal["bf16", "bf16-mixed", "fp16", "fp32"] = "bf16"
     optimizer: str = "adamw"
     checkpointing: Literal["none", "full"] = "full"
     attention: Literal["sdpa", "eager"] = "sdpa"
     world_size: int = 1
+    strategy: str = "ddp"
+    """A name in :data:`.sharding.STRATEGIES`; without effect on one device."""
+    offload: Literal["none", "optimizer", "parameters"] = "none"
+    """What waits in host memory: the optimiser's states and masters, or the weights and gradients too."""
+    kernels: bool = True
+    """Whether finetui's own kernels may run; other stacks have none."""
+    method: str = "sft"
+    """A name in :data:`.methods.METHODS`."""
+    optimizer_in_backward: bool = False
+    """Each gradient is applied and freed as soon as it is there."""
+    offload_activations: bool = False
     masked: bool = False
     """Whether attention gets an explicit mask, as it does for padded and for packed rows under SDPA."""
 
     @property
+    def rows(self) -> int:
+        """Sequences of one micro-batch on one device: both halves of a pair count."""
+        return self.micro_batch * METHODS[self.method].sequences
+
+    @property
     def tokens(self) -> int:
         """Tokens of one micro-batch on one device."""
-        return self.micro_batch * self.sequence_length
+        return self.rows * self.sequence_length
 
     @property
     def weight_bytes(self) -> int:
         """Bytes per stored weight: mixed precision trains fp32 masters, a frozen base is stored as it computes."""
+        if self.precision != "fp32" and self.sharing.masters:
+            return 2  # the masters are among the optimiser's states
         if self.precision == "bf16" or (self.precision == "fp16" and self.tuning != "full"):
             return 2
         return 4
+
+    @property
+    def sharing(self) -> Strategy:
+        return STRATEGIES[self.strategy if self.world_size > 1 else "single"]
+
+    @property
+    def quantized(self) -> bool:
+        return self.quantization != "none"
 
     @property
     def compute_bytes(self) -> int:
@@ -81,258 +101,251 @@ class Settings:
     def adapter_bytes(self, stack: Stack) -> int:
         if self.precision in ("fp32", "fp16"):  # the gradient scaler of fp16 needs fp32 parameters
             return 4
-        return stack.adapter_bytes_4bit if self.quantization == "nf4" else stack.adapter_bytes
+        return stack.adapter_bytes_4bit if self.quantized else stack.adapter_bytes
 
 
-@dataclass(frozen=True)
-class _Fixed:
-    """What does not depend on batch and sequence."""
+def peak_memory(
+    architecture: Architecture, settings: Settings, stack: Stack, gpu: Gpu, *, unknown: tuple[str, ...] = ()
+) -> Memory:
+    """Predict the peak of one device of ``gpu``.
 
-    weights: float
-    adapter: float
-    gradients: float
-    head_gradient: float
-    optimizer: float
-    optimizer_temporary: float
-    layer_gradient: float
-    weight_copies: float
-    dequantized: float
-    experts_merged: float
-
-
-def peak_memory(architecture: Architecture, settings: Settings, stack: Stack, gpu: Gpu) -> Memory:
-    """Predict the peak of one device of ``gpu``."""
+    Args:
+        unknown: what is not known about the run, names in :data:`.interval.UNKNOWN`; each widens the interval.
+    """
+    stack = stack_for(settings.method, stack_on(architecture, settings, stack, gpu))
     fixed = _fixed(architecture, settings, stack)
-    moments = _moments(architecture, settings, stack, fixed, cpu=gpu.kind == "cpu")
+    shared = _share(architecture, settings, stack, fixed)
+    moments = _moments(architecture, settings, stack, fixed, shared, cpu=gpu.kind == "cpu")
     moment = max(moments, key=lambda name: sum(moments[name].values()))
     terms = moments[moment]
-    static = fixed.weights + fixed.adapter + fixed.optimizer
+    static = shared.static
     allocated = static + sum(terms.values())
-    slack = _slack(terms, moments["loss"]["logits"], stack, gpu)
+    # Gathers run on a stream of their own, whose freed blocks no other stream may take.
+    slack = _slack(moments, stack, gpu) + shared.whole.backward
     context = context_bytes(gpu, settings.world_size)
     device = allocated + slack + context
     parts = {
-        "weights": fixed.weights,
-        "adapter": fixed.adapter,
+        "weights": shared.weights,
+        "adapter": shared.adapter,
         "gradients": terms["gradients"],
-        "optimizer": fixed.optimizer + terms["temporary"],
+        "optimizer": shared.optimizer + terms["temporary"],
         "activations": terms["activations"],
         "logits": terms["logits"],
         "buffers": terms["buffers"] + slack,
         "context": context,
     }
-    spread = 0.02 * static + 0.1 * (allocated - static) + 0.7 * slack + 0.3 * context
+    if not architecture.exact:
+        unknown += ("shapes",)
+    if settings.quantized and stack.quantizes_experts and architecture.expert_weights:
+        unknown += ("experts",)
+    if settings.quantized and stack.keeps_packed_inputs:
+        unknown += ("packed",)
+    if stack.whole_layers:
+        unknown += ("kernels",)
+    if settings.sharing.gathers:
+        unknown += ("sharding",)
+    if not stack.certain:
+        unknown += ("stack",)
+    off = margins(
+        stored=static, moving=allocated - static, slack=slack, context=context, unknown=tuple(sorted(set(unknown)))
+    )
     return Memory(
         allocated_gib=allocated / GIB,
         reserved_gib=(allocated + slack) / GIB,
         device_gib=device / GIB,
-        low_gib=max(device - spread, static) / GIB,
-        high_gib=(device + spread) / GIB,
+        low_gib=max(device - off["device"], 0.0) / GIB,
+        high_gib=(device + off["device"]) / GIB,
+        margins={name: size / GIB for name, size in off.items()},
         terms={name: size / GIB for name, size in parts.items()},
         moment=moment,
         lever=_lever(moment, parts, settings),
     )
 
 
+def stack_on(architecture: Architecture, settings: Settings, stack: Stack, gpu: Gpu) -> Stack:
+    """The stack as it runs here: its whole-layer functions only where they apply."""
+    applies = settings.kernels and runs_whole_layers(
+        architecture, stack, gpu, tuning=settings.tuning, dropout=settings.dropout
+    )
+    return stack if applies or not stack.whole_layers else _without_layers(stack)
+
+
+@lru_cache(maxsize=16)
+def _without_layers(stack: Stack) -> Stack:
+    return replace(stack, whole_layers=False)
+
+
 def _moments(
-    architecture: Architecture, settings: Settings, stack: Stack, fixed: _Fixed, *, cpu: bool = False
-) -> dict[Literal["loss", "backward", "optimizer"], dict[str, float]]:
-    """Bytes beside the static ones at each of the three moments."""
-    tokens, hidden = settings.tokens, architecture.hidden
+    architecture: Architecture, settings: Settings, stack: Stack, fixed: Fixed, shared: _Shared, *, cpu: bool = False
+) -> dict[Moment, dict[str, float]]:
+    """Bytes beside the static ones at each moment: three, and the rollout of methods that generate."""
+    tokens, hidden, layers = settings.tokens, architecture.hidden, max(architecture.num_layers, 1)
     kept, transient = _activations(architecture, settings, stack)
     # Last hidden states, their norm's input in fp32 and the normalised copy, the embedding's output.
     tail = (10 if settings.compute_bytes == 2 else 16) * hidden * tokens
-    held = fixed.gradients if settings.accumulation > 1 else 0.0  # gradients of earlier micro-batches
     forward, backward, head = _loss(architecture, settings, stack, fixed, cpu)
-    copies = fixed.weight_copies
-    buffers = fixed.dequantized + fixed.experts_merged + _mask(settings)
-    if settings.world_size > 1:
-        buffers += fixed.gradients  # DDP's buckets: one more copy of the gradients
+    copies, whole = shared.copies, shared.whole
+    dequantized = fixed.dequantized
+    if stack.whole_layers and settings.quantized:  # one layer's weights at a time, in a buffer that all layers share
+        dequantized = 2.0 * max(layer.linear_weights for layer in architecture.layers)
     loss = {
         "activations": kept + tail,
-        "gradients": held,
+        "gradients": shared.held,
         "logits": max(forward, backward + head),
-        "buffers": copies + _mask(settings) + (fixed.gradients if settings.world_size > 1 else 0.0),
+        "buffers": copies + _mask(settings) + shared.bucket + whole.loss,
         "temporary": 0.0,
     }
-    first = kept + fixed.head_gradient + held  # the last layer's backward: everything is still kept
-    last = max(fixed.gradients, held)  # the first layer's: all gradients are there
-    if settings.tuning == "full" and settings.accumulation > 1:
+    # The last layer's backward: everything is still kept. The first layer's: all gradients are there.
+    first = kept + (0.0 if whole.gradients else fixed.head_gradient) + shared.held + whole.gradients
+    last = max(shared.gradients, shared.held) + whole.gradients
+    if settings.tuning == "full" and settings.accumulation > 1 and not whole.gradients:
         first += fixed.layer_gradient
         last += fixed.layer_gradient
     full_now = first >= last
-    layers = {
-        "activations": (kept if full_now else kept / max(architecture.num_layers, 1)) + transient,
+    buffers = dequantized + fixed.experts_merged + _mask(settings) + shared.bucket + whole.backward
+    layer = {
+        "activations": (kept if full_now else kept / layers) + transient,
         "gradients": first - kept if full_now else last,
         "logits": 0.0,
-        "buffers": buffers + (copies if settings.checkpointing == "none" else copies / max(architecture.num_layers, 1)),
+        "buffers": buffers + (copies if settings.checkpointing == "none" else copies / layers),
         "temporary": 0.0,
     }
     step = {
         "activations": 0.0,
-        "gradients": fixed.gradients,
+        "gradients": shared.gradients,
         "logits": 0.0,
-        "buffers": fixed.gradients if settings.world_size > 1 else 0.0,
-        "temporary": fixed.optimizer_temporary,
+        "buffers": shared.bucket,
+        "temporary": shared.temporary,
     }
-    return {"loss": loss, "backward": layers, "optimizer": step}
+    moments: dict[Moment, dict[str, float]] = {"loss": loss, "backward": layer, "optimizer": step}
+    if METHODS[settings.method].rollouts:
+        cache = kv_cache_bytes(architecture, settings)
+        held = {"activations": 6.0 * hidden * settings.rows * settings.accumulation, "gradients": 0.0, "logits": 0.0}
+        moments["rollout"] = {**held, "buffers": cache + copies + whole.loss, "temporary": 0.0}
+    return moments
 
 
-@lru_cache(maxsize=4096)
-def _fixed_cached(
-    architecture: Architecture, tuning: str, rank: int, targets: str | tuple[str, ...], nf4: bool, weight: int,
-    compute: int, adapter: int, optimizer: str, stack: Stack,
-) -> _Fixed:  # fmt: skip
-    parameters, full = architecture.parameters, tuning == "full"
-    quantized = 0
-    if nf4:
-        quantized = architecture.linear_weights + (architecture.expert_weights if stack.quantizes_experts else 0)
-    other = 4 if nf4 and stack.kbit_upcast else weight
-    weights = NF4_BYTES * quantized + other * (parameters - quantized)
-    pairs = 0 if full else architecture.lora_parameters(rank, targets)
-    trained, width = (parameters, weight) if full else (pairs, adapter)
-    head = architecture.vocab * architecture.hidden
-    largest = max(head, architecture.largest_linear) if full else rank * max(architecture.vocab, architecture.hidden)
-    state, temporary = optimizer_bytes(optimizer, width)
-    series = width * trained if optimizer == "adamw" and not stack.fused_optimizer else 0
-    states = state * trained
-    if optimizer.endswith("8bit") and full and not optimizer.startswith("paged"):
-        states += (ADAM32_BYTES - state) * head  # embeddings keep 32-bit states
-    merged = 0.0
-    if pairs and architecture.adapted_experts:
-        touched = [layer for layer in architecture.layers if architecture.expert_lora(layer, rank, targets)]
-        # PEFT adds the pairs of all experts of a layer to a copy of their fused weights.
-        merged = 2.4 * compute * max((layer.expert_weights for layer in touched), default=0)
-    layer = max(layer.parameters for layer in architecture.layers)
-    return _Fixed(
-        weights=weights,
-        adapter=pairs * adapter,
-        gradients=trained * width,
-        head_gradient=head * width if full else 0.0,
-        optimizer=states,
-        optimizer_temporary=temporary * largest + series,
-        layer_gradient=layer * width if full else 0.0,
-        # Autocast keeps a 16-bit copy of each fp32 weight for as long as forward runs.
-        weight_copies=2.0 * (parameters if weight == 4 and compute == 2 else pairs if adapter == 4 and not full else 0),
-        dequantized=2.0 * architecture.largest_linear if nf4 else 0.0,
-        experts_merged=merged,
-    )
+def kv_cache_bytes(architecture: Architecture, settings: Settings) -> float:
+    """Keys and values of all answers that one optimiser step learns from: they are generated at once.
+
+    TRL generates ``steps_per_generation`` micro-batches together, which is the accumulation unless set.
+    """
+    per_token = 2.0 * architecture.kv_width * architecture.num_layers * 2
+    return per_token * settings.sequence_length * settings.rows * settings.accumulation
 
 
-def _fixed(architecture: Architecture, settings: Settings, stack: Stack) -> _Fixed:
-    return _fixed_cached(
-        architecture, settings.tuning, settings.rank, settings.targets, settings.quantization == "nf4",
-        settings.weight_bytes, settings.compute_bytes, settings.adapter_bytes(stack), settings.optimizer, stack,
+def _fixed(architecture: Architecture, settings: Settings, stack: Stack) -> Fixed:
+    return fixed_bytes(
+        architecture, settings.tuning, settings.rank, settings.targets, settings.quantization, settings.weight_bytes,
+        settings.compute_bytes, settings.adapter_bytes(stack), settings.optimizer, stack,
+        METHODS[settings.method].scalar_head,
     )  # fmt: skip
 
 
-def optimizer_bytes(name: str, width: int) -> tuple[float, float]:
-    """State in bytes per parameter of ``width`` bytes, and temporaries in bytes per element of the largest tensor.
+@dataclass(frozen=True)
+class _Shared:
+    """One device's part of what is stored, and what it holds whole for a while."""
 
-    Measured on torch 2.13 by tracing real steps; paged states live in host memory when the device runs short.
-    """
-    if name == "adamw":
-        return 2.0 * width, 0.0
-    if name == "adamw-8bit":
-        return ADAM8_BYTES, 0.0
-    if name == "paged-adamw-8bit":
-        return 0.0, 0.0
-    if name == "adafactor":
-        return 0.004, 20.0 if width == 2 else 12.0
-    return 0.0, 0.0  # sgd
+    weights: float
+    adapter: float
+    optimizer: float
+    gradients: float
+    temporary: float
+    copies: float
+    bucket: float
+    held: float
+    """Gradients of earlier micro-batches."""
+    whole: Gathered
+
+    @property
+    def static(self) -> float:
+        return self.weights + self.adapter + self.optimizer
+
+
+def _share(architecture: Architecture, settings: Settings, stack: Stack, fixed: Fixed) -> _Shared:
+    how, world = settings.sharing, settings.world_size
+    full, width = settings.tuning == "full", settings.weight_bytes
+    split_weights, split_states = how.share("weights", world), how.share("optimizer", world)
+    optimizer = fixed.optimizer * split_states
+    temporary = fixed.optimizer_temporary * split_states
+    if how.masters:  # fp32 masters and, sub-group by sub-group, fp32 gradients for the step
+        optimizer += (8.0 * fixed.trained - fixed.optimizer) * split_states if settings.optimizer == "adamw" else 0.0
+        optimizer += 4.0 * fixed.trained * split_states
+        temporary += 4.0 * min(fixed.trained * split_states, SUB_GROUP_ELEMENTS)
+    gradients = fixed.gradients
+    if settings.optimizer_in_backward:
+        gradients = min(gradients, max(fixed.head_gradient, fixed.layer_gradient))
+    if stack.flat_gradients and how.gathers == "layers" and not full:
+        gradients = settings.compute_bytes * (architecture.parameters - _root(architecture))
+    whole = Gathered()
+    if how.gradients:
+        root, layer = _root(architecture), max(layer.parameters for layer in architecture.layers)
+        sent = fixed.layer_bytes if settings.quantized else settings.compute_bytes * layer
+        flat = stack.flat_gradients and not full
+        whole = gathered(
+            how, root=root, layer=layer, compute=settings.compute_bytes, layer_bytes=sent,
+            trained_root=root if full else 0.0, trained_layer=layer if full or flat else 0.0,
+            width=width if full else settings.compute_bytes,
+        )  # fmt: skip
+    split = 1.0 if stack.accumulates_whole and settings.accumulation > 1 else how.share("gradients", world)
+    weights = fixed.weights
+    if METHODS[settings.method].reference and full:
+        weights += settings.compute_bytes * architecture.parameters
+    shared = _Shared(
+        weights=weights * split_weights,
+        adapter=fixed.adapter * split_weights,
+        optimizer=optimizer,
+        gradients=gradients * split,
+        temporary=temporary,
+        # Gathered layers are 16-bit copies already.
+        copies=0.0 if how.gathers or how.masters else fixed.weight_copies,
+        bucket=fixed.gradients if how.buckets else 0.0,
+        held=gradients * split if settings.accumulation > 1 else 0.0,
+        whole=whole,
+    )
+    if settings.offload == "none":
+        return shared
+    shared = replace(shared, optimizer=0.0, temporary=0.0)
+    return shared if settings.offload == "optimizer" else replace(shared, weights=0.0, adapter=0.0, gradients=0.0)
+
+
+def _root(architecture: Architecture) -> float:
+    """Parameters outside the layers: FSDP's root unit."""
+    return float(architecture.embedding_parameters + architecture.head_parameters + architecture.final_norm)
 
 
 def _activations(architecture: Architecture, settings: Settings, stack: Stack) -> tuple[float, float]:
     """Bytes that forward keeps, and the further bytes of one layer's backward."""
+    if stack.whole_layers:
+        adapters = max(len(modules) for _, modules in architecture.targeted(settings.targets))
+        each, more = layer_bytes(architecture, settings.rank, adapters, settings.checkpointing)
+        return each * architecture.num_layers * settings.tokens, more * settings.tokens + _mask_copies(settings)
     kept, work = activation_bytes(
         architecture, settings.tuning, settings.rank, settings.dropout, settings.targets, settings.precision,
         settings.adapter_bytes(stack), settings.attention == "eager", settings.masked, stack,
-        settings.sequence_length if settings.attention == "eager" else 0,
+        settings.sequence_length if settings.attention == "eager" else 0, settings.quantized, settings.dora,
     )  # fmt: skip
     tokens, copies = settings.tokens, _mask_copies(settings)
     if settings.checkpointing == "none":
         everything = sum(count * size for count, size, _ in kept) * tokens + copies * architecture.num_layers
         return everything, max(grow for _, _, grow in kept) * tokens
-    residual = 4 if settings.weight_bytes == 4 or (settings.quantization == "nf4" and stack.kbit_upcast) else 2
-    boundary = 0 if stack.offloads_checkpoints else residual * architecture.hidden * architecture.num_layers
+    residual = 4 if settings.weight_bytes == 4 or (settings.quantized and stack.kbit_upcast) else 2
+    boundary = (
+        0
+        if stack.offloads_checkpoints or settings.offload_activations
+        else residual * architecture.hidden * architecture.num_layers
+    )
     return boundary * tokens, work * tokens + copies
 
 
-@lru_cache(maxsize=4096)
-def activation_bytes(
-    architecture: Architecture, tuning: str, rank: int, dropout: bool, targets: str | Sequence[str], precision: str,
-    adapter: int, eager: bool, masked: bool, stack: Stack, sequence_length: int,
-) -> tuple[list[tuple[int, float, float]], float]:  # fmt: skip
-    """Bytes per token: (layers, kept by forward, more in backward) per kind of layer, and one layer's whole work."""
-    c = 4.0 if precision == "fp32" else 2.0
-    mixed = tuning == "full" and precision in ("bf16-mixed", "fp16")
-    hidden, q, kv = architecture.hidden, architecture.query_width, architecture.kv_width
-    value = architecture.heads * architecture.value_dim
-    chosen = [modules for _, modules in architecture.targeted(targets)] if tuning != "full" else []
-    kinds = []
-    for number, layer in enumerate(architecture.layers):
-        # Each norm keeps its input in fp32, and its normalised input where its weight is trained.
-        norm = {True: 11.0 if mixed else 4.0 + c, False: 4.0}[tuning == "full"]
-        if stack.fused_norm or architecture.layer_norm:
-            norm = c
-        attention = c * (q + value) + (2 * c * q if masked else c * 2 * kv) + 4 * architecture.heads
-        if eager:
-            attention += 8.0 * architecture.heads * sequence_length
-        inner = layer.inner * c * (3 if architecture.gated else 1)
-        if stack.fused_mlp:
-            inner = layer.inner * c * (2 if architecture.gated else 1)
-        routed = 4 * c * hidden * (layer.active_weights > 0) * 2
-        size = norm * layer.norm_width + attention + inner + routed + 8
-        if tuning == "full":
-            size += c * (2 * hidden + layer.inner)
-        else:
-            size += _adapter_inputs(layer, chosen[number], rank, adapter, c, stack, dropout)
-        grow = _backward_growth(tuning, hidden, layer.inner, adapter, c, stack)
-        kinds.append((layer.count, size, grow))
-    return kinds, max(size + grow for _, size, grow in kinds)
-
-
-def _adapter_inputs(
-    layer: Layer, modules: list[Linear], rank: int, adapter: int, c: float, stack: Stack, dropout: bool
-) -> float:
-    """Bytes per token that LoRA pairs keep: their inputs and the rank-wide product.
-
-    A pair that casts its input, or drops some of it, keeps a copy of its own; dropout keeps its mask too, 1 B.
-    """
-    if not modules:
-        return 0.0
-    cast = adapter == 4 and c == 2 and stack.casts_inputs
-    if dropout or cast:
-        width = 4.0 if cast and not stack.autocast else c
-        return sum((width + dropout) * module.d_in + width * rank for module in modules)
-    names = {module.name for module in modules}
-    queries = {m.name for m in layer.attention[:-1]}
-    total = c * rank * len(modules)
-    if names & queries:
-        total += c * layer.attention[0].d_in
-    into_mlp = {m.name for m in layer.mlp[:-1]}
-    if names & into_mlp:
-        total += c * layer.mlp[0].d_in
-    if layer.mlp and layer.mlp[-1].name in names:
-        total += c * layer.mlp[-1].d_in
-    return total
-
-
-def _backward_growth(tuning: str, hidden: int, inner: int, adapter: int, c: float, stack: Stack) -> float:
-    """Bytes per token that one layer's backward needs beside what its forward kept (measured: allocation traces)."""
-    if tuning == "full":
-        return c / 2 * (10 * hidden + 7.6 * inner)
-    if adapter == 4 and c == 2 and stack.casts_inputs:
-        return (6 if stack.autocast else 12) * hidden + 4 * inner
-    return c / 2 * (2 * hidden + 4 * inner)
-
-
 def _loss(
-    architecture: Architecture, settings: Settings, stack: Stack, fixed: _Fixed, cpu: bool
+    architecture: Architecture, settings: Settings, stack: Stack, fixed: Fixed, cpu: bool
 ) -> tuple[float, float, float]:
     """Bytes of the loss in forward, in backward, and of the head's gradient while it is made."""
     vocab, hidden, tokens = architecture.vocab, architecture.hidden, settings.tokens
     c = settings.compute_bytes
+    if METHODS[settings.method].scalar_head:
+        return 0.0, 0.0, 0.0
     if stack.loss == "logits":
         return stack.logit_forward * vocab * tokens, stack.logit_backward * vocab * tokens, fixed.head_gradient
     if stack.loss == "tiles":
@@ -342,8 +355,9 @@ def _loss(
         head = (4 + settings.weight_bytes) * vocab * hidden if settings.tuning == "full" else 0.0
         return forward * tile + selected, backward * tile + selected + (4 + c) * hidden * tokens, head
     chunk = stack.chunk_tokens or _liger_chunk(tokens, vocab, hidden)
-    logits = stack.logit_forward * vocab * chunk
-    return logits, logits + c * hidden * tokens, fixed.head_gradient
+    logits, held = vocab * chunk, stack.logit_held * vocab * tokens
+    backward = stack.logit_backward * logits + held + c * hidden * tokens
+    return stack.logit_forward * logits + held, backward, fixed.head_gradient
 
 
 def _liger_chunk(tokens: int, vocab: int, hidden: int) -> int:
@@ -353,7 +367,7 @@ def _liger_chunk(tokens: int, vocab: int, hidden: int) -> int:
 
 def _mask(settings: Settings) -> float:
     """Bytes of an explicit mask: one boolean per pair of positions."""
-    return float(settings.micro_batch * settings.sequence_length**2) if settings.masked else 0.0
+    return float(settings.rows * settings.sequence_length**2) if settings.masked else 0.0
 
 
 def _mask_copies(settings: Settings) -> float:
@@ -361,17 +375,17 @@ def _mask_copies(settings: Settings) -> float:
     return settings.compute_bytes * _mask(settings)
 
 
-def _slack(terms: dict[str, float], logits: float, stack: Stack, gpu: Gpu) -> float:
+def _slack(moments: dict[Moment, dict[str, float]], stack: Stack, gpu: Gpu) -> float:
     """What the caching allocator holds beyond what is allocated: blocks that no later request fits.
 
-    The blocks of a loss over all logits leave the largest gaps, whichever moment binds: runs on A100-80GB reserved 4 to
-    8 GiB more than they allocated with one, and 1 to 2 GiB without.
+    Blocks of every moment stay, whichever binds. Those of a loss over all logits leave the largest gaps: runs on
+    A100-80GB reserved 4 to 8 GiB more than they allocated with one, and 1 to 2 GiB without.
     """
     if gpu.kind == "cpu":
-        return 0.05 * sum(terms.values())
-    moving = terms["activations"] + terms["buffers"] + terms["gradients"]
+        return 0.05 * max(sum(terms.values()) for terms in moments.values())
+    moving = max(terms["activations"] + terms["buffers"] + terms["gradients"] for terms in moments.values())
     share = 0.5 if stack.loss == "logits" else 0.1
-    return 0.04 * moving + share * logits + 0.05 * GIB
+    return 0.04 * moving + share * moments["loss"]["logits"] + 0.05 * GIB
 
 
 def context_bytes(gpu: Gpu, world_size: int) -> float:
@@ -384,6 +398,8 @@ def context_bytes(gpu: Gpu, world_size: int) -> float:
 
 def _lever(moment: str, parts: dict[str, float], settings: Settings) -> str:
     """The setting that lowers the peak most, in words."""
+    if moment == "rollout" and parts["buffers"] > parts["weights"]:
+        return "a smaller batch_size: its answers are generated together"
     largest = max(("weights", "gradients", "optimizer", "activations", "logits"), key=lambda name: parts[name])
     if largest == "activations" and settings.checkpointing == "none":
         return "hardware.checkpointing: full"

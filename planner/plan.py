@@ -109,7 +109,8 @@ class Memory:
 
     ``allocated_gib`` predicts ``torch.cuda.max_memory_allocated``, ``reserved_gib`` predicts ``max_memory_reserved``
     and ``device_gib`` what NVML shows for the device, with the CUDA context. ``terms`` add up to ``device_gib`` at the
-    binding ``moment``. ``low_gib`` to ``high_gib`` is the interval around ``device_gib``.
+    binding ``moment``. ``low_gib`` to ``high_gib`` is the interval around ``device_gib``; ``margins`` holds half the
+    width of each of ``allocated``, ``reserved`` and ``device``.
     """
 
     allocated_gib: float
@@ -118,8 +119,9 @@ class Memory:
     low_gib: float
     high_gib: float
     terms: dict[str, float] = field(default_factory=dict)
-    moment: Literal["loss", "backward", "optimizer"] = "backward"
+    moment: Literal["loss", "backward", "optimizer", "rollout"] = "backward"
     lever: str = ""
+    margins: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -134,12 +136,16 @@ class Speed:
 
 @dataclass(frozen=True)
 class Cost:
-    """What the run costs at one offer; ``usd`` is 0 on hardware that is already there."""
+    """What the run costs at one offer; ``usd`` is 0 on hardware that is already there.
+
+    ``stale`` marks a price that is undated or older than 90 days.
+    """
 
     usd: float = 0.0
     usd_per_h: float = 0.0
     provider: str = ""
     as_of: str = ""
+    stale: bool = False
 
 
 @dataclass(frozen=True)
@@ -167,6 +173,8 @@ class Plan:
     reasons: list[Reason] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     basis: Basis = "formula"
+    correction: dict[str, float] = field(default_factory=dict)
+    """Factors on the formula's ``memory`` (what moves) and ``speed`` that finished runs gave; empty without any."""
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON form."""
@@ -192,6 +200,7 @@ class Plan:
             reasons=[_read(Reason, reason) for reason in tree.get("reasons", [])],
             warnings=list(tree.get("warnings", [])),
             basis=tree.get("basis", "formula"),
+            correction=dict(tree.get("correction", {})),
         )
 
     def save(self, path: str | Path) -> None:

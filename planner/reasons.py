@@ -14,8 +14,9 @@ if TYPE_CHECKING:
 
 
 _ORDER = (
-    "workload", "gpus", "strategy", "sequence_length", "packing", "row_tokens", "batch_size", "micro_batch",
-    "checkpointing", "precision", "optimizer", "learning_rate", "train_on", "eval_every", "checkpoint_every", "kernels",
+    "basis", "workload", "gpus", "strategy", "sequence_length", "packing", "row_tokens", "batch_size", "micro_batch",
+    "checkpointing", "precision", "optimizer", "learning_rate", "train_on", "eval_every", "checkpoint_every",
+    "kernels", "price",
 )  # fmt: skip
 
 

@@ -1,69 +1,117 @@
-"""Where a plan does not fit: the nearest changes that would make it fit."""
+"""Where a plan does not fit: the nearest changes that would make it fit, each with what it costs in time or money."""
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
 
 from .architecture import Architecture
 from .cost import cheapest_offers
-from .hardware import Node, load_catalog
+from .hardware import Gpu, Node, load_catalog
 from .memory import Settings, peak_memory
+from .speed import step_speed
 from .stacks import Stack
 
 
+@dataclass(frozen=True)
+class Remedy:
+    """One change that makes a run fit.
+
+    ``hours`` and ``usd`` are for its steps alone, over all tokens of the run; ``usd`` is None on hardware without a
+    price.
+    """
+
+    change: str
+    device_gib: float
+    memory_gib: float
+    hours: float
+    usd: float | None = None
+    usd_per_h: float | None = None
+    provider: str = ""
+
+    def __str__(self) -> str:
+        takes = f"{self.hours:.1f} h" if self.hours >= 1 else f"{60 * self.hours:.0f} min"
+        price = f" and {self.usd:.2f} USD ({self.provider}, {self.usd_per_h:.2f} an hour)" if self.usd else ""
+        return (
+            f"{self.change} would fit: {self.device_gib:.1f} of {self.memory_gib:.1f} GiB, "
+            f"about {takes}{price} of steps."
+        )
+
+
 def nearest_changes(
-    architecture: Architecture, settings: Settings, stack: Stack, node: Node, limit: float
-) -> list[str]:
-    """Up to three changes, smallest first, each of which makes the run fit in ``limit`` GiB."""
+    architecture: Architecture, settings: Settings, stack: Stack, node: Node, limit: float, tokens: float
+) -> list[Remedy]:
+    """Up to three changes, the smallest first.
 
-    def need(**changes: object) -> float:
-        return peak_memory(architecture, replace(settings, **changes), stack, node.gpu).device_gib  # type: ignore[arg-type]
-
-    small = {"micro_batch": 1, "accumulation": settings.accumulation * settings.micro_batch, "checkpointing": "full"}
-    lean = {**small, "precision": "bf16" if node.gpu.bf16 else settings.precision}
-    lora = {"tuning": "lora", "quantization": "none"}
-    ways: list[tuple[str, dict[str, object]]] = []
-    if settings.checkpointing == "none":
-        ways.append(("hardware.checkpointing: full", {"checkpointing": "full"}))
-    if settings.micro_batch > 1:
-        ways.append(("micro_batch: 1 with checkpointing", dict(small)))
-    for length in (4096, 2048, 1024, 512):
-        if length < settings.sequence_length:
-            ways.append((f"sequence_length: {length}", {**small, "sequence_length": length}))
-    if settings.tuning == "full":
-        if settings.optimizer == "adamw" and node.gpu.kind == "cuda":
-            ways.append(("optimizer.name: adamw-8bit in bf16", {**lean, "optimizer": "adamw-8bit"}))
-        ways.append(("tuning: lora", {**lean, **lora, "rank": settings.rank or 16}))
-    if settings.tuning != "qlora":
-        ways.append(("tuning: qlora", {**lean, "tuning": "qlora", "quantization": "nf4", "rank": settings.rank or 16}))
-    found: list[str] = []
-    for name, changes in ways:
-        if any(name.startswith("sequence_length") and other.startswith("sequence_length") for other in found):
+    Args:
+        limit: GiB that one device has.
+        tokens: useful tokens of the whole run.
+    """
+    offer = cheapest_offers().get((node.gpu.name, 1)) if not node.local else None
+    price = offer.usd_per_h * settings.world_size if offer and offer.usd_per_h else None
+    found: list[Remedy] = []
+    shorter = False
+    for change, changes in _ways(settings, node.gpu):
+        if change.startswith("sequence_length") and shorter:
             continue
-        gib = need(**changes)
-        if gib <= limit:
-            found.append(f"{name} would fit: {gib:.1f} of {limit:.1f} GiB.")
+        remedy = _remedy(change, architecture, replace(settings, **changes), stack, node.gpu, limit, tokens)
+        if remedy is None:
+            continue
+        shorter |= change.startswith("sequence_length")
+        usd = price * remedy.hours if price else None
+        found.append(replace(remedy, usd=usd, usd_per_h=price, provider=offer.provider if offer else ""))
         if len(found) == 3:
             return found
-    found += _larger_gpus(architecture, settings, stack, node, small)[: 3 - len(found)]
-    return found or ["No single change makes it fit: use a smaller model."]
+    return found + _larger_gpus(architecture, settings, stack, node, tokens)[: 3 - len(found)]
+
+
+def _ways(settings: Settings, gpu: Gpu) -> Iterator[tuple[str, dict[str, Any]]]:
+    """What could be changed, the smallest change to what is learned first."""
+    small = {"micro_batch": 1, "accumulation": settings.accumulation * settings.micro_batch, "checkpointing": "full"}
+    lean = {**small, "precision": "bf16" if gpu.bf16 else settings.precision}
+    if settings.checkpointing == "none":
+        yield "hardware.checkpointing: full", {"checkpointing": "full"}
+    if settings.micro_batch > 1:
+        yield "micro_batch: 1 with checkpointing", dict(small)
+    for length in (4096, 2048, 1024, 512):
+        if length < settings.sequence_length:
+            yield f"sequence_length: {length}", {**small, "sequence_length": length}
+    adapters = {**lean, "rank": settings.rank or 16}
+    if settings.tuning == "full":
+        if settings.optimizer == "adamw" and gpu.kind == "cuda":
+            yield "optimizer.name: adamw-8bit in bf16", {**lean, "optimizer": "adamw-8bit"}
+        yield "tuning: lora", {**adapters, "tuning": "lora", "quantization": "none"}
+    if settings.tuning != "qlora":
+        yield "tuning: qlora", {**adapters, "tuning": "qlora", "quantization": "nf4"}
+
+
+def _remedy(
+    change: str, architecture: Architecture, settings: Settings, stack: Stack, gpu: Gpu, limit: float, tokens: float
+) -> Remedy | None:
+    memory = peak_memory(architecture, settings, stack, gpu)
+    if memory.device_gib > limit:
+        return None
+    speed = step_speed(architecture, settings, stack, gpu)
+    return Remedy(change, memory.device_gib, limit, tokens / speed.tokens_per_s / 3600)
 
 
 def _larger_gpus(
-    architecture: Architecture, settings: Settings, stack: Stack, node: Node, small: dict[str, object]
-) -> list[str]:
-    """Larger GPUs on which it fits, the cheapest by the hour first."""
+    architecture: Architecture, settings: Settings, stack: Stack, node: Node, tokens: float
+) -> list[Remedy]:
+    """Larger single GPUs on which it fits, the cheapest run first."""
+    accumulation = settings.accumulation * settings.micro_batch * settings.world_size
+    alone = replace(settings, micro_batch=1, accumulation=accumulation, checkpointing="full", world_size=1)
     offers = cheapest_offers()
     fitting = []
     for gpu in load_catalog().values():
         if gpu.memory_gib <= node.gpu.memory_gib or (settings.precision.startswith("bf16") and not gpu.bf16):
             continue
-        gib = peak_memory(architecture, replace(settings, **small), stack, gpu).device_gib  # type: ignore[arg-type]
-        if gib <= gpu.memory_gib:
-            offer = offers.get((gpu.name, 1))
-            fitting.append(((offer.usd_per_h if offer else None) or float("inf"), gpu.name, gib, gpu.memory_gib))
-    return [
-        f"hardware.gpu: {name} would fit: {gib:.1f} of {have:.1f} GiB"
-        + (f", from {price:.2f} USD per hour." if price < float("inf") else ".")
-        for price, name, gib, have in sorted(fitting)
-    ]
+        remedy = _remedy(f"hardware.gpu: {gpu.name}", architecture, alone, stack, gpu, gpu.memory_gib, tokens)
+        offer = offers.get((gpu.name, 1))
+        if remedy and offer and offer.usd_per_h:
+            usd = offer.usd_per_h * remedy.hours
+            remedy = replace(remedy, usd=usd, usd_per_h=offer.usd_per_h, provider=offer.provider)
+        if remedy:
+            fitting.append(remedy)
+    return sorted(fitting, key=lambda remedy: (remedy.usd is None, remedy.usd or 0.0, remedy.hours))

@@ -17,16 +17,18 @@ from .errors import HardwareError, RecipeError
 from .frame import PACKED_FILL, Frame
 from .hardware import Node, Offer
 from .memory import Settings, peak_memory
+from .methods import METHODS
 from .plan import HardwareSummary, Memory, ModelSummary, Plan, Resolved, Speed, Workload
 from .reasons import explain_choice, in_order
 from .speed import step_speed
 from .stacks import Stack, find_stack
 
 if TYPE_CHECKING:
+    from .calibration import Correction, Finished
     from .recipe import Recipe
 
-#: Methods that a plan can be made for.
-PLANNED_METHODS = ("sft", "pretrain")
+#: Methods that a plan can be made for; :data:`.recipe.RUNNABLE_METHODS` are those that can be carried out too.
+PLANNED_METHODS = tuple(METHODS)
 _MICRO_BATCHES = (1, 2, 4, 8, 16, 32, 64)
 #: Predictions of speed that differ by less are taken as equal.
 _EQUALLY_FAST = 0.02
@@ -52,6 +54,7 @@ def make_plan(
     *,
     framework: str = "finetui",
     offers: Iterable[Offer] | None = None,
+    finished: Iterable[Finished] = (),
 ) -> Plan:
     """Plan a recipe for one machine.
 
@@ -59,6 +62,8 @@ def make_plan(
         workload: how much there is to train on; without it a thousand full rows.
         framework: whose run is predicted, a name in :data:`.stacks.STACKS`.
         offers: where to look for prices; ``None``: the shipped ones.
+        finished: runs that were measured before (:func:`.calibration.history`); those of the same GPU, family and
+            tuning correct the prediction.
 
     Returns:
         The plan. One that does not fit has ``fits`` false, and what would make it fit in ``warnings``.
@@ -67,20 +72,21 @@ def make_plan(
         RecipeError: the method is not supported yet, or a combination can't work.
         HardwareError: more devices than there are, or a batch that they can't share.
     """
-    return _Solver(recipe, architecture, node, workload, find_stack(framework)).plan(offers)
+    return _Solver(recipe, architecture, node, workload, find_stack(framework), finished).plan(offers)
 
 
 class _Solver:
     """One planning: what is settled so far, and why."""
 
     def __init__(
-        self, recipe: Recipe, architecture: Architecture, node: Node, workload: Workload | None, stack: Stack
-    ) -> None:
+        self, recipe: Recipe, architecture: Architecture, node: Node, workload: Workload | None, stack: Stack,
+        finished: Iterable[Finished] = (),
+    ) -> None:  # fmt: skip
         if recipe.method not in PLANNED_METHODS:
             raise RecipeError(
-                f"method {recipe.method} is not supported yet",
+                f"method {recipe.method} can't be planned: no trainer that finetui knows has it",
                 where="method",
-                do=f"Use {' or '.join(PLANNED_METHODS)}.",
+                do="Use grpo or rloo, which need no value model.",
             )
         if recipe.hardware.kernels == "on" and node.gpu.kind == "cpu":
             do = "Use kernels: auto, or off."
@@ -90,7 +96,13 @@ class _Solver:
             raise RecipeError("a limit on cost has no effect without a price", where="limits.cost_usd", do=do)
         self.recipe, self.architecture, self.node, self.stack = recipe, architecture, node, stack
         self.frame = Frame(recipe, architecture, node, workload)
+        from .recipe import RUNNABLE_METHODS
+
+        self.correction = _correction(finished, architecture, node, recipe.tuning.type, stack.name)
         self.because, self.warnings = self.frame.because, self.frame.warnings
+        if recipe.method not in RUNNABLE_METHODS:
+            runnable = " and ".join(sorted(RUNNABLE_METHODS))
+            self.warnings.append(f"method {recipe.method} can be planned, not yet run: finetui runs {runnable}.")
 
     def _storages(self) -> list[tuple[str, str]]:
         """Precision and optimiser, best first: what the user left open is tried in this order until it fits."""
@@ -128,6 +140,8 @@ class _Solver:
         targets = tuning.targets if isinstance(tuning.targets, str) else tuple(tuning.targets)
         return Settings(
             tuning=tuning.type,
+            method=self.recipe.method,
+            kernels=self.recipe.hardware.kernels != "off",
             sequence_length=self.frame.row_tokens(),
             micro_batch=micro,
             accumulation=max(self.frame.batch // (micro * len(self.frame.gpus)), 1),
@@ -151,6 +165,10 @@ class _Solver:
         else:
             settings_now = settings
         speed = step_speed(self.architecture, settings_now, self.stack, self.node.gpu, useful=useful)
+        if self.correction:
+            from .calibration import corrected_memory, corrected_speed
+
+            memory, speed = corrected_memory(memory, self.correction), corrected_speed(speed, self.correction)
         return Candidate(settings, memory, speed)
 
     def _search(self) -> tuple[Candidate, list[Candidate]]:
@@ -179,6 +197,10 @@ class _Solver:
         limit = self.node.gpu.memory_gib / (len(self.frame.gpus) if self.frame.cpu else 1)
         fits = best.fits(limit)
         self._explain(best, tried, limit)
+        if self.correction:
+            runs = f"{self.correction.runs} finished runs of this GPU, family, size and tuning"
+            factors = f"memory x {self.correction.memory:.2f}, speed x {self.correction.speed:.2f}"
+            self.because("basis", "calibrated", f"{runs}: {factors} against the formula")
         resolved = self._resolve(best)
         trainable = self.architecture.trainable(resolved.tuning, resolved.rank, resolved.targets)
         extra = overhead(
@@ -194,10 +216,14 @@ class _Solver:
         )
         time_s = resolved.steps * best.speed.step_s + extra.total_s
         node = replace(self.node, count=len(self.frame.gpus)) if not self.frame.cpu else self.node
+        cost = cost_of(time_s, node, offers, usd_per_h=self.recipe.hardware.usd_per_h)
+        if cost.stale:
+            since = f"is of {cost.as_of}" if cost.as_of != "unknown" else "is undated"
+            self.because("price", cost.usd_per_h, f"{cost.provider}'s {since}: look at it again before you rent")
         if not self.architecture.exact:
             self.warnings.append(f"{self.architecture.note}. Figures are less certain.")
         if not fits:
-            self.warnings += self._ways_out(best, limit)
+            self.warnings += self._ways_out(best, limit, resolved)
         gpu = self.node.gpu
         return Plan(
             model=ModelSummary(
@@ -208,17 +234,23 @@ class _Solver:
             memory=best.memory,
             speed=best.speed,
             time_s=time_s,
-            cost=cost_of(time_s, node, offers, usd_per_h=self.recipe.hardware.usd_per_h),
+            cost=cost,
             resolved=resolved,
             workload=self.frame.workload,
             reasons=in_order(self.frame.reasons),
             warnings=self.warnings,
+            basis="calibrated" if self.correction else "formula",
+            correction={"memory": self.correction.memory, "speed": self.correction.speed} if self.correction else {},
         )
 
-    def _ways_out(self, best: Candidate, limit: float) -> list[str]:
+    def _ways_out(self, best: Candidate, limit: float, resolved: Resolved) -> list[str]:
         from .remedies import nearest_changes
 
-        return nearest_changes(self.architecture, best.settings, self.stack, self.node, limit)
+        tokens = self.frame.workload.tokens * self.recipe.epochs
+        if self.recipe.max_steps:
+            tokens = min(tokens, self.recipe.max_steps * resolved.batch_size * self.frame.mean())
+        ways = nearest_changes(self.architecture, best.settings, self.stack, self.node, limit, tokens)
+        return [str(way) for way in ways] or ["No single change makes it fit: use a smaller model."]
 
     def _explain(self, best: Candidate, tried: list[Candidate], limit: float) -> None:
         row, length = self.frame.row_tokens(), self.frame.length
@@ -236,12 +268,12 @@ class _Solver:
         warmup = math.ceil(recipe.optimizer.warmup_ratio * steps)
         rate = recipe.optimizer.learning_rate
         if rate == "auto":
-            rate = 1e-5 if full else 2e-4
+            rate = METHODS[recipe.method].rate[0 if full else 1]
             kind = "full fine-tuning" if full else "adapters"
-            self.because("learning_rate", rate, f"the usual start for {kind}")
+            self.because("learning_rate", rate, f"the usual start for {METHODS[recipe.method].title} of {kind}")
         train_on = recipe.train_on
         if train_on == "auto":
-            train_on = "answers" if recipe.method == "sft" else "all"
+            train_on = "all" if recipe.method == "pretrain" else "answers"
             self.because(
                 "train_on",
                 train_on,
@@ -258,7 +290,7 @@ class _Solver:
             alpha=0.0 if full else float(alpha),
             dropout=0.0 if full else recipe.tuning.dropout,
             targets=recipe.tuning.targets,
-            quantization=settings.quantization,
+            quantization="nf4" if settings.quantized else "none",
             sequence_length=self.frame.length,
             micro_batch=settings.micro_batch,
             accumulation=settings.accumulation,
@@ -299,6 +331,18 @@ class _Solver:
         if self.frame.workload.eval_examples:
             self.because("eval_every", every, "about ten evaluations over the run")
         return every
+
+
+def _correction(
+    finished: Iterable[Finished], architecture: Architecture, node: Node, tuning: str, framework: str
+) -> Correction | None:
+    runs = list(finished)
+    if not runs:
+        return None
+    from .calibration import Kind, correction, size_of
+
+    size = size_of(architecture.parameters)
+    return correction(runs, Kind(node.gpu.name, architecture.family, tuning, size, framework))
 
 
 def _fastest(candidates: list[Candidate]) -> Candidate | None:

@@ -38,6 +38,8 @@ class Stack:
     """Bytes per logit at the peak of the loss's forward."""
     logit_backward: float = 0.0
     """The same in its backward."""
+    logit_held: float = 0.0
+    """Bytes per logit that stay for all tokens although the loss goes through them in chunks."""
     chunk_tokens: int = 0
     """Tokens of one chunk or tile; 0 with ``chunks``: as many as Liger takes, next_pow2(T / ceil(V / H))."""
     tile_words: int = 0
@@ -51,12 +53,30 @@ class Stack:
     kbit_upcast: bool = False
     """Whether the weights that stay out of the 4 bits are turned to fp32, and the residual stream with them."""
     quantizes_experts: bool = False
+    whole_layers: bool = False
+    """Layers of known families run as one function (:mod:`.fused`)."""
     fused_norm: bool = False
     """A norm kernel that keeps its 16-bit input alone."""
     fused_mlp: bool = False
     """A gated-MLP kernel that recomputes the activation instead of keeping it."""
     fused_optimizer: bool = True
     """Whether AdamW is one kernel. As a series of ``foreach`` operations it needs one more copy of the parameters."""
+    fused_qkv: bool = False
+    """Queries, keys and values are one tensor, all of which stays while a part does, whatever the config says."""
+    unties: bool = False
+    """The head is a weight of its own where the model shares the embedding's."""
+    unpacks_in_kernel: bool = False
+    """GPTQ weights are unpacked by one kernel instead of a series of torch operations."""
+    keeps_packed_inputs: bool = False
+    """The 4-bit product keeps its input (bitsandbytes before 0.43)."""
+    attention_speed: float = 1.0
+    """Speed of its attention kernel against FlashAttention-2's."""
+    certain: bool = True
+    """Whether its memory was read in its source or measured for these versions, not taken from what it documents."""
+    flat_gradients: bool = False
+    """FSDP1's flat parameters: where some of a layer is trained, the whole layer gets gradients."""
+    accumulates_whole: bool = False
+    """Gradients of several micro-batches add up before they are reduced and split (``no_sync``)."""
     offloads_checkpoints: bool = False
     """Checkpointed activations wait in host memory."""
     source: str = ""
@@ -77,6 +97,7 @@ STACKS: dict[str, Stack] = {
             **_TILES,  # type: ignore[arg-type]
             adapter_bytes_4bit=4,
             casts_inputs=False,
+            whole_layers=True,
             source=_TRL_SOURCE,
         ),
         Stack("trl", "TRL", "1.15+", **_TILES, source=_TRL_SOURCE),  # type: ignore[arg-type]
@@ -94,6 +115,7 @@ STACKS: dict[str, Stack] = {
             **_FUSED,
             offloads_checkpoints=True,
             quantizes_experts=True,
+            certain=False,
             source="measured bytes per logit of its fused cross-entropy; checkpoints go to host memory by default",
         ),
         Stack(
@@ -105,6 +127,8 @@ STACKS: dict[str, Stack] = {
             logit_backward=4.0,
             adapter_bytes_4bit=4,
             kbit_upcast=True,
+            quantizes_experts=True,
+            certain=False,
             source="its example configurations: CutCrossEntropy or Liger's fused linear cross-entropy",
         ),
         Stack(
@@ -112,11 +136,11 @@ STACKS: dict[str, Stack] = {
             "torchtune",
             "0.6",
             loss="logits",
-            logit_forward=6.0,
-            logit_backward=6.0,
+            logit_forward=3.0,
+            logit_backward=3.0,
             adapter_bytes=2,
             autocast=False,
-            source="CEWithChunkedOutputLoss: 8 chunks upcast one by one over 16-bit logits, bf16 adapters",
+            source="CEWithChunkedOutputLoss: 16-bit logits of all tokens, 8 chunks upcast (8 B per logit) in turn",
         ),
         # Plain transformers' ForCausalLMLoss: 16-bit logits and an fp32 copy, then its softmax and gradient.
         Stack(
@@ -129,6 +153,73 @@ STACKS: dict[str, Stack] = {
             adapter_bytes_4bit=4,
             kbit_upcast=True,
             source="bytes per logit measured on transformers 5 (loss_utils.ForCausalLMLoss)",
+        ),
+        Stack(
+            "ms-swift",
+            "ms-swift",
+            "3.x",
+            loss="logits",
+            logit_forward=10.0,
+            logit_backward=14.0,
+            certain=False,
+            source="transformers' ForCausalLMLoss under its Seq2SeqTrainer; scripts of examples/train",
+        ),
+        Stack(
+            "llama-factory",
+            "LLaMA-Factory",
+            "0.9",
+            loss="logits",
+            logit_forward=10.0,
+            logit_backward=14.0,
+            certain=False,
+            source="transformers' ForCausalLMLoss under its Seq2SeqTrainer; adapters upcast to fp32",
+        ),
+        # The loss is cut in chunks, but the logits (or their log-softmax) of all chunks stay for backward.
+        Stack(
+            "litgpt",
+            "LitGPT",
+            "2023-10 to 0.5",
+            loss="chunks",
+            logit_forward=4.0,
+            logit_backward=6.0,
+            logit_held=4.0,
+            chunk_tokens=128,
+            adapter_bytes=2,
+            autocast=False,
+            casts_inputs=False,
+            fused_optimizer=False,
+            fused_qkv=True,
+            unties=True,
+            certain=False,
+            keeps_packed_inputs=True,
+            flat_gradients=True,
+            accumulates_whole=True,
+            source="lit_gpt/model.py, lora.py (one qkv Linear, bf16-true), finetune/lora.py: no_backward_sync",
+        ),
+        Stack(
+            "fsdp-qlora",
+            "fsdp_qlora",
+            "2024-03",
+            loss="logits",
+            logit_forward=14.0,
+            logit_backward=14.0,
+            adapter_bytes=2,
+            autocast=False,
+            casts_inputs=False,
+            fused_optimizer=False,
+            source="train.py: pure bf16, adapters in the compute dtype, transformers 4.38's loss with its shifted copy",
+        ),
+        Stack(
+            "llm-foundry",
+            "LLM Foundry",
+            "0.5",
+            loss="logits",
+            logit_forward=8.0,
+            logit_backward=10.0,
+            fused_norm=True,
+            attention_speed=0.6,  # FlashAttention in Triton: 1.3 to 2.5 times slower (arXiv:2307.08691)
+            certain=False,
+            source="scripts/train/benchmarking: FSDP1 FULL_SHARD, flash attention, low-precision LayerNorm, Lion",
         ),
     )
 }

@@ -23,6 +23,7 @@ VERBS: dict[str, str] = {
     "plan": "plan",
     "fit": "fit",
     "gpus": "gpus",
+    "advise": "advise",
     "run": "run",
     "runs": "runs",
     "attach": "attach",

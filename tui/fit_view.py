@@ -71,6 +71,21 @@ def print_offers(name: str, rows: Sequence[dict[str, Any]], *, total: int) -> No
         console.print(f"{total - len(rows)} more offers fit; --top shows more.", style="dim")
 
 
+def print_managed(rows: Sequence[dict[str, Any]]) -> None:
+    """Services that train for you, on the same data, cheapest first."""
+    if not rows:
+        return
+    console = Console(highlight=False)
+    console.print(f"\nServices that train for you, {count(rows[0]['tokens'])} tokens:")
+    table = _table("provider", "model", ">$/M tok", ">$ run", "price of")
+    for row in rows:
+        as_of = "undated" if row["as_of"] == "unknown" else row["as_of"] + " (old)" * row["stale"]
+        table.add_row(
+            row["provider"], row["model"] or "by size", f"{row['usd_per_million_tokens']:g}", usd(row["usd"]), as_of
+        )
+    console.print(table)
+
+
 def print_catalog(gpus: Sequence[Gpu]) -> None:
     """The GPUs that can be planned for."""
     table = _table("GPU", ">GiB", ">GB/s", ">16-bit TFLOP/s", "bf16", ">compute", ">link GB/s")

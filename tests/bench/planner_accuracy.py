@@ -4,7 +4,9 @@
 
 ``--runs`` is a table with the columns of ``data/measured_runs.csv`` (each row with its source), ``--configs`` a folder
 of further shapes as ``<org>--<name>/config.json``. A row is answered where its model, settings and framework are known;
-all others are refused, each with its reason. Nothing in the planner is fitted to these rows.
+all others are refused, each with its reason. Nothing in the planner is fitted to these rows. Beside the planner stand
+what ``accelerate estimate-memory`` says (8 bytes per parameter for Adam in 16 bits, 0.5 for a 4-bit model; its training
+figure knows no adapters) and the rule of thumb of 16, 2 and 0.5 bytes per parameter for full, LoRA and QLoRA.
 """
 
 from __future__ import annotations
@@ -12,71 +14,38 @@ from __future__ import annotations
 import argparse
 import csv
 import json
-import re
 import statistics
 import sys
 from collections import Counter, defaultdict
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from finetui.planner.architecture import Architecture
 from finetui.planner.errors import UserError
-from finetui.planner.hardware import Gpu, find_gpu
-from finetui.planner.hub import find_config, known_models
-from finetui.planner.memory import Settings, peak_memory
+from finetui.planner.hardware import GIB
+from finetui.planner.memory import peak_memory
 from finetui.planner.speed import step_speed
-from finetui.planner.stacks import STACKS, Stack
+
+from .measured import Question, Refused, question
 
 RUNS = Path(__file__).parent / "data" / "measured_runs.csv"
-
-#: transformers 4.45 to 4.48 as fms-acceleration ran them: the loss copies its shifted logits (14 B per logit in all),
-#: AdamW is the foreach series (torch 2.4), and the model's own forward runs under autocast.
-_TRANSFORMERS_4 = replace(
-    STACKS["transformers"], logit_forward=14.0, logit_backward=14.0, fused_optimizer=False, kbit_upcast=True
-)
-#: The fast kernels of the same repository: fused cross-entropy over 16-bit logits, fused norms and rotary embedding.
-_FOAK = replace(_TRANSFORMERS_4, logit_forward=8.1, logit_backward=8.1, fused_norm=True, kbit_upcast=False)
-_FOAK_LIGER = replace(_FOAK, loss="chunks", logit_forward=8.0, logit_backward=8.0)
-_PLAIN = replace(STACKS["transformers"], autocast=False, fused_optimizer=False)
-_TORCHTUNE = STACKS["torchtune"]
-
-#: (framework begins with, fused) to the stack; ``None`` matches any.
-_STACKS: list[tuple[str, str | None, Stack]] = [
-    ("HF Trainer/TRL (fms-hf-tuning)", "none", _TRANSFORMERS_4),
-    ("HF Trainer/TRL (fms-hf-tuning)", "baseline-peft-bnb", _TRANSFORMERS_4),
-    ("HF Trainer/TRL (fms-hf-tuning)", "accelerated-peft-bnb", replace(_TRANSFORMERS_4, kbit_upcast=False)),
-    ("HF Trainer/TRL (fms-hf-tuning)", "foak", _FOAK),
-    ("HF Trainer/TRL (fms-hf-tuning)", "foak liger-FLCE", _FOAK_LIGER),
-    ("HF Trainer/TRL (fms-hf-tuning)", "liger", _FOAK_LIGER),
-    ("HF transformers 5.13.1 + PEFT", None, _PLAIN),
-    ("torchtune", None, _TORCHTUNE),
-    ("axolotl", None, STACKS["axolotl"]),
-    ("TRL", None, STACKS["trl"]),
-    ("Unsloth", None, STACKS["unsloth"]),
-]
-_TARGETS = {
-    "all-linear": "all-linear",
-    "q,v": ("q_proj", "v_proj"),
-    "q_proj+v_proj": ("q_proj", "v_proj"),
-    "q,k,v,o": ("q_proj", "k_proj", "v_proj", "o_proj"),
-    "q_proj,v_proj,k_proj,o_proj": ("q_proj", "k_proj", "v_proj", "o_proj"),
-}
-
-
-class Refused(Exception):
-    """A row that can't be answered; its text is the reason."""
+_ACCELERATE = {"full": 8.0, "lora": 8.0, "qlora": 0.5}
+_RULE = {"full": 16.0, "lora": 2.0, "qlora": 0.5}
 
 
 @dataclass(frozen=True)
 class Answer:
-    """One measured run with what was predicted. Memory in GiB; tokens/s per GPU; 0 where not measured."""
+    """One measured run with what was predicted. Memory in GiB, tokens/s per GPU; 0 where not measured."""
 
     source: str
     framework: str
+    metric: str
     measured_gib: float
     predicted_gib: float
-    low_gib: float
-    high_gib: float
+    margin_gib: float
+    accelerate_gib: float
+    rule_gib: float
     measured_speed: float
     predicted_speed: float
     row: dict[str, str]
@@ -89,6 +58,10 @@ class Answer:
     def speed_error(self) -> float:
         return self.predicted_speed / self.measured_speed - 1
 
+    @property
+    def inside(self) -> bool:
+        return abs(self.predicted_gib - self.measured_gib) <= self.margin_gib
+
 
 def answer(row: dict[str, str], configs: Path | None) -> Answer:
     """Predict one row.
@@ -96,159 +69,152 @@ def answer(row: dict[str, str], configs: Path | None) -> Answer:
     Raises:
         Refused: the model, a setting or the framework is not known.
     """
-    stack = _stack(row)
-    architecture = _architecture(row["model"], configs)
-    gpu = _gpu(row["gpu"])
-    settings = _settings(row)
+    asked = question(row, configs)
+    measured = _number(row["measured_peak_gb"])
+    speed = _number(row["measured_tokens_per_s"]) if asked.times else 0.0
+    if "fp8" in row["framework"].lower():
+        raise Refused("fp8 matrix products are not modelled")
+    if not measured and not speed:
+        raise Refused("nothing was measured that can be predicted: rows of unknown length or device have no speed")
     try:
-        memory = peak_memory(architecture, settings, stack, gpu)
+        memory = peak_memory(asked.architecture, asked.settings, asked.stack, asked.gpu, unknown=asked.unknown)
+        predicted_speed = step_speed(asked.architecture, asked.settings, asked.stack, asked.gpu).tokens_per_s
     except UserError as error:
         raise Refused(error.what) from None
-    speed = step_speed(architecture, settings, stack, gpu)
-    metric = "device" if re.search(r"metric=nvidia-smi|NVML", row["notes"]) else "allocated"
-    metric = "reserved" if re.search(r"metric=[^;]*reserved", row["notes"]) else metric
-    predicted = {"device": memory.device_gib, "reserved": memory.reserved_gib, "allocated": memory.allocated_gib}[
-        metric
-    ]
-    shift = predicted - memory.device_gib
-    measured_speed = float(row["measured_tokens_per_s"] or 0)
     return Answer(
-        source=row["source"].split("/")[1] + "/" + row["source"].split("/")[2].split("@")[0],
-        framework=row["framework"] + (f" [{row['fused'].strip()}]" if row["fused"].strip() else ""),
-        measured_gib=float(row["measured_peak_gb"]),
-        predicted_gib=predicted,
-        low_gib=memory.low_gib + shift,
-        high_gib=memory.high_gib + shift,
-        measured_speed=measured_speed,
-        predicted_speed=speed.tokens_per_s / settings.world_size,
+        source="/".join(row["source"].split("@")[0].split("/")[-2:]),
+        framework=row["framework"].split(",")[0] + (f" [{row['fused'].strip()[:28]}]" if row["fused"].strip() else ""),
+        metric=asked.metric,
+        measured_gib=measured,
+        predicted_gib=getattr(memory, f"{asked.metric}_gib"),
+        margin_gib=memory.margins[asked.metric],
+        accelerate_gib=_per_parameter(asked, _ACCELERATE),
+        rule_gib=_per_parameter(asked, _RULE),
+        measured_speed=speed,
+        predicted_speed=predicted_speed / asked.settings.world_size,
         row=row,
     )
 
 
-def _stack(row: dict[str, str]) -> Stack:
-    for prefix, fused, stack in _STACKS:
-        if row["framework"].startswith(prefix) and fused in (None, row["fused"].strip()):
-            return stack
-    raise Refused(f"framework not modelled: {row['framework'].split(',')[0]}")
-
-
-def _architecture(model: str, configs: Path | None) -> Architecture:
-    path = (configs / model.replace("/", "--") / "config.json") if configs else None
-    if path and path.is_file():
-        return Architecture.from_config(json.loads(path.read_text()), model)
-    tails = {name.split("/")[-1].lower(): name for name, _ in known_models().values()}
-    name = known_models().get(model.lower(), (tails.get(model.split("/")[-1].lower()), None))[0]
-    if name is None:
-        raise Refused(f"no shapes for {model}")
-    return Architecture.from_config(find_config(name)[1], name)
-
-
-def _gpu(name: str) -> Gpu:
+def _number(text: str) -> float:
     try:
-        return find_gpu(re.sub(r"\s*\(.*", "", name))
-    except UserError:
-        raise Refused(f"GPU not stated or unknown: {name}") from None
+        return float(text) if text.strip() else 0.0
+    except ValueError:
+        raise Refused(f"a measured figure is not one number: {text[:30]!r}") from None
 
 
-def _settings(row: dict[str, str]) -> Settings:
-    method = row["method"].split("(")[0].strip()
-    tuning = {"full-finetuning": "full", "qlora-nf4-dq": "qlora", "qlora-nf4": "qlora"}.get(method, method)
-    if tuning not in ("full", "lora", "qlora"):
-        raise Refused(f"method not modelled: {row['method']}")
-    if not row["seq_len"].isdigit() or not row["micro_batch"].isdigit():
-        raise Refused("sequence length or micro batch is not one number")
-    if int(row["num_gpus"] or 1) > 1:
-        raise Refused("several GPUs: how they share is not modelled or not stated")
-    checkpointing = {"yes": "full", "true": "full", "no": "none"}.get(row["grad_ckpt"].split(" unless")[0])
-    if checkpointing is None or "in backward" in row["optimizer"] or "in_bwd" in row["optimizer"]:
-        raise Refused("checkpointing or optimiser not modelled: " + row["grad_ckpt"] + ", " + row["optimizer"])
-    targets = _TARGETS.get(re.sub(r"\s*\(.*", "", row["targets"]).strip())
-    if tuning != "full" and targets is None:
-        raise Refused(f"adapter targets not modelled: {row['targets'][:40]}")
-    low = row["optimizer"].lower()
-    if "unclear" in low:
-        raise Refused("the optimiser is not stated")
-    optimizer = "paged-adamw-8bit" if "paged" in low else "adamw-8bit" if "8" in low else "adamw"
-    return Settings(
-        tuning=tuning,
-        sequence_length=int(row["seq_len"]),
-        micro_batch=int(row["micro_batch"]),
-        dropout="lora_dropout=0.1" in row["notes"] and tuning != "full",
-        rank=int(float(row["lora_r"] or 16)),
-        targets=targets or "all-linear",
-        quantization="nf4" if tuning == "qlora" else "none",
-        precision="bf16",
-        optimizer=optimizer,
-        checkpointing=checkpointing,
-    )
+def _per_parameter(asked: Question, table: dict[str, float]) -> float:
+    """What a tool that looks at parameters alone says, shared evenly where the run shards."""
+    split = asked.settings.world_size if asked.settings.sharing.weights else 1
+    return table[asked.settings.tuning] * asked.architecture.parameters / split / GIB
 
 
-def summary(answers: list[Answer], refusals: Counter[str]) -> dict[str, object]:
-    """Errors over all answers and per framework, and what was refused."""
-    groups: dict[str, list[Answer]] = defaultdict(list)
-    for item in answers:
-        groups[item.framework].append(item)
+def score(rows: Iterable[dict[str, str]], configs: Path | None = None) -> tuple[list[Answer], Counter[str]]:
+    """Answers, and how many rows were refused for each reason."""
+    answers, refusals = [], Counter[str]()
+    for row in rows:
+        try:
+            answers.append(answer(_Row(row), configs))
+        except Refused as reason:
+            refusals[str(reason)] += 1
+    return answers, refusals
+
+
+class _Row(dict[str, str]):
+    """A row whose missing columns are empty."""
+
+    def __missing__(self, key: str) -> str:
+        return ""
+
+
+def summary(answers: list[Answer], refusals: Counter[str]) -> dict[str, Any]:
+    """Errors over all answers, per source and per framework, and what was refused."""
     return {
         "answered": len(answers),
         "refused": sum(refusals.values()),
         "refusals": dict(refusals.most_common()),
         "all": _scores(answers),
-        "frameworks": {name: _scores(items) for name, items in sorted(groups.items())},
+        "sources": _grouped(answers, lambda item: item.source),
+        "frameworks": _grouped(answers, lambda item: item.framework),
     }
+
+
+def _grouped(answers: list[Answer], key: Callable[[Answer], str]) -> dict[str, dict[str, float]]:
+    groups: dict[str, list[Answer]] = defaultdict(list)
+    for item in answers:
+        groups[key(item)].append(item)
+    return {name: _scores(items) for name, items in sorted(groups.items())}
 
 
 def _scores(answers: list[Answer]) -> dict[str, float]:
-    errors = sorted(abs(item.error) for item in answers)
-    speeds = sorted(abs(item.speed_error) for item in answers if item.measured_speed)
-    inside = [item.low_gib <= item.measured_gib <= item.high_gib for item in answers]
+    rows = [item for item in answers if item.measured_gib]
+    errors, speeds = [abs(item.error) for item in rows], [abs(a.speed_error) for a in answers if a.measured_speed]
     return {
-        "rows": len(answers),
-        "memory_median": statistics.median(errors) if errors else 0.0,
-        "memory_p90": errors[int(0.9 * (len(errors) - 1))] if errors else 0.0,
-        "memory_bias": statistics.median(item.error for item in answers) if errors else 0.0,
-        "under_by_5_percent": sum(item.error < -0.05 for item in answers),
-        "inside_interval": sum(inside) / max(len(inside), 1),
+        "rows": len(rows),
+        "memory_median": _quantile(errors, 0.5),
+        "memory_p90": _quantile(errors, 0.9),
+        "memory_bias": statistics.median(item.error for item in rows) if rows else 0.0,
+        "under_by_5_percent": sum(item.error < -0.05 for item in rows) / max(len(rows), 1),
+        "inside_interval": sum(item.inside for item in rows) / max(len(rows), 1),
+        "interval_width": _quantile([item.margin_gib / item.predicted_gib for item in rows], 0.5),
+        "accelerate_median": _quantile([abs(a.accelerate_gib / a.measured_gib - 1) for a in rows], 0.5),
+        "rule_of_thumb_median": _quantile([abs(a.rule_gib / a.measured_gib - 1) for a in rows], 0.5),
         "speed_rows": len(speeds),
-        "speed_median": statistics.median(speeds) if speeds else 0.0,
+        "speed_median": _quantile(speeds, 0.5),
+        "speed_p90": _quantile(speeds, 0.9),
     }
 
 
+def _quantile(values: list[float], share: float) -> float:
+    if share == 0.5:
+        return statistics.median(values) if values else 0.0
+    ordered = sorted(values)
+    return ordered[min(int(share * len(ordered)), len(ordered) - 1)] if ordered else 0.0
+
+
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--runs", type=Path, default=RUNS)
-    parser.add_argument("--configs", type=Path)
-    parser.add_argument("--json", action="store_true")
+    """Print the table, or with ``--json`` the summary."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--runs", type=Path, default=RUNS, help="table of measured runs")
+    parser.add_argument("--configs", type=Path, help="folder with <org>--<name>/config.json")
+    parser.add_argument("--json", action="store_true", help="print the summary as JSON")
     parser.add_argument("--rows", action="store_true", help="print each answered row")
     options = parser.parse_args()
-    answers, refusals = [], Counter[str]()
     with options.runs.open(encoding="utf-8", newline="") as file:
-        for row in csv.DictReader(file):
-            try:
-                answers.append(answer(row, options.configs))
-            except Refused as reason:
-                refusals[str(reason)] += 1
+        answers, refusals = score(csv.DictReader(file, restval=""), options.configs)
     result = summary(answers, refusals)
     if options.json:
         print(json.dumps(result, indent=2))
         return 0
     if options.rows:
-        for item in answers:
-            row = item.row
-            print(
-                f"{row['model'][-22:]:22} {row['method']:10} S{row['seq_len']:>5} b{row['micro_batch']:>2} "
-                f"{item.framework[-28:]:28} {item.measured_gib:7.2f} {item.predicted_gib:7.2f} {item.error:+6.1%} "
-                f"[{item.low_gib:.1f} {item.high_gib:.1f}] {item.measured_speed:7.0f} {item.predicted_speed:7.0f}"
-            )
-    print(f"{'':60} rows  median    90%   bias  inside  tok/s median")
-    for name, scores in [("all", result["all"]), *result["frameworks"].items()]:  # type: ignore[attr-defined]
+        print("\n".join(map(_line, answers)))
+    head = "rows  median    90%   bias under inside  ± half | accelerate  16/2/0.5 | tok/s: rows  median    90%"
+    print(f"{'memory':56} {head}")
+    for name, scores in [("all", result["all"]), *result["sources"].items(), *result["frameworks"].items()]:
         print(
-            f"{name[:60]:60} {scores['rows']:4} {scores['memory_median']:7.1%} {scores['memory_p90']:6.1%} "
-            f"{scores['memory_bias']:+6.1%} {scores['inside_interval']:7.0%} {scores['speed_median']:7.1%}"
+            f"{name[:56]:56} {scores['rows']:4} {scores['memory_median']:7.1%} {scores['memory_p90']:6.1%} "
+            f"{scores['memory_bias']:+6.1%} {scores['under_by_5_percent']:5.0%} {scores['inside_interval']:6.0%} "
+            f"{scores['interval_width']:7.0%} | {scores['accelerate_median']:10.0%} "
+            f"{scores['rule_of_thumb_median']:9.0%} | "
+            f"{scores['speed_rows']:11} {scores['speed_median']:7.1%} {scores['speed_p90']:6.1%}"
         )
     print(f"{result['answered']} rows answered, {result['refused']} refused:", file=sys.stderr)
     for reason, count in refusals.most_common():
         print(f"  {count:3}  {reason}", file=sys.stderr)
     return 0
+
+
+def _line(item: Answer) -> str:
+    row = item.row
+    memory = f"{item.error:+6.1%}" if item.measured_gib else "   –  "
+    speed = f"{item.speed_error:+6.1%}" if item.measured_speed else ""
+    mark = "!" if item.measured_gib and not item.inside else ""
+    return (
+        f"{row['model'][-20:]:20} {row['method'][:14]:14} n{row['num_gpus']:>2} S{row['seq_len'][:9]:>9} "
+        f"b{row['micro_batch']:>2} {item.framework[:34]:34} {item.metric[:5]:5} {item.measured_gib:7.2f} "
+        f"{item.predicted_gib:7.2f} ±{item.margin_gib:5.2f} {memory} {mark:1} "
+        f"{item.measured_speed:7.0f} {item.predicted_speed:7.0f} {speed}"
+    )
 
 
 if __name__ == "__main__":

@@ -176,12 +176,25 @@ def test_nothing_visible_is_a_cpu_and_slices_are_refused(monkeypatch):
         hardware.this_machine()
 
 
+def test_the_kernel_and_psutil_agree_about_the_host():
+    import psutil
+
+    from finetui.planner import host
+
+    total, free = host._memory()
+    assert total == psutil.virtual_memory().total
+    assert free == pytest.approx(psutil.virtual_memory().available, rel=0.1)
+    assert 1 <= host.cores() <= (psutil.cpu_count(logical=False) or 1)
+
+
 def test_a_container_is_as_large_as_its_limit(monkeypatch):
     limit = MemoryLimit(limit=3 * hardware.GIB, used=1 * hardware.GIB)
-    monkeypatch.setattr("finetui.planner.cgroup.memory_limit", lambda: limit)
+    monkeypatch.setattr("finetui.planner.host.memory_limit", lambda: limit)
+    monkeypatch.setattr("finetui.planner.host.usable_cpus", lambda: 1)
     node = hardware.cpu_node()
     assert node.host_memory_gib == 3.0
     assert node.gpu.memory_gib <= 2.0
+    assert node.gpu.name == "CPU (1 core)"
 
 
 def test_no_driver_is_a_cpu_and_a_lost_gpu_is_said(monkeypatch):

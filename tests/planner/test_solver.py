@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import subprocess
 import sys
 import time
@@ -97,7 +98,7 @@ def test_what_the_recipe_says_is_kept():
 @pytest.mark.parametrize(
     ("keys", "count", "error", "words"),
     [
-        ({"method": "dpo"}, 1, RecipeError, "dpo is not supported yet.*sft or pretrain"),
+        ({"method": "ppo"}, 1, RecipeError, "ppo can't be planned.*grpo or rloo"),
         ({"batch_size": 6, "micro_batch": 4}, 1, RecipeError, "can't be split.*4 or 8"),
         ({"batch_size": 3, "hardware": {"gpus": 2}}, 2, RecipeError, "over 2 device.*2 or 4"),
         ({"hardware": {"gpus": 4}}, 2, HardwareError, "4 GPUs asked for, 2 GPUs here"),
@@ -184,7 +185,18 @@ def test_a_plan_that_does_not_fit_says_what_would():
     answer = plan("meta-llama/Llama-3.1-8B", "RTX-3060-12GB", tuning="full", sequence_length=4096)
     assert not answer.fits
     assert 1 <= len(answer.warnings) <= 3
-    assert any("qlora" in warning for warning in answer.warnings)
+    assert any("qlora" in warning and " GiB, about " in warning for warning in answer.warnings)
+
+
+def test_where_only_a_larger_gpu_helps_its_price_for_this_run_is_said():
+    answer = plan("meta-llama/Llama-3.1-8B", "T4", tuning="qlora", sequence_length=512, micro_batch=1)
+    assert answer.fits
+    answer = make_plan(
+        Recipe.build({"model": "x", "tuning": "qlora", "sequence_length": 512}),
+        architecture("meta-llama/Llama-3.1-70B"), Node(find_gpu("RTX-4090")),
+    )  # fmt: skip
+    assert not answer.fits
+    assert all(re.search(r"hardware\.gpu: .* \d+\.\d\d USD \(.*an hour\)", warning) for warning in answer.warnings)
 
 
 def test_the_unknown_is_said():

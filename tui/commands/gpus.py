@@ -13,6 +13,7 @@ from ...planner.architecture import Architecture
 from ...planner.cost import rank_offers
 from ...planner.hardware import load_catalog
 from ...planner.hub import find_config
+from ...planner.managed import managed_costs
 from ...planner.recipe import Recipe
 from .options import JsonFlag, takes_recipe
 
@@ -27,7 +28,9 @@ def gpus(recipe: Recipe | None, spot: SpotFlag = False, top: TopFlag = 20, as_js
         _catalog(as_json=as_json)
         return
     name, config, _origin = find_config(recipe.model)
-    ranked = rank_offers(recipe, Architecture.from_config(config, name), workload_of(recipe), spot=spot)
+    architecture = Architecture.from_config(config, name)
+    ranked = rank_offers(recipe, architecture, workload_of(recipe), spot=spot)
+    managed = managed_costs(recipe, architecture, ranked[0].plan.workload) if ranked else []
     rows = [
         {
             "provider": entry.offer.provider,
@@ -45,12 +48,26 @@ def gpus(recipe: Recipe | None, spot: SpotFlag = False, top: TopFlag = 20, as_js
         }
         for entry in ranked[:top]
     ]
+    services = [
+        {
+            "provider": cost.offer.provider,
+            "model": cost.offer.model,
+            "usd": round(cost.usd, 4),
+            "usd_per_million_tokens": cost.offer.usd_per_million_tokens,
+            "tokens": cost.tokens,
+            "as_of": cost.offer.as_of,
+            "stale": cost.stale,
+            "source": cost.offer.source,
+        }
+        for cost in managed
+    ]
     if as_json:
-        print(json.dumps({"model": name, "spot": spot, "offers": rows}, indent=2))
+        print(json.dumps({"model": name, "spot": spot, "offers": rows, "managed": services}, indent=2))
         return
-    from ..fit_view import print_offers
+    from ..fit_view import print_managed, print_offers
 
     print_offers(name, rows, total=len(ranked))
+    print_managed(services)
 
 
 def _catalog(*, as_json: bool) -> None:

@@ -1,0 +1,99 @@
+"""What forward keeps for backward, per token and layer, and what one layer's backward needs beside it.
+
+Measured on transformers' Llama with saved-tensor hooks (bytes exact, two norms, SDPA, no mask)::
+
+    full, bf16          16 H +  8 I + 4 q + 4 kv + 4 heads + 8
+    full, mixed         26 H +  8 I + 4 q + 4 kv            (and a 16-bit copy of each weight)
+    full, fp32          24 H + 16 I + 8 q + 8 kv
+    frozen, bf16         8 H +  6 I + 4 q + 4 kv            and what its adapters keep:
+    + LoRA, bf16        each distinct input once, 2 B, and 2 B x rank per module
+    + LoRA, fp32        its own copy of the input per module: 2 B under autocast, 4 B without; 2 or 4 B x rank
+
+with H hidden, I MLP width, q and kv the widths of queries and of keys or values.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+
+from .architecture import Architecture, Layer, Linear
+from .stacks import Stack
+
+
+@lru_cache(maxsize=4096)
+def activation_bytes(
+    architecture: Architecture, tuning: str, rank: int, dropout: bool, targets: str | Sequence[str], precision: str,
+    adapter: int, eager: bool, masked: bool, stack: Stack, sequence_length: int, packed: bool = False,
+    dora: bool = False,
+) -> tuple[list[tuple[int, float, float]], float]:  # fmt: skip
+    """Bytes per token: (layers, kept by forward, more in backward) per kind of layer, and one layer's whole work."""
+    c = 4.0 if precision == "fp32" else 2.0
+    mixed = tuning == "full" and precision in ("bf16-mixed", "fp16")
+    hidden, q, kv = architecture.hidden, architecture.query_width, architecture.kv_width
+    value = architecture.heads * architecture.value_dim
+    chosen = [modules for _, modules in architecture.targeted(targets)] if tuning != "full" else []
+    kinds = []
+    for number, layer in enumerate(architecture.layers):
+        # Each norm keeps its input in fp32, and its normalised input where its weight is trained.
+        norm = {True: 11.0 if mixed else 4.0 + c, False: 4.0}[tuning == "full"]
+        if stack.fused_norm or architecture.layer_norm:
+            norm = c
+        attention = c * (q + value) + (2 * c * q if masked else c * 2 * kv) + 4 * architecture.heads
+        if stack.fused_qkv or len(layer.attention) == 2:  # values are a view of the projection's whole output
+            attention += c * (q + kv)
+        if eager:
+            attention += 8.0 * architecture.heads * sequence_length
+        inner = layer.inner * c * (3 if architecture.gated else 1)
+        if stack.fused_mlp:
+            inner = layer.inner * c * (2 if architecture.gated else 1)
+        routed = 4 * c * hidden * (layer.active_weights > 0) * 2
+        size = norm * layer.norm_width + attention + inner + routed + 8
+        if packed and stack.keeps_packed_inputs:
+            size += c * (3 * hidden + layer.inner)
+        if tuning == "full":
+            size += c * (2 * hidden + layer.inner)
+        else:
+            size += _adapter_inputs(layer, chosen[number], rank, adapter, c, stack, dropout)
+            # DoRA keeps its scaled output and that of base and pair (measured with saved-tensor hooks).
+            size += dora * 3 * c * sum(module.d_out for module in chosen[number])
+        grow = _backward_growth(tuning, hidden, layer.inner, adapter, c, stack)
+        kinds.append((layer.count, size, grow))
+    return kinds, max(size + grow for _, size, grow in kinds)
+
+
+def _adapter_inputs(
+    layer: Layer, modules: list[Linear], rank: int, adapter: int, c: float, stack: Stack, dropout: bool
+) -> float:
+    """Bytes per token that LoRA pairs keep: their inputs and the rank-wide product.
+
+    A pair that casts its input, or drops some of it, keeps a copy of its own; dropout keeps its mask too, 1 B.
+    """
+    if not modules:
+        return 0.0
+    cast = adapter == 4 and c == 2 and stack.casts_inputs
+    if dropout or cast:
+        width = 4.0 if cast and not stack.autocast else c
+        if stack.fused_qkv:  # one pair of pairs on one input
+            modules = modules[:1] + [m for m in modules[1:] if m not in layer.attention[:-1]]
+        return sum((width + dropout) * module.d_in + width * rank for module in modules)
+    names = {module.name for module in modules}
+    queries = {m.name for m in layer.attention[:-1]}
+    total = c * rank * len(modules)
+    if names & queries:
+        total += c * layer.attention[0].d_in
+    into_mlp = {m.name for m in layer.mlp[:-1]}
+    if names & into_mlp:
+        total += c * layer.mlp[0].d_in
+    if layer.mlp and layer.mlp[-1].name in names:
+        total += c * layer.mlp[-1].d_in
+    return total
+
+
+def _backward_growth(tuning: str, hidden: int, inner: int, adapter: int, c: float, stack: Stack) -> float:
+    """Bytes per token that one layer's backward needs beside what its forward kept (measured: allocation traces)."""
+    if tuning == "full":
+        return c / 2 * (10 * hidden + 7.6 * inner)
+    if adapter == 4 and c == 2 and stack.casts_inputs:
+        return (6 if stack.autocast else 12) * hidden + 4 * inner
+    return c / 2 * (2 * hidden + 4 * inner)

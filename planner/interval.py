@@ -1,0 +1,49 @@
+"""How far a prediction of memory may be off: a margin for each thing that is not known, not one percentage for all.
+
+What is stored is counted exactly, so weights and states add almost nothing. What moves (activations, logits, gathered
+layers) depends on which kernel saves what; the caching allocator's gaps and the driver's context on the order of
+requests and on versions. Independent margins add as squares; those that move together, within one term, as they are.
+"""
+
+from __future__ import annotations
+
+import math
+
+#: Share of each term that it may be off, where the stack was read in its source.
+STORED, MOVING, SLACK, CONTEXT = 0.01, 0.15, 0.8, 0.35
+#: Fragments and workspaces that no term names, in bytes.
+FLOOR = 0.15 * 2**30
+#: What else may be unknown, to the share of (stored, moving) it may change.
+UNKNOWN: dict[str, tuple[float, float]] = {
+    "stack": (0.05, 0.35),  # what the framework keeps was taken from its documentation
+    "length": (0.0, 0.35),  # only a bound on the longest row is known
+    "metric": (0.03, 0.15),  # allocated, reserved or device: the figure's source does not say
+    "compiled": (0.0, 0.25),  # a compiler decides what is kept and what is computed again
+    "experts": (0.1, 0.3),  # how experts that are no nn.Linear are packed differs between versions
+    "kernels": (0.0, 0.25),  # a layer that does not prove itself on the GPU runs as it was, and keeps more
+    "shapes": (0.03, 0.1),  # the architecture was read by its shapes alone
+    "packed": (0.05, 0.35),  # what old 4-bit products keep of their inputs, and how often
+    "sharding": (0.05, 0.3),  # order and size of gathers differ between versions
+}
+
+
+def margins(
+    *, stored: float, moving: float, slack: float, context: float, unknown: tuple[str, ...] = ()
+) -> dict[str, float]:
+    """Bytes that allocated, reserved and device memory may be off, either way.
+
+    Args:
+        stored: weights, adapters, optimiser states.
+        moving: all else that is allocated at the peak.
+        slack: what the allocator holds beyond it.
+        context: the driver's and the communication library's.
+        unknown: names in :data:`UNKNOWN`.
+    """
+    squares = [(STORED * stored) ** 2, (MOVING * moving) ** 2, FLOOR**2]
+    squares += [(UNKNOWN[name][0] * stored + UNKNOWN[name][1] * moving) ** 2 for name in unknown]
+    allocated = sum(squares)
+    reserved = allocated + (SLACK * slack) ** 2
+    device = reserved + (CONTEXT * context) ** 2
+    if "metric" in unknown:  # each of the three may be what was measured
+        allocated = reserved = (math.sqrt(device) + slack + context) ** 2
+    return {"allocated": math.sqrt(allocated), "reserved": math.sqrt(reserved), "device": math.sqrt(device)}

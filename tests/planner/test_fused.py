@@ -1,0 +1,86 @@
+"""Whole-layer functions: where they run, what they keep, and that other stacks and models are left alone."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from pathlib import Path
+
+import pytest
+
+import finetui
+from finetui.planner.architecture import Architecture
+from finetui.planner.fused import layer_bytes, runs_whole_layers
+from finetui.planner.hardware import GIB, find_gpu
+from finetui.planner.hub import find_config
+from finetui.planner.memory import Settings, peak_memory
+from finetui.planner.speed import step_speed
+from finetui.planner.stacks import STACKS
+
+OURS, TRL, H200 = STACKS["finetui"], STACKS["trl"], find_gpu("H200")
+
+
+def shape(name: str) -> Architecture:
+    return Architecture.from_config(find_config(name)[1], name)
+
+
+LLAMA = shape("meta-llama/Llama-3.1-8B")
+BASE = Settings("lora", 2048, micro_batch=2, checkpointing="none", optimizer="adamw-8bit")
+
+
+@pytest.mark.parametrize(
+    ("model", "gpu", "stack", "tuning", "dropout", "runs"),
+    [
+        ("meta-llama/Llama-3.1-8B", "H200", OURS, "lora", False, True),
+        ("Qwen/Qwen3-8B", "RTX-4090", OURS, "qlora", False, True),
+        ("Qwen/Qwen3-8B", "H200", TRL, "lora", False, False),
+        ("Qwen/Qwen3-8B", "H200", OURS, "full", False, False),
+        ("Qwen/Qwen3-8B", "H200", OURS, "lora", True, False),
+        ("Qwen/Qwen3-8B", "T4", OURS, "qlora", False, False),
+        ("Qwen/Qwen3-30B-A3B", "H200", OURS, "lora", False, False),
+        ("google/gemma-3-4b-pt", "H200", OURS, "lora", False, False),
+    ],
+)
+def test_where_they_run(model, gpu, stack, tuning, dropout, runs):
+    assert runs_whole_layers(shape(model), stack, find_gpu(gpu), tuning=tuning, dropout=dropout) == runs
+
+
+def test_what_is_kept_is_what_the_kernels_say():
+    """The coefficients of the table in ``kernels/decoder_layer.py``, with ranks and heads beside them."""
+    text = (Path(finetui.__file__).parent / "kernels" / "decoder_layer.py").read_text(encoding="utf-8")
+    row = re.search(r"^all-but-elementwise\s+4 H \+ 4 Q \+ 4 K \+ 4 I\s", text, re.MULTILINE)
+    assert row, "the table of decoder_layer.py has changed: planner/fused.py has to follow"
+    assert re.search(r"^inputs\s+2 H\s", text, re.MULTILINE)
+    kept, _ = layer_bytes(LLAMA, 16, 7, "none")
+    assert kept == 4 * 4096 + 4 * 4096 + 4 * 1024 + 4 * 14336 + 2 * 16 * 7 + 4 * 32
+    assert layer_bytes(LLAMA, 16, 7, "full")[0] == 2 * 4096
+
+
+def test_eight_billion_parameters_on_an_h200():
+    """Measured there: 27.85 GiB with 4,098 tokens a step and nothing checkpointed."""
+    memory = peak_memory(LLAMA, BASE, OURS, H200)
+    assert memory.allocated_gib == pytest.approx(27.85, rel=0.03)
+    assert memory.allocated_gib < peak_memory(LLAMA, BASE, TRL, H200).allocated_gib - 10
+
+
+def test_switched_off_they_change_nothing():
+    off = dataclasses.replace(BASE, kernels=False)
+    plain = dataclasses.replace(OURS, whole_layers=False)
+    assert peak_memory(LLAMA, off, OURS, H200) == peak_memory(LLAMA, BASE, plain, H200)
+    assert step_speed(LLAMA, off, OURS, H200) == step_speed(LLAMA, BASE, plain, H200)
+    assert step_speed(LLAMA, BASE, OURS, H200).step_s < step_speed(LLAMA, off, OURS, H200).step_s
+
+
+def test_the_down_projection_is_not_computed_twice():
+    full = dataclasses.replace(BASE, checkpointing="full")
+    off = dataclasses.replace(full, kernels=False)
+    ours, plain = (step_speed(LLAMA, s, OURS, H200).terms["recompute"] for s in (full, off))
+    down = 14336 * 4096 * 32
+    assert ours / plain == pytest.approx(1 - down / LLAMA.layer_matmul_weights, rel=0.08)
+
+
+def test_dequantised_weights_of_one_layer_wait_in_a_buffer():
+    qlora = dataclasses.replace(BASE, tuning="qlora", quantization="nf4", checkpointing="full")
+    ours = peak_memory(LLAMA, qlora, OURS, H200).terms["buffers"]
+    layer = 2 * LLAMA.layers[0].linear_weights / GIB
+    assert ours > layer

@@ -1,0 +1,98 @@
+"""``finetui advise``: whether to fine-tune, with which method and adapter, on which card, and in which stages."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from itertools import islice
+from typing import Annotated, Any, cast
+
+import typer
+
+from ...planner.advisor import GOALS, Advice, DataKind, Goal, kind_of_rows
+from ...planner.advisor import advise as advise_on
+from ...planner.errors import RecipeError
+from .options import JsonFlag, local_path
+
+ModelArgument = Annotated[str | None, typer.Argument(metavar="[MODEL]", help="Hub id, folder or config.json.")]
+GoalFlag = Annotated[str | None, typer.Option("--goal", help=f"What it is for: {', '.join(GOALS)}.")]
+DataFlag = Annotated[str | None, typer.Option("--data", help="File or folder: its rows say which method fits.")]
+ExamplesFlag = Annotated[int | None, typer.Option("--examples", min=0, help="How many examples there are.")]
+GpuFlag = Annotated[str | None, typer.Option("--gpu", help="The card that is there already.")]
+LengthFlag = Annotated[int, typer.Option("--seq-len", min=8, help="Tokens per row, for the question of the card.")]
+
+#: Rules tell apart fewer than a hundred rows, up to a hundred thousand, and more.
+_COUNTED = 100_001
+
+
+def advise(
+    model: ModelArgument = None,
+    goal: GoalFlag = None,
+    data: DataFlag = None,
+    examples: ExamplesFlag = None,
+    gpu: GpuFlag = None,
+    seq_len: LengthFlag = 2048,
+    as_json: JsonFlag = False,
+) -> None:
+    """Fine-tune or not, method, adapter, card and workflow; every answer with its source."""
+    if goal is not None and goal not in GOALS:
+        raise RecipeError(f"{goal!r} is no goal", where="--goal", do=f"Use one of: {', '.join(GOALS)}.")
+    kind: DataKind = "unknown"
+    if data is not None:
+        kind, counted = _look_at(data)
+        examples = counted if examples is None else examples
+    answers = advise_on(
+        _architecture(model),
+        goal=cast(Goal, goal or "unknown"),
+        data=kind,
+        examples=examples,
+        gpu=_gpu(gpu),
+        sequence_length=seq_len,
+    )
+    if as_json:
+        about = {"model": model, "goal": goal, "data": kind, "examples": examples, "gpu": gpu}
+        print(json.dumps({**about, "advice": [dataclasses.asdict(item) for item in answers]}, indent=2))
+        return
+    _print(answers)
+
+
+def _architecture(model: str | None) -> Any:
+    if model is None:
+        return None
+    from ...planner.architecture import Architecture
+    from ...planner.hub import find_config
+
+    name, config, _origin = find_config(local_path(model))
+    return Architecture.from_config(config, name)
+
+
+def _gpu(name: str | None) -> Any:
+    if name is None:
+        return None
+    from ...planner.hardware import find_gpu
+
+    return find_gpu(name)
+
+
+def _look_at(path: str) -> tuple[DataKind, int | None]:
+    """What the first rows are, and how many there are; beyond the most that are counted, advice is the same."""
+    from ...engine.data.sources import read_rows
+    from ...planner.recipe import DataSource
+
+    rows = read_rows(DataSource(path=local_path(path)), limit=_COUNTED)
+    first = list(islice(rows, 20))
+    return kind_of_rows([row.values for row in first]), len(first) + sum(1 for _ in rows)
+
+
+def _print(answers: list[Advice]) -> None:
+    from rich.console import Console
+    from rich.text import Text
+
+    console = Console(highlight=False)
+    for item in answers:
+        console.print(Text(item.question, style="dim"))
+        console.print(Text(f"  {item.answer}", style="bold"))
+        console.print(Text(f"  {item.why}"))
+        if item.settings:
+            console.print(Text("  " + " ".join(f"--set {key}={value}" for key, value in item.settings.items())))
+        console.print(Text(f"  {item.source}", style="dim"))
