@@ -56,11 +56,16 @@ def test_what_is_kept_is_what_the_kernels_say():
     assert layer_bytes(LLAMA, 16, 7, "full")[0] == 2 * 4096
 
 
-def test_eight_billion_parameters_on_an_h200():
-    """Measured there: 27.85 GiB with 4,098 tokens a step and nothing checkpointed."""
-    memory = peak_memory(LLAMA, BASE, OURS, H200)
-    assert memory.allocated_gib == pytest.approx(27.85, rel=0.03)
-    assert memory.allocated_gib < peak_memory(LLAMA, BASE, TRL, H200).allocated_gib - 10
+@pytest.mark.parametrize(("checkpointing", "measured_gib"), [("none", 38.91), ("full", 16.73)])
+def test_eight_billion_parameters_on_an_h200(checkpointing, measured_gib):
+    """Measured at 4 x 2048 tokens (tests/bench/results); what ``full`` parks in host memory is not counted on."""
+    settings = dataclasses.replace(BASE, micro_batch=4, checkpointing=checkpointing)
+    predicted = peak_memory(LLAMA, settings, OURS, H200).allocated_gib
+    assert measured_gib <= predicted <= measured_gib * (1.03 if checkpointing == "none" else 1.12)
+
+
+def test_whole_layers_keep_far_less_than_stock_ones():
+    assert peak_memory(LLAMA, BASE, OURS, H200).allocated_gib < peak_memory(LLAMA, BASE, TRL, H200).allocated_gib - 10
 
 
 def test_switched_off_they_change_nothing():
