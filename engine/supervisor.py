@@ -34,8 +34,8 @@ import psutil
 
 from ..planner.cgroup import oom_kills, usable_cpus
 from ..planner.errors import FinetuiError, RunError
+from ..planner.limits import Limits
 from ..planner.plan import Plan
-from ..planner.recipe import Limits
 from ..planner.version import VERSION
 from .checkpoint import find
 from .events import Failure, Phase, Warn, parse_line

@@ -25,7 +25,7 @@ from .errors import HardwareError
 from .host import cores, host_memory
 
 if TYPE_CHECKING:
-    from .recipe import HardwareRequest
+    from .limits import HardwareRequest
 
 PRESETS = Path(__file__).resolve().parent.parent / "presets"
 #: Prices older than this many days are marked as old.

@@ -11,149 +11,24 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
+from .datasource import DataSource
 from .errors import RecipeError
 from .explain import explain, line_numbers
+from .limits import CheckpointPolicy, Evaluation, HardwareRequest, Limits
+from .optimizer import Optimizer
+from .section import Auto, Section
+from .tuning import Tuning
 
-Auto = Literal["auto"]
 Method = Literal["sft", "pretrain", "dpo", "ipo", "orpo", "kto", "cpo", "simpo", "grpo", "rloo", "ppo", "reward"]
-TuningType = Literal["full", "lora", "qlora"]
-DataFormat = Literal["auto", "messages", "sharegpt", "alpaca", "prompt-completion", "text"]
-OptimizerName = Literal["auto", "adamw", "adamw-8bit", "paged-adamw-8bit", "sgd", "adafactor"]
 #: Changes to a recipe: dotted keys to values, or the same as ``a.b=c`` texts whose values are YAML.
 Overrides = Mapping[str, Any] | Sequence[str]
-Precision = Literal["auto", "bf16", "bf16-mixed", "fp16", "fp32"]
 
 #: Methods that a plan can be carried out for today.
 RUNNABLE_METHODS: frozenset[str] = frozenset({"sft", "pretrain"})
 #: Methods whose examples are independent token sequences, so that several may share one row.
 PACKABLE_METHODS: frozenset[str] = frozenset({"sft", "pretrain"})
-
-
-class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class Tuning(_Section):
-    """Which parameters are trained."""
-
-    type: TuningType = "lora"
-    """``full`` trains every weight; ``lora`` adds low-rank adapters; ``qlora`` adds them to a 4-bit base."""
-    rank: int = Field(16, ge=1, le=4096)
-    """Rank r of the adapters."""
-    alpha: float | Auto = "auto"
-    """The adapters' scale is alpha / rank. ``auto`` is twice the rank."""
-    dropout: float = Field(0.0, ge=0.0, lt=1.0)
-    """Dropout on the adapters' input."""
-    targets: Literal["all-linear"] | list[str] = "all-linear"
-    """Names of the linear modules that get an adapter, or all of them but the output head."""
-    quantization: Literal["auto", "none", "nf4"] = "auto"
-    """Storage of the frozen weights: ``auto`` is NF4 with double quantisation for qlora, none otherwise."""
-
-    @model_validator(mode="after")
-    def _possible(self) -> Self:
-        if self.type == "full":
-            if self.quantization == "nf4":
-                raise ValueError(
-                    "full fine-tuning can't train 4-bit weights||Use type: qlora, or leave out quantization."
-                )
-            useless = sorted(self.model_fields_set & {"rank", "alpha", "dropout", "targets"})
-            if useless:
-                raise ValueError(f"{', '.join(useless)} has no effect when type is full||Remove it, or use type: lora.")
-        if self.type == "lora" and self.quantization == "nf4":
-            raise ValueError("lora on NF4 weights is called qlora||Use type: qlora.")
-        if self.type == "qlora" and self.quantization == "none":
-            raise ValueError("qlora without quantisation is called lora||Use type: lora.")
-        return self
-
-
-class DataSource(_Section):
-    """One dataset: a file, a folder or a hub dataset."""
-
-    path: str
-    """File (.jsonl .json .csv .parquet .txt), folder, or hub dataset id."""
-    format: DataFormat = "auto"
-    """How a row is read. ``auto`` looks at the first rows and says what it found."""
-    split: Literal["train", "eval"] = "train"
-    """``eval`` rows are never trained on."""
-    subset: str | None = None
-    """Configuration name of a hub dataset."""
-    limit: int | None = Field(None, ge=1)
-    """Take only the first N rows."""
-
-
-class Optimizer(_Section):
-    """How parameters are updated."""
-
-    name: OptimizerName = "auto"
-    """``auto`` is AdamW, in 8 bits where memory is short."""
-    learning_rate: float | Auto = Field("auto")
-    """Peak learning rate. ``auto`` is 2e-4 for adapters, 1e-5 for full fine-tuning."""
-    schedule: Literal["cosine", "linear", "constant"] = "cosine"
-    """Shape of the learning rate after warm-up."""
-    warmup_ratio: float = Field(0.03, ge=0.0, le=1.0)
-    """Share of all steps in which the learning rate rises from 0."""
-    weight_decay: float = Field(0.0, ge=0.0)
-    """Decoupled weight decay."""
-    max_grad_norm: float = Field(1.0, ge=0.0)
-    """Gradients are scaled down to this norm; 0 leaves them as they are."""
-
-    @model_validator(mode="after")
-    def _possible(self) -> Self:
-        if self.learning_rate != "auto" and self.learning_rate <= 0:
-            raise ValueError("learning_rate must be above 0||Try 2.0e-4 for adapters or 1.0e-5 for full fine-tuning.")
-        return self
-
-
-class HardwareRequest(_Section):
-    """What the run may use, and how."""
-
-    device: Literal["auto", "cuda", "cpu"] = "auto"
-    """``auto`` is CUDA where there is a GPU, else the CPU."""
-    gpu: str | None = None
-    """Plan for this GPU of the catalog instead of for this machine."""
-    gpus: Auto | Annotated[int, Field(ge=1)] | list[Annotated[int, Field(ge=0)]] = "auto"
-    """How many GPUs, or which (``[0, 1]``). On the CPU: how many processes."""
-    strategy: Literal["auto", "single", "ddp"] = "auto"
-    """How several GPUs share the work."""
-    checkpointing: Literal["auto", "none", "full"] = "auto"
-    """Activation checkpointing: recompute each layer in the backward pass instead of keeping it."""
-    precision: Precision = "auto"
-    """``bf16`` keeps weights in 16 bits, ``bf16-mixed`` and ``fp16`` compute in 16 bits over fp32 weights."""
-    kernels: Literal["auto", "on", "off"] = "auto"
-    """Fused Triton kernels. ``auto`` uses those that prove themselves on this GPU."""
-    usd_per_h: float | None = Field(None, gt=0)
-    """What the machine costs per hour; without it a local one is free and others cost their cheapest offer."""
-
-
-class Limits(_Section):
-    """When a run is ended early."""
-
-    cost_usd: float | None = Field(None, gt=0)
-    """Stop with a checkpoint before this much is spent; on your own machine, give hardware.usd_per_h too."""
-    hours: float | None = Field(None, gt=0)
-    """Stop with a checkpoint after this long."""
-    nan_steps: int = Field(3, ge=1)
-    """Fail after so many steps in a row whose loss or gradient is not finite."""
-
-
-class CheckpointPolicy(_Section):
-    """When the state of a run is written down."""
-
-    every: Auto | Annotated[int, Field(ge=1)] = "auto"
-    """Steps between checkpoints."""
-    keep: int = Field(2, ge=1)
-    """How many of the latest checkpoints stay on disk."""
-
-
-class Evaluation(_Section):
-    """Loss on held-out data."""
-
-    every: Auto | Annotated[int, Field(ge=1)] = "auto"
-    """Steps between evaluations; there is one at the start and one at the end in any case."""
-    holdout: Auto | Annotated[float, Field(ge=0.0, lt=1.0)] = "auto"
-    """Share of the training rows that is held out when no source has split: eval. ``auto`` is 5%, at most 200 rows."""
 
 
 def _sources(value: Any) -> Any:
@@ -168,7 +43,7 @@ def _tuning(value: Any) -> Any:
     return {"type": value} if isinstance(value, str) else value
 
 
-class Recipe(_Section):
+class Recipe(Section):
     """What the user asks for.
 
     ``tuning: qlora`` is short for ``tuning: {type: qlora}`` and ``data: rows.jsonl`` for a list with that one path.
@@ -181,7 +56,7 @@ class Recipe(_Section):
     """What is learned from the data."""
     tuning: Annotated[Tuning, BeforeValidator(_tuning)] = Tuning()
     """Which parameters are trained."""
-    data: Annotated[list[DataSource], BeforeValidator(_sources)] = []
+    data: Annotated[list[DataSource], BeforeValidator(_sources)] = Field([])
     """What is trained on."""
     sequence_length: int | Auto = Field("auto")
     """Longest sequence in tokens; longer rows are cut. ``auto`` is 2048, or less if model or data is shorter."""
@@ -208,7 +83,7 @@ class Recipe(_Section):
     evaluation: Evaluation = Evaluation()
     limits: Limits = Limits()
     checkpoint: CheckpointPolicy = CheckpointPolicy()
-    track: list[Literal["tensorboard"]] = ["tensorboard"]
+    track: list[Literal["tensorboard"]] = Field(["tensorboard"])
     """Where metrics are also written."""
 
     @model_validator(mode="after")

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ...planner.recipe import DataSource
+from ...planner.datasource import DataSource
 from .hub import load_hub
 from .sources import is_local, source_files
 

@@ -17,8 +17,8 @@ from dataclasses import dataclass
 from itertools import chain, islice
 from typing import Any, Literal
 
+from ...planner.datasource import DataSource
 from ...planner.errors import DataError
-from ...planner.recipe import DataSource
 from .files import Row
 from .sources import read_rows
 

@@ -11,8 +11,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from ...planner.datasource import DataSource
 from ...planner.errors import DataError, HubError, MissingExtraError, UserError
-from ...planner.recipe import DataSource
 from .files import Row
 
 #: Names under which datasets keep the rows that are not for training, in the order we look for them.

@@ -14,8 +14,9 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ...planner.datasource import DataSource
 from ...planner.errors import DataError, MissingExtraError
-from ...planner.recipe import DataSource, Recipe
+from ...planner.recipe import Recipe
 from .files import Row
 from .formats import DETECT_ROWS, Example, detect, open_source, to_example
 from .holdout import holdout_size

@@ -13,8 +13,8 @@ from collections.abc import Iterator
 from itertools import chain, islice
 from pathlib import Path
 
+from ...planner.datasource import DataSource
 from ...planner.errors import DataError
-from ...planner.recipe import DataSource
 from .files import Row, read_file
 from .hub import read_hub
 

@@ -24,7 +24,8 @@ from finetui.planner.hardware import (
     node_for,
 )
 from finetui.planner.hub import find_config
-from finetui.planner.recipe import HardwareRequest, Recipe
+from finetui.planner.limits import HardwareRequest
+from finetui.planner.recipe import Recipe
 
 
 @pytest.mark.parametrize(

@@ -77,7 +77,7 @@ def _gpu(name: str | None) -> Any:
 def _look_at(path: str) -> tuple[DataKind, int | None]:
     """What the first rows are, and how many there are; beyond the most that are counted, advice is the same."""
     from ...engine.data.sources import read_rows
-    from ...planner.recipe import DataSource
+    from ...planner.datasource import DataSource
 
     rows = read_rows(DataSource(path=local_path(path)), limit=_COUNTED)
     first = list(islice(rows, 20))

@@ -14,8 +14,8 @@ import pytest
 
 from finetui.engine.data.hub import explain
 from finetui.engine.data.sources import is_local, read_rows
+from finetui.planner.datasource import DataSource
 from finetui.planner.errors import DataError, HubError
-from finetui.planner.recipe import DataSource
 
 Write = Callable[[str, str | bytes], str]
 
@@ -167,7 +167,7 @@ def test_failures_of_the_hub_in_plain_words(monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_an_unreachable_hub_is_told_at_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     code = (
-        "from finetui.engine.data.sources import read_rows\nfrom finetui.planner.recipe import DataSource\n"
+        "from finetui.engine.data.sources import read_rows\nfrom finetui.planner.datasource import DataSource\n"
         "try: next(iter(read_rows(DataSource(path='some/dataset'))))\nexcept Exception as e: print(type(e).__name__, e)"
     )
     pytest.importorskip("datasets")
