@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from .fp8 import FP8, fp8_state
 from .lora_linear import Part, lora_linear
 from .nf4 import NF4, nf4_state
 
@@ -21,7 +22,9 @@ _ATTRIBUTES = ("lora_A", "lora_B", "lora_dropout", "base_layer", "scaling", "act
 
 def looks_like_lora(module: nn.Module) -> bool:
     """A linear layer inside, and adapters by name beside it."""
-    return all(hasattr(module, name) for name in _ATTRIBUTES) and hasattr(module.base_layer, "in_features")
+    if not all(hasattr(module, name) for name in _ATTRIBUTES) or not hasattr(module.base_layer, "in_features"):
+        return False
+    return isinstance(module.lora_A, nn.ModuleDict)  # AdaLoRA's are bare parameters, with a third factor between
 
 
 def obstacle(module: Any) -> str:
@@ -29,7 +32,9 @@ def obstacle(module: Any) -> str:
     if not module.lora_A:
         return "it has no adapter of the usual form"
     base = module.base_layer
-    weight = base.weight
+    weight = getattr(base, "weight", None)
+    if hasattr(module, "parameter_name") or not isinstance(weight, torch.Tensor):
+        return "it adapts a parameter of a larger module, not a linear layer"
     if weight.is_meta:
         return "its weights are not loaded"
     if getattr(weight, "quant_state", None) is not None:
@@ -69,7 +74,7 @@ def part(module: Any, x_dtype: torch.dtype, device: torch.device) -> Part | str:
     dtype = torch.get_autocast_dtype(device.type) if autocast else x_dtype
     if not autocast and not (a.dtype == b.dtype == dtype):
         return f"its adapter is {a.dtype}, its input {x_dtype}, and autocast is off"
-    weight: torch.Tensor | NF4 = base.weight
+    weight: torch.Tensor | NF4 | FP8 = base.weight
     if getattr(base.weight, "quant_state", None) is not None:
         if x_dtype != dtype or getattr(base, "compute_dtype", None) not in (None, dtype):
             return f"its input is {x_dtype}, and its NF4 weight computes in {getattr(base, 'compute_dtype', None)}"
@@ -77,6 +82,8 @@ def part(module: Any, x_dtype: torch.dtype, device: torch.device) -> Part | str:
         if isinstance(state, str):
             return state
         weight = state
+    elif (packed := fp8_state(base)) is not None:
+        weight = packed
     elif not autocast and base.weight.dtype != dtype:
         return f"its weight is {base.weight.dtype}, its input {x_dtype}, and autocast is off"
     if device != a.device:

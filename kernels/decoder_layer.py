@@ -30,19 +30,18 @@ from typing import Any, Literal, get_args
 import torch
 from torch.autograd.function import once_differentiable
 
-from . import attention, glu, lora_glu, offload, rms_norm, rope
+from . import attention, decoder_mlp, glu, offload, rms_norm, rope
+from .decoder_mlp import Norm, normed
 from .launch import as_rows
 from .projection import (
     Group,
     Projection,
-    adapter_gradients,
-    columns,
     dense,
-    expand,
+    expand_gradients,
     input_gradient,
-    mm_fp32,
-    rows_of,
+    project,
     shrink,
+    shrink_gradients,
 )
 
 #: What a layer keeps for its backward pass, least first.
@@ -51,12 +50,23 @@ POLICIES: tuple[Policy, ...] = get_args(Policy)
 
 
 @dataclass(frozen=True)
-class Norm:
-    """A frozen RMSNorm."""
+class Keeping:
+    """What the layers of a model keep.
 
-    weight: torch.Tensor
-    eps: float
-    form: rms_norm.Form
+    Args:
+        policy: of all layers but the last ``whole``, which keep all but elementwise results.
+        parks: what is kept of ``inputs+attention`` waits in host memory; see :mod:`.offload`.
+    """
+
+    policy: Policy = "all-but-elementwise"
+    whole: int = 0
+    parks: bool = False
+
+    def of(self, place: int, layers: int) -> tuple[Policy, bool]:
+        """Policy and parking of one of so many layers."""
+        if place >= layers - self.whole:
+            return "all-but-elementwise", False
+        return self.policy, self.parks and self.policy == "inputs+attention"
 
 
 @dataclass(frozen=True)
@@ -69,6 +79,7 @@ class Layer:
         q_norm, k_norm: over each head, or None.
         policy: what is kept for the backward pass.
         parks: what is kept of ``inputs+attention`` waits in host memory; see :mod:`.offload`.
+        fuses: as in :class:`.decoder_mlp.MLP`.
     """
 
     norm1: Norm
@@ -82,6 +93,11 @@ class Layer:
     k_norm: Norm | None = None
     policy: Policy = "inputs+attention"
     parks: bool = False
+    fuses: bool = True
+
+    @property
+    def mlp(self) -> decoder_mlp.MLP:
+        return decoder_mlp.MLP(self.norm2, self.activation, self.fuses)
 
 
 def decoder_layer(
@@ -118,7 +134,7 @@ class _Kept:
     out: torch.Tensor | None = None
     s: torch.Tensor | None = None
     projected: list[torch.Tensor] | None = None
-    gate_up: list[torch.Tensor] | None = None
+    mlp: decoder_mlp.Kept | None = None
     parked: offload.Parked | None = None
 
     def park(self) -> None:
@@ -166,32 +182,25 @@ class _DecoderLayer(torch.autograd.Function):
         qkv, only_o, mlp, only_down = groups
         kept = _Kept(rows, groups)
 
-        n1, _ = _normed(rows, layer.norm1)
+        n1, _ = normed(rows, layer.norm1)
         xa = shrink(n1, qkv)
-        heads = _heads(_project(n1, xa, qkv), layer, cos, sin, batch, rotated=False)
+        heads = _heads(project(n1, xa, qkv), layer, cos, sin, batch, rotated=False)
         del n1
         out, attended = attention.attend(heads.q, heads.k, heads.v, mask, layer.scale, documents)
         o = _head_rows(out)
         oa = shrink(o, only_o)
-        (s,) = _project(o, oa, only_o, add=rows)
+        (s,) = project(o, oa, only_o, add=rows)
         if layer.policy != "inputs":
             kept.attended, kept.out, kept.s = attended, out, s
         if layer.policy == "all-but-elementwise":
             kept.projected = heads.projected
         del heads, attended, out, o
 
-        n2, _ = _normed(s, layer.norm2)
-        na = shrink(n2, mlp)
-        gate, up = _gate_up(n2, na, mlp, layer)
-        del n2
-        if layer.policy == "all-but-elementwise":
-            kept.gate_up = [gate, up]
-        h = _activated(gate, up, na, mlp, layer)
-        del gate, up
-        ha = shrink(h, only_down)
-        (y,) = _project(h, ha, only_down, add=s, in_place=kept.s is None)
-        kept.small = (xa, oa, na, ha)
-        if layer.parks and layer.policy == "inputs+attention":
+        keeps_all = layer.policy == "all-but-elementwise"
+        y = s if kept.s is None else torch.empty_like(s)
+        kept.mlp = decoder_mlp.forward(s, y, layer.mlp, mlp, only_down, keep=keeps_all)
+        kept.small = (xa, oa)
+        if layer.parks:
             kept.park()
         ctx.layer, ctx.kept, ctx.documents = layer, kept, documents
         ctx.save_for_backward(cos, sin, mask)
@@ -206,24 +215,26 @@ class _DecoderLayer(torch.autograd.Function):
         kept, ctx.kept = ctx.kept, None
         layer, shape, x = ctx.layer, dy.shape, kept.unpark()
         cos, sin, mask = ctx.saved_tensors
-        qkv, only_o, _, _ = kept.groups
-        xa, oa, _, _ = kept.small
+        qkv, only_o, mlp, only_down = kept.groups
+        xa, oa = kept.small
 
         n1 = heads = None
         if kept.out is None:
-            n1, rstd1 = _normed(x, layer.norm1)
-            heads = _heads(_project(n1, xa, qkv), layer, cos, sin, shape[0], rotated=False)
+            n1, rstd1 = normed(x, layer.norm1)
+            heads = _heads(project(n1, xa, qkv), layer, cos, sin, shape[0], rotated=False)
             kept.out, kept.attended = attention.attend(heads.q, heads.k, heads.v, mask, layer.scale, ctx.documents)
-            (kept.s,) = _project(_head_rows(kept.out), oa, only_o, add=x)
-        ds, mlp_gradients = _mlp_backward(as_rows(dy), kept, layer)
+            (kept.s,) = project(_head_rows(kept.out), oa, only_o, add=x)
+        assert kept.mlp is not None
+        ds, mlp_gradients = decoder_mlp.backward(as_rows(dy), kept.s, kept.mlp, layer.mlp, mlp, only_down)
+        kept.s = kept.mlp = None
 
         weights = dense([part.weight for part in layer.projections[:4]], x.dtype)
-        doa, o_bs = _expand_gradients([ds], oa, only_o)
-        o_as = _shrink_gradients(doa, _head_rows(kept.out), only_o)
+        doa, o_bs = expand_gradients([ds], oa, only_o)
+        o_as = shrink_gradients(doa, _head_rows(kept.out), only_o)
         do = input_gradient([ds], doa, only_o, weights[3:])
         if n1 is None or heads is None:
-            n1, rstd1 = _normed(x, layer.norm1)
-            projected = kept.projected or _project(n1, xa, qkv, weights[:3])
+            n1, rstd1 = normed(x, layer.norm1)
+            projected = kept.projected or project(n1, xa, qkv, weights[:3])
             heads = _heads(projected, layer, cos, sin, shape[0], rotated=kept.projected is not None)
             kept.projected = None
         do = do.view(*shape[:2], -1, layer.head_dim).transpose(1, 2)
@@ -232,8 +243,8 @@ class _DecoderLayer(torch.autograd.Function):
         kept.out = kept.attended = None
         dys = _heads_backward(dheads, heads, layer, cos, sin)
         del heads, dheads
-        dxa, bs = _expand_gradients(dys, xa, qkv)
-        as_ = _shrink_gradients(dxa, n1, qkv)
+        dxa, bs = expand_gradients(dys, xa, qkv)
+        as_ = shrink_gradients(dxa, n1, qkv)
         dx = None
         if ctx.needs_input_grad[0]:
             dn1 = input_gradient(dys, dxa, qkv, weights[:3], out=n1)
@@ -242,34 +253,6 @@ class _DecoderLayer(torch.autograd.Function):
         pairs = [*zip(as_, bs, strict=True), *zip(o_as, o_bs, strict=True), *mlp_gradients]
         flat = [gradient for pair in pairs for gradient in pair if gradient is not None]
         return dx, None, None, None, None, None, *(g.to(d) for g, d in zip(flat, ctx.dtypes, strict=True))
-
-
-def _mlp_backward(dy: torch.Tensor, kept: _Kept, layer: Layer) -> tuple[torch.Tensor, list[tuple[Any, Any]]]:
-    """The gradient of s, and those of the adapters of gate, up and down."""
-    assert kept.s is not None
-    s, kept.s = kept.s, None
-    _, _, mlp, only_down = kept.groups
-    _, _, na, ha = kept.small
-    weights = dense([part.weight for part in layer.projections[4:]], s.dtype)
-    n2, rstd = _normed(s, layer.norm2)
-    gate, up = kept.gate_up or _gate_up(n2, na, mlp, layer, weights[:2])
-    kept.gate_up = None
-
-    dha, down_bs = _expand_gradients([dy], ha, only_down)
-    dh = input_gradient([dy], dha, only_down, weights[2:])
-    fused = _fused(na, mlp, layer)
-    if fused is not None:
-        lora_glu.backward(dh, gate, up, *fused, layer.activation)
-    else:
-        glu.backward(dh, gate, up, layer.activation, dgate=gate, dup=up, h=dh)
-    down_as = _shrink_gradients(dha, dh, only_down)  # dh has become h
-    del dh
-    dna, bs = _expand_gradients([gate, up], na, mlp)
-    as_ = _shrink_gradients(dna, n2, mlp)
-    dn2 = input_gradient([gate, up], dna, mlp, weights[:2], out=n2)
-    del gate, up
-    ds, _ = rms_norm.backward(dn2, dy, s, layer.norm2.weight, rstd, layer.norm2.form, weight_grad=False)
-    return ds, [*zip(as_, bs, strict=True), *zip(down_as, down_bs, strict=True)]
 
 
 def _groups(layer: Layer, adapters: Sequence[torch.Tensor], x: torch.Tensor) -> tuple[Group, Group, Group, Group]:
@@ -291,55 +274,6 @@ def _groups(layer: Layer, adapters: Sequence[torch.Tensor], x: torch.Tensor) -> 
         start += rank * width
         groups.append(Group(members, stacked, tuple(next(bs) if part.rank else None for part in members)))
     return groups[0], groups[1], groups[2], groups[3]
-
-
-def _normed(rows: torch.Tensor, norm: Norm) -> tuple[torch.Tensor, torch.Tensor]:
-    """The normed rows, and 1 / root mean square of each."""
-    y, _, rstd = rms_norm.forward(rows, norm.weight, norm.eps, norm.form)
-    return y, rstd
-
-
-def _project(
-    x: torch.Tensor, xa: torch.Tensor | None, group: Group, weights: Sequence[torch.Tensor] | None = None, *,
-    add: torch.Tensor | None = None, in_place: bool = False,
-) -> list[torch.Tensor]:  # fmt: skip
-    """All outputs of a group, each plus ``add``."""
-    weights = dense([part.weight for part in group.parts], x.dtype) if weights is None else weights
-    shares = columns(xa, group)
-    return [
-        expand(x, mine, weight, b, part, add=add, out=add if in_place else None)
-        for part, weight, mine, b in zip(group.parts, weights, shares, group.b, strict=True)
-    ]
-
-
-def _fused(na: torch.Tensor | None, mlp: Group, layer: Layer) -> tuple[Any, Any, tuple[float, float]] | None:
-    """What ``lora_glu`` needs to add the adapters of gate and up by itself.
-
-    None if they are of another kind, or if gate and up are kept: then they are made once and read twice, and it is
-    cheaper (measured) to have the adapters' share in them.
-    """
-    gate, up = mlp.parts
-    if na is None or not 0 < gate.rank == up.rank <= lora_glu.MAX_RANK or layer.policy == "all-but-elementwise":
-        return None
-    return na.split(mlp.ranks, dim=1), mlp.b, (gate.scaling, up.scaling)
-
-
-def _gate_up(
-    n2: torch.Tensor,
-    na: torch.Tensor | None,
-    mlp: Group,
-    layer: Layer,
-    weights: Sequence[torch.Tensor] | None = None,
-) -> list[torch.Tensor]:
-    """Both products; without their adapters' share if the activation adds it."""
-    return _project(n2, None if _fused(na, mlp, layer) is not None else na, mlp, weights)
-
-
-def _activated(gate: torch.Tensor, up: torch.Tensor, na: torch.Tensor | None, mlp: Group, layer: Layer) -> torch.Tensor:
-    fused = _fused(na, mlp, layer)
-    if fused is None:
-        return glu.forward(gate, up, layer.activation)
-    return lora_glu.forward(gate, up, *fused, layer.activation)
 
 
 def _heads(
@@ -380,28 +314,3 @@ def _head_rows(t: torch.Tensor) -> torch.Tensor:
     """``[batch, heads, tokens, dim]`` as ``[batch · tokens, heads · dim]``; a view in the order attention works in."""
     t = t.transpose(1, 2)
     return t.reshape(t.shape[0] * t.shape[1], -1)
-
-
-def _expand_gradients(
-    dys: Sequence[torch.Tensor], xa: torch.Tensor | None, group: Group
-) -> tuple[torch.Tensor | None, list[torch.Tensor | None]]:
-    """dXA of a group, and the dB of each."""
-    if xa is None:
-        return None, [None] * len(group.parts)
-    dxa = torch.empty_like(xa)
-    gradients: list[torch.Tensor | None] = []
-    for dy, mine, dmine, b, part in zip(
-        dys, columns(xa, group), columns(dxa, group), group.b, group.parts, strict=True
-    ):
-        if mine is None or dmine is None or b is None:
-            gradients.append(None)
-        else:
-            gradients.append(adapter_gradients(dy, mine, b, part, dmine))
-    return dxa, gradients
-
-
-def _shrink_gradients(dxa: torch.Tensor | None, x: torch.Tensor, group: Group) -> list[torch.Tensor | None]:
-    """dA of each, in fp32."""
-    if dxa is None:
-        return [None] * len(group.parts)
-    return rows_of(mm_fp32(dxa.t(), x), group)

@@ -15,10 +15,11 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from . import adapters, recognise, rotary, selfcheck
+from . import adapters, faster, glu, lora_glu, recognise, rotary, selfcheck
 from . import decoder_layer as whole
 from .attention import Documents, takes_documents
 from .decoder_layer import Layer, Norm, Policy
+from .fp8 import FP8, fp8_state
 from .launch import unavailable
 from .nf4 import NF4, nf4_state
 from .projection import Projection
@@ -46,9 +47,19 @@ class Found:
 
 
 def looks_like_layer(module: nn.Module) -> bool:
-    """Two norms, attention with four projections, and an MLP."""
+    """Self-attention and something that acts as an MLP, whatever else."""
+    return {"self_attn", "mlp"} <= {name for name, _ in module.named_children()}
+
+
+def otherwise_built(module: nn.Module) -> str:
+    """Where a layer has other parts than two norms, attention with four projections and an MLP; empty if nowhere."""
     children = dict(module.named_children())
-    return children.keys() == _CHILDREN and all(hasattr(children["self_attn"], name) for name in _ATTENTION)
+    if further := sorted(children.keys() - _CHILDREN):
+        return f"it has further parts ({', '.join(further)})"
+    if lacking := sorted(_CHILDREN - children.keys()):
+        return f"it has no {', '.join(lacking)}"
+    lacking = [name for name in _ATTENTION if not hasattr(children["self_attn"], name)]
+    return f"its attention has no {', '.join(lacking)}" if lacking else ""
 
 
 def kind(module: Any) -> tuple[Any, ...]:
@@ -58,6 +69,7 @@ def kind(module: Any) -> tuple[Any, ...]:
     settings = (
         attention.head_dim, getattr(attention, "scaling", None), getattr(attention, "attention_dropout", 0.0),
         *((type(m), m.weight.shape, m.weight.dtype, *recognise.settings(m)) for m in norms),
+        recognise.settings(module), recognise.settings(attention),
     )  # fmt: skip
     linears = (*(getattr(attention, name) for name in _ATTENTION), *mlp.children())
     return (type(module), type(attention), type(mlp), settings, *(_signature(m) for m in linears))
@@ -128,8 +140,16 @@ def build(module: Any, what: Found, x: torch.Tensor) -> tuple[Layer, list[torch.
         made[0], made[1], tuple(projections), int(attention.head_dim), float(attention.scaling), what.mlp.activation,
         what.layout, q_norm=made[2] if what.inner_norms else None, k_norm=made[3] if what.inner_norms else None,
         policy=what.policy, parks=what.parks and x.is_cuda,
+        fuses=_unit_pays(projections[4:6], dtype, x.device, what.mlp.activation),
     )  # fmt: skip
     return layer, small
+
+
+def _unit_pays(gate_up: list[Projection], dtype: torch.dtype, device: torch.device, activation: glu.Activation) -> bool:
+    gate, up = gate_up
+    if not 0 < gate.rank == up.rank <= lora_glu.MAX_RANK:
+        return False
+    return faster.gated_unit(device, dtype, gate.out_features, gate.rank, activation).ok
 
 
 def forward(self: Any, what: Found, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor | str:
@@ -190,9 +210,13 @@ def reference(
     left = list(small)
 
     def linear(x: torch.Tensor, part: Projection) -> torch.Tensor:
-        from .nf4 import dequantise
+        from . import fp8, nf4
 
-        weight = dequantise(part.weight) if isinstance(part.weight, NF4) else part.weight
+        weight = part.weight
+        if isinstance(weight, NF4):
+            weight = nf4.dequantise(weight)
+        elif isinstance(weight, FP8):
+            weight = fp8.dequantise(weight)
         bias = part.bias.to(x.dtype) if part.bias is not None else None
         y = nn.functional.linear(x, weight.to(x.dtype), bias)
         if part.rank:
@@ -238,6 +262,9 @@ def _projection(module: Any, x: torch.Tensor, dtype: torch.dtype) -> tuple[Proje
         if isinstance(state, str):
             return state
         return (Projection(state, bias), []) if state.dtype == dtype else f"its weights were {state.dtype}"
+    packed = fp8_state(module)
+    if packed is not None:
+        return Projection(packed, bias), []
     if type(module).forward is not nn.Linear.forward or weight.dtype != dtype or weight.device != x.device:
         return f"a projection is {type(module).__name__} in {weight.dtype}"
     return Projection(weight, bias), []

@@ -1,96 +1,151 @@
-"""A gated unit whose inputs still lack their LoRA products: those are made in registers, and never written.
+"""A gated unit between LoRA layers, forward and backward, with what its adapters need of the widest tensors.
 
-    h = f(g + s_g·xa_g·B_gᵀ) · (u + s_u·xa_u·B_uᵀ)          f: see ``glu``
+    g' = g + s_g·xa_g·B_gᵀ      u' = u + s_u·xa_u·B_uᵀ      h = f(g')·u'                          f: see ``glu``
 
-``g`` and ``u`` are the frozen layers' products, ``xa`` the input times A. The products with B have as few columns to
-sum over as the adapter has ranks, so on tensor cores they are free beside the memory traffic of g, u and h; done by
-themselves they would read and write g and u once more each way. They are added in fp32, which rounds once less than
-separate products do.
+    dg = dh·u'·f'(g')           dB_g = s_g·dgᵀ·xa_g         (u likewise, with du = dh·f(g'))
+    dA = dhaᵀ·h
+
+``g`` and ``u`` are the frozen layers' products, ``xa`` the input times A; ``dha`` is the gradient of h·Aᵀ, A being the
+down projection's. These products have as few columns to sum over, or to fill, as the adapter has ranks: on tensor
+cores they are all but free beside the memory traffic of g, u and h. Done one by one they would read or write those, by
+far the widest tensors of a layer, another seven times. Sums are fp32, so g' and u' are never rounded.
+
+Each program's parts of dB and dA are added up in a fixed order, not by atomics: results repeat bit for bit.
 """
 
 # mypy: allow-untyped-defs
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import torch
 import triton
 import triton.language as tl
 
 from .glu import ACTIVATIONS, Activation, _activate
-from .launch import INTERPRETED, next_power_of_2, on
+from .launch import INTERPRETED, next_power_of_2, on, processors
 
 #: The largest rank whose factors fit beside the tiles.
 MAX_RANK = 64
-_ROWS, _COLUMNS, _WARPS = 64, 64, 8
+#: Rows and columns of a tile, and warps of a program; measured on an H200.
+_FORWARD = (32, 128, 4)
+_BACKWARD = (32, 64, 4)
+_STAGES = 2  # of the loop over rows: the next tile is on its way while one is worked on
+#: Programs that walk down the rows, per processor.
+_WAVES = 8
 
 
 @triton.jit
-def _product(xa_ptr, b_ptr, row, column, n_rows, n_columns, rank, xa_stride, scaling, RANK: tl.constexpr, WIDE: tl.constexpr):  # fmt: skip # noqa: E501
-    """s·xa·Bᵀ of one tile, in fp32."""
-    place = tl.arange(0, RANK)
-    small = tl.load(
-        xa_ptr + row[:, None] * xa_stride + place[None, :],
-        mask=(row < n_rows)[:, None] & (place < rank)[None, :], other=0.0,
-    )  # fmt: skip
-    b = tl.load(
-        b_ptr + column[None, :] * rank + place[:, None],
-        mask=(column < n_columns)[None, :] & (place < rank)[:, None], other=0.0,
-    )  # fmt: skip
-    if WIDE:  # the interpreter can't multiply 16-bit values, and fp32 ones must not be cut to tf32
-        return tl.dot(small.to(tl.float32), b.to(tl.float32), input_precision="ieee") * scaling
-    return tl.dot(small, b) * scaling
+def _load(ptr, offsets, inside):
+    return tl.load(ptr + offsets, mask=inside, other=0.0)
+
+
+@triton.jit
+def _times(a, b, WIDE: tl.constexpr):
+    """a·b with fp32 sums. The interpreter can't multiply 16-bit values, and fp32 ones must not be cut to tf32."""
+    if WIDE:
+        return tl.dot(a.to(tl.float32), b.to(tl.float32), input_precision="ieee")
+    return tl.dot(a, b)
 
 
 @triton.jit(do_not_specialize=["n_rows"])
 def _forward(
     g_ptr, u_ptr, xa_g_ptr, xa_u_ptr, b_g_ptr, b_u_ptr, h_ptr, n_rows, n_columns, rank,
     g_stride, u_stride, xa_stride, h_stride, s_g, s_u,
-    ACTIVATION: tl.constexpr, RANK: tl.constexpr, WIDE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    ACTIVATION: tl.constexpr, RANK: tl.constexpr, WIDE: tl.constexpr, ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
-    inside = (row < n_rows)[:, None] & (column < n_columns)[None, :]
-    g = tl.load(g_ptr + row[:, None] * g_stride + column[None, :], mask=inside, other=0.0).to(tl.float32)
-    u = tl.load(u_ptr + row[:, None] * u_stride + column[None, :], mask=inside, other=0.0).to(tl.float32)
-    g += _product(xa_g_ptr, b_g_ptr, row, column, n_rows, n_columns, rank, xa_stride, s_g, RANK, WIDE)
-    u += _product(xa_u_ptr, b_u_ptr, row, column, n_rows, n_columns, rank, xa_stride, s_u, RANK, WIDE)
-    value, _ = _activate(g, ACTIVATION)
-    tl.store(h_ptr + row[:, None] * h_stride + column[None, :], (value * u).to(h_ptr.dtype.element_ty), mask=inside)
+    blocks = tl.cdiv(n_columns, COLUMNS)
+    first_row = (tl.program_id(0) // blocks).to(tl.int64) * ROWS
+    first_column = (tl.program_id(0) % blocks) * COLUMNS
+    row, column, place = tl.arange(0, ROWS), tl.arange(0, COLUMNS), tl.arange(0, RANK)
+    rows, columns, narrow = first_row + row < n_rows, first_column + column < n_columns, place < rank
+    inside = rows[:, None] & columns[None, :]
+    g = _load(g_ptr + first_row * g_stride + first_column, row[:, None] * g_stride + column[None, :], inside)
+    u = _load(u_ptr + first_row * u_stride + first_column, row[:, None] * u_stride + column[None, :], inside)
+    at, small = row[:, None] * xa_stride + place[None, :], rows[:, None] & narrow[None, :]
+    xa_g = _load(xa_g_ptr + first_row * xa_stride, at, small)
+    xa_u = _load(xa_u_ptr + first_row * xa_stride, at, small)
+    at, small = column[None, :] * rank + place[:, None], columns[None, :] & narrow[:, None]
+    b_g = _load(b_g_ptr + first_column * rank, at, small)
+    b_u = _load(b_u_ptr + first_column * rank, at, small)
+    gate = _times(xa_g, b_g, WIDE) * s_g + g.to(tl.float32)
+    up = _times(xa_u, b_u, WIDE) * s_u + u.to(tl.float32)
+    value, _ = _activate(gate, ACTIVATION)
+    h = (value * up).to(h_ptr.dtype.element_ty)
+    tl.store(h_ptr + first_row * h_stride + first_column + row[:, None] * h_stride + column[None, :], h, mask=inside)
 
 
-@triton.jit(do_not_specialize=["n_rows"])
+@triton.jit(do_not_specialize=["n_rows", "chunk"])
 def _backward(
-    dh_ptr, g_ptr, u_ptr, xa_g_ptr, xa_u_ptr, b_g_ptr, b_u_ptr, n_rows, n_columns, rank,
-    dh_stride, g_stride, u_stride, xa_stride, s_g, s_u,
-    ACTIVATION: tl.constexpr, RANK: tl.constexpr, WIDE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    dh_ptr, g_ptr, u_ptr, xa_g_ptr, xa_u_ptr, b_g_ptr, b_u_ptr, dha_ptr, sums_ptr, n_rows, n_columns, rank, chunk,
+    dh_stride, g_stride, u_stride, xa_stride, dha_stride, s_g, s_u,
+    ACTIVATION: tl.constexpr, DOWN: tl.constexpr, RANK: tl.constexpr, WIDE: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
-    inside = (row < n_rows)[:, None] & (column < n_columns)[None, :]
-    dh_at = dh_ptr + row[:, None] * dh_stride + column[None, :]
-    g_at = g_ptr + row[:, None] * g_stride + column[None, :]
-    u_at = u_ptr + row[:, None] * u_stride + column[None, :]
-    dh = tl.load(dh_at, mask=inside, other=0.0).to(tl.float32)
-    g = tl.load(g_at, mask=inside, other=0.0).to(tl.float32)
-    u = tl.load(u_at, mask=inside, other=0.0).to(tl.float32)
-    g += _product(xa_g_ptr, b_g_ptr, row, column, n_rows, n_columns, rank, xa_stride, s_g, RANK, WIDE)
-    u += _product(xa_u_ptr, b_u_ptr, row, column, n_rows, n_columns, rank, xa_stride, s_u, RANK, WIDE)
-    value, slope = _activate(g, ACTIVATION)
-    tl.store(g_at, (dh * u * slope).to(g_ptr.dtype.element_ty), mask=inside)
-    tl.store(u_at, (dh * value).to(u_ptr.dtype.element_ty), mask=inside)
-    tl.store(dh_at, (value * u).to(dh_ptr.dtype.element_ty), mask=inside)
+    """A block of columns and a piece of the rows, walked down; its part of dB of gate and up, and of dA of down."""
+    first_column, part = tl.program_id(0) * COLUMNS, tl.program_id(1).to(tl.int64)
+    row, column, place = tl.arange(0, ROWS), tl.arange(0, COLUMNS), tl.arange(0, RANK)
+    columns, narrow = first_column + column < n_columns, place < rank
+    at, small = column[None, :] * rank + place[:, None], columns[None, :] & narrow[:, None]
+    b_g = _load(b_g_ptr + first_column * rank, at, small)
+    b_u = _load(b_u_ptr + first_column * rank, at, small)
+    db_g = tl.zeros([RANK, COLUMNS], tl.float32)
+    db_u = tl.zeros([RANK, COLUMNS], tl.float32)
+    da = tl.zeros([RANK, COLUMNS], tl.float32)
+    for start in range(0, chunk, ROWS):
+        first_row = part * chunk + start
+        rows = first_row + row < n_rows
+        inside = rows[:, None] & columns[None, :]
+        g_at = g_ptr + first_row * g_stride + first_column
+        u_at = u_ptr + first_row * u_stride + first_column
+        g_tile, u_tile = row[:, None] * g_stride + column[None, :], row[:, None] * u_stride + column[None, :]
+        thin, known = row[:, None] * xa_stride + place[None, :], rows[:, None] & narrow[None, :]
+        xa_g = _load(xa_g_ptr + first_row * xa_stride, thin, known)
+        xa_u = _load(xa_u_ptr + first_row * xa_stride, thin, known)
+        dh = _load(
+            dh_ptr + first_row * dh_stride + first_column, row[:, None] * dh_stride + column[None, :], inside
+        ).to(tl.float32)
+        gate = _times(xa_g, b_g, WIDE) * s_g + _load(g_at, g_tile, inside).to(tl.float32)
+        up = _times(xa_u, b_u, WIDE) * s_u + _load(u_at, u_tile, inside).to(tl.float32)
+        value, slope = _activate(gate, ACTIVATION)
+        dg = (dh * up * slope).to(g_ptr.dtype.element_ty)
+        du = (dh * value).to(g_ptr.dtype.element_ty)
+        tl.store(g_at + g_tile, dg, mask=inside)
+        tl.store(u_at + u_tile, du, mask=inside)
+        db_g += _times(tl.trans(xa_g), dg, WIDE)
+        db_u += _times(tl.trans(xa_u), du, WIDE)
+        if DOWN:
+            dha = _load(dha_ptr + first_row * dha_stride, row[:, None] * dha_stride + place[None, :], known)
+            da += _times(tl.trans(dha), (value * up).to(g_ptr.dtype.element_ty), WIDE)
+    sums = sums_ptr + part * (3 * RANK) * n_columns + first_column
+    out = place[:, None] * n_columns + column[None, :]
+    tl.store(sums + out, db_g * s_g, mask=columns[None, :])
+    tl.store(sums + RANK * n_columns + out, db_u * s_u, mask=columns[None, :])
+    if DOWN:
+        tl.store(sums + 2 * RANK * n_columns + out, da, mask=columns[None, :])
 
 
-def _grid(rows: int, columns: int) -> tuple[tuple[int, int], int, int]:
-    tile_rows, tile_columns = (16, 32) if INTERPRETED and rows < 64 else (_ROWS, _COLUMNS)
-    return (triton.cdiv(rows, tile_rows), triton.cdiv(columns, tile_columns)), tile_rows, tile_columns
+@triton.jit(do_not_specialize=["count"])
+def _add_kernel(parts_ptr, out_ptr, n_columns, rank, count, RANK: tl.constexpr, COLUMNS: tl.constexpr):
+    """The parts of dB, ``[count, 3, RANK, columns]``, added up and turned: ``[2, columns, rank]``."""
+    column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    which, place = tl.program_id(1), tl.arange(0, RANK)
+    inside = (place < rank)[None, :] & (column < n_columns)[:, None]
+    total = tl.zeros([COLUMNS, RANK], tl.float32)
+    for part in range(count):
+        start = (part * 3 + which).to(tl.int64) * RANK * n_columns
+        total += tl.load(parts_ptr + start + place[None, :] * n_columns + column[:, None], mask=inside, other=0.0)
+    tl.store(out_ptr + (which * n_columns + column[:, None]) * rank + place[None, :], total, mask=inside)
 
 
-def _check(xa: tuple[torch.Tensor, torch.Tensor], b: tuple[torch.Tensor, torch.Tensor]) -> int:
-    rank = b[0].shape[1]
-    assert b[1].shape[1] == rank <= MAX_RANK
-    assert xa[0].stride(0) == xa[1].stride(0)
-    assert b[0].is_contiguous() and b[1].is_contiguous()  # noqa: PT018
-    return int(rank)
+@dataclass(frozen=True)
+class Gradients:
+    """Of the adapters' outer factors, in fp32: db ``[columns, rank]`` each; da_down ``[rank, columns]`` or None."""
+
+    db_gate: torch.Tensor
+    db_up: torch.Tensor
+    da_down: torch.Tensor | None
 
 
 def forward(
@@ -103,14 +158,14 @@ def forward(
         g, u: ``[rows, columns]``, columns side by side.
         xa: two of ``[rows, rank]`` with one row stride (shares of one product); b: two of ``[columns, rank]``.
     """
-    rank = _check(xa, b)
+    (n_rows, n_columns), rank = g.shape, _rank(xa, b)
+    rows, columns, warps = (16, 32, 4) if INTERPRETED else _FORWARD
     h = torch.empty(g.shape, dtype=g.dtype, device=g.device)
-    grid, rows, columns = _grid(*g.shape)
     with on(g):
-        _forward[grid](
-            g, u, *xa, *b, h, *g.shape, rank, g.stride(0), u.stride(0), xa[0].stride(0), h.stride(0), *scalings,
-            ACTIVATION=ACTIVATIONS.index(activation), RANK=max(16, next_power_of_2(rank)),
-            WIDE=INTERPRETED or g.dtype == torch.float32, ROWS=rows, COLUMNS=columns, num_warps=_WARPS,
+        _forward[(triton.cdiv(n_rows, rows) * triton.cdiv(n_columns, columns),)](
+            g, u, *xa, *b, h, n_rows, n_columns, rank, g.stride(0), u.stride(0), xa[0].stride(0), h.stride(0),
+            *scalings, ACTIVATION=ACTIVATIONS.index(activation), WIDE=INTERPRETED or g.dtype == torch.float32,
+            RANK=_padded(rank), ROWS=rows, COLUMNS=columns, num_warps=warps,
         )  # fmt: skip
     return h
 
@@ -118,13 +173,46 @@ def forward(
 def backward(
     dh: torch.Tensor, g: torch.Tensor, u: torch.Tensor, xa: tuple[torch.Tensor, torch.Tensor],
     b: tuple[torch.Tensor, torch.Tensor], scalings: tuple[float, float], activation: Activation,
-) -> None:  # fmt: skip
-    """Everything in place: g and u become the gradients of the two layers' outputs, dh becomes h."""
-    rank = _check(xa, b)
-    grid, rows, columns = _grid(*g.shape)
+    dha: torch.Tensor | None = None,
+) -> Gradients:  # fmt: skip
+    """g and u become the gradients of the two layers' outputs, in place; dh stays.
+
+    Args:
+        dha: ``[rows, rank]``, the gradient of h·Aᵀ; None if the down projection has no adapter.
+    """
+    (n_rows, n_columns), rank = g.shape, _rank(xa, b)
+    assert dha is None or dha.shape[1] == rank
+    padded = _padded(rank)
+    rows, columns, warps = (16, 32, 4) if INTERPRETED else _BACKWARD
+    blocks = triton.cdiv(n_columns, columns)
+    pieces = min(triton.cdiv(n_rows, rows), max(1, _WAVES * processors(g.device) // blocks))
+    length = triton.cdiv(triton.cdiv(n_rows, pieces), rows) * rows
+    pieces = triton.cdiv(n_rows, length)
+    sums = torch.empty(pieces, 3, padded, n_columns, dtype=torch.float32, device=g.device)
+    db = torch.empty(2, n_columns, rank, dtype=torch.float32, device=g.device)
+    down = dh if dha is None else dha
     with on(g):
-        _backward[grid](
-            dh, g, u, *xa, *b, *g.shape, rank, dh.stride(0), g.stride(0), u.stride(0), xa[0].stride(0), *scalings,
-            ACTIVATION=ACTIVATIONS.index(activation), RANK=max(16, next_power_of_2(rank)),
-            WIDE=INTERPRETED or g.dtype == torch.float32, ROWS=rows, COLUMNS=columns, num_warps=_WARPS,
+        _backward[(blocks, pieces)](
+            dh, g, u, *xa, *b, down, sums, n_rows, n_columns, rank, length,
+            dh.stride(0), g.stride(0), u.stride(0), xa[0].stride(0), down.stride(0), *scalings,
+            ACTIVATION=ACTIVATIONS.index(activation), DOWN=dha is not None, RANK=padded,
+            WIDE=INTERPRETED or g.dtype == torch.float32, ROWS=rows, COLUMNS=columns,
+            num_warps=warps, num_stages=_STAGES,
         )  # fmt: skip
+        _add_kernel[(triton.cdiv(n_columns, 64), 2)](
+            sums, db, n_columns, rank, pieces, RANK=padded, COLUMNS=64, num_warps=4
+        )
+    return Gradients(db[0], db[1], torch.sum(sums[:, 2, :rank], dim=0) if dha is not None else None)
+
+
+def _padded(rank: int) -> int:
+    return max(16, next_power_of_2(rank))
+
+
+def _rank(xa: tuple[torch.Tensor, torch.Tensor], b: tuple[torch.Tensor, torch.Tensor]) -> int:
+    rank = b[0].shape[1]
+    assert b[1].shape[1] == rank <= MAX_RANK
+    assert xa[0].stride(0) == xa[1].stride(0)
+    assert b[0].is_contiguous()
+    assert b[1].is_contiguous()
+    return int(rank)

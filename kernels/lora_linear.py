@@ -1,23 +1,15 @@
-"""Linear layers with LoRA, alone, several on one input, or as a whole gated MLP.
+"""Linear layers with LoRA, alone, several on one input, or as a whole gated MLP, as differentiable functions.
 
-    y_i  = x·W_iᵀ + b_i + s_i·(x·A_iᵀ)·B_iᵀ
-    dXA_i = s_i·dy_i·B_i          dB_i = s_i·dy_iᵀ·(x·A_iᵀ)          dA_i = dXA_iᵀ·x
-    dx    = Σ_i dXA_i·A_i + Σ_i dy_i·W_i
-
-Source: Hu et al., "LoRA", arXiv 2106.09685. W and b are frozen; W is dense or NF4, then dequantised into memory that
-every layer shares, once forward and once backward.
-
-What is saved by hand here: x·A of layers that share x is one product, and so is dA; the small products go first and
-the large one adds to them in its own fp32 sums (β = 1), so that y and dx are rounded once where three calls round
-three times; nothing is copied to apply s; x itself is the only large tensor kept. The MLP keeps x, gate and up, and
-writes its gradients over gate and up.
+The arithmetic is that of :mod:`.projection`: x·A of layers that share x is one product, and so is dA; the small
+products go first and the large one adds to them in its own fp32 sums, so that y and dx are rounded once where three
+calls round three times; x itself is the only large tensor kept. The MLP keeps x, gate and up, and writes its gradients
+over gate and up. W and b are frozen; W is dense, NF4 or e4m3.
 
 Dropout, DoRA, several active adapters and a trained W or bias are PEFT's business: see ``patch``.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -26,8 +18,19 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from . import glu
+from .fp8 import FP8
 from .launch import as_rows
-from .nf4 import NF4, dequantise, scratch
+from .nf4 import NF4
+from .projection import (
+    Group,
+    Projection,
+    dense,
+    expand_gradients,
+    input_gradient,
+    project,
+    shrink,
+    shrink_gradients,
+)
 
 
 @dataclass(frozen=True)
@@ -40,24 +43,11 @@ class Part:
         scaling: s; bias: ``[out]`` or None, frozen.
     """
 
-    weight: torch.Tensor | NF4
+    weight: torch.Tensor | NF4 | FP8
     a: torch.Tensor
     b: torch.Tensor
     scaling: float
     bias: torch.Tensor | None = None
-
-    @property
-    def out_features(self) -> int:
-        return int(self.weight.shape[0])
-
-
-@dataclass(frozen=True)
-class _Frozen:
-    """What autograd need not see of a :class:`Part`."""
-
-    weight: torch.Tensor | NF4
-    scaling: float
-    bias: torch.Tensor | None
 
     @property
     def out_features(self) -> int:
@@ -96,118 +86,65 @@ def _in_compute_dtype(x: torch.Tensor) -> torch.Tensor:
     return x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x
 
 
-def _frozen(parts: Sequence[Part]) -> tuple[_Frozen, ...]:
-    return tuple(_Frozen(part.weight, part.scaling, part.bias) for part in parts)
+def _frozen(parts: Sequence[Part]) -> tuple[Projection, ...]:
+    """What autograd need not see of them."""
+    return tuple(Projection(part.weight, part.bias, part.a.shape[0], part.scaling) for part in parts)
 
 
 def _adapters(parts: Sequence[Part]) -> list[torch.Tensor]:
     return [tensor for part in parts for tensor in (part.a, part.b)]
 
 
-def _dense(weights: Sequence[torch.Tensor | NF4], dtype: torch.dtype) -> list[torch.Tensor]:
-    """The weights in ``dtype``; NF4 ones side by side in scratch memory, to be used before the next call."""
-    sizes = [math.prod(w.shape) if isinstance(w, NF4) else 0 for w in weights]
-    device = next((w.packed.device for w in weights if isinstance(w, NF4)), None)
-    buffer = scratch((sum(sizes),), dtype, device) if device is not None else torch.empty(0)
-    dense, start = [], 0
-    for weight, size in zip(weights, sizes, strict=True):
-        if isinstance(weight, NF4):
-            if weight.dtype == dtype:
-                dense.append(dequantise(weight, buffer[start : start + size].view(weight.shape)))
-            else:
-                dense.append(dequantise(weight).to(dtype))
-            start += size
-        else:
-            dense.append(weight.to(dtype))
-    return dense
+def _group(parts: Sequence[Projection], adapters: Sequence[torch.Tensor], dtype: torch.dtype) -> Group:
+    """The layers with their adapters in the dtype computed in, A stacked."""
+    a = [one.detach().to(dtype) for one in adapters[::2]]
+    return Group(
+        tuple(parts), a[0] if len(a) == 1 else torch.cat(a), tuple(b.detach().to(dtype) for b in adapters[1::2])
+    )
 
 
-def _down(x: torch.Tensor, a: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-    """x·Aᵀ of all adapters in one product, and the stacked A ``[Σ rank, in]`` in x's dtype."""
-    stacked = a[0].to(x.dtype) if len(a) == 1 else torch.cat([one.to(x.dtype) for one in a])
-    return torch.mm(x, stacked.t()), stacked
-
-
-def _forward(
-    x: torch.Tensor, xa: torch.Tensor, weight: torch.Tensor, b: torch.Tensor, frozen: _Frozen, out: torch.Tensor
-) -> None:
-    """out = bias + s·xa·Bᵀ + x·Wᵀ, the large product last and into the sum."""
-    b = b.to(x.dtype)
-    if frozen.bias is None:
-        torch.addmm(out, xa, b.t(), beta=0, alpha=frozen.scaling, out=out)
-    else:
-        torch.addmm(frozen.bias.to(x.dtype), xa, b.t(), alpha=frozen.scaling, out=out)
-    torch.addmm(out, x, weight.t(), out=out)
-
-
-def _adapter_gradients(
-    dy: torch.Tensor, xa: torch.Tensor, b: torch.Tensor, scaling: float, dxa: torch.Tensor
-) -> torch.Tensor:
-    """dB, and dXA written into ``dxa``; s is applied to the sums, not to copies."""
-    torch.addmm(dxa, dy, b.to(dy.dtype), beta=0, alpha=scaling, out=dxa)
-    db = torch.empty(b.shape, dtype=dy.dtype, device=dy.device)
-    return torch.addmm(db, dy.t(), xa, beta=0, alpha=scaling, out=db).to(b.dtype)
+def _dense(group: Group, dtype: torch.dtype) -> list[Any]:
+    return dense([part.weight for part in group.parts], dtype)
 
 
 class _Group(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, parts: tuple[_Frozen, ...], *adapters: torch.Tensor) -> Any:
-        rows, a, b = as_rows(x), adapters[::2], adapters[1::2]
-        xa, _ = _down(rows, a)
-        ranks = [one.shape[0] for one in a]
-        outputs = []
-        weights = _dense([part.weight for part in parts], x.dtype)
-        for part, weight, mine, small in zip(parts, weights, xa.split(ranks, dim=1), b, strict=True):
-            out = torch.empty(rows.shape[0], part.out_features, dtype=x.dtype, device=x.device)
-            _forward(rows, mine, weight, small, part, out)
-            outputs.append(out.view(*x.shape[:-1], part.out_features))
-        ctx.parts, ctx.ranks = parts, ranks
-        ctx.save_for_backward(rows, xa, *adapters)
-        return tuple(outputs)
+    def forward(ctx: Any, x: torch.Tensor, parts: tuple[Projection, ...], *adapters: torch.Tensor) -> Any:
+        rows, group = as_rows(x), _group(parts, adapters, x.dtype)
+        xa = shrink(rows, group)
+        ctx.group, ctx.dtypes = group, [adapter.dtype for adapter in adapters]
+        ctx.save_for_backward(rows, xa)
+        return tuple(out.view(*x.shape[:-1], out.shape[1]) for out in project(rows, xa, group))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *dys: torch.Tensor) -> tuple[Any, ...]:
-        rows, xa, *adapters = ctx.saved_tensors
-        a, b = adapters[::2], adapters[1::2]
+        (rows, xa), group = ctx.saved_tensors, ctx.group
         dy_rows = [as_rows(dy) for dy in dys]
-        dxa = torch.empty_like(xa)
-        columns = list(zip(xa.split(ctx.ranks, dim=1), dxa.split(ctx.ranks, dim=1), strict=True))
-        dbs = [
-            _adapter_gradients(dy, mine, small, part.scaling, dmine)
-            for dy, (mine, dmine), small, part in zip(dy_rows, columns, b, ctx.parts, strict=True)
-        ]
-        das = torch.mm(dxa.t(), rows).split(ctx.ranks)
+        dxa, dbs = expand_gradients(dy_rows, xa, group)
+        das = shrink_gradients(dxa, rows, group)
         dx = None
         if ctx.needs_input_grad[0]:
-            dx = torch.mm(dxa, torch.cat([one.to(rows.dtype) for one in a]))
-            weights = _dense([part.weight for part in ctx.parts], rows.dtype)
-            for dy, weight in zip(dy_rows, weights, strict=True):
-                torch.addmm(dx, dy, weight, out=dx)
+            dx = input_gradient(dy_rows, dxa, group, _dense(group, rows.dtype))
             dx = dx.view(*dys[0].shape[:-1], rows.shape[1])
-        return dx, None, *_interleave([da.to(one.dtype) for da, one in zip(das, a, strict=True)], dbs)
+        return dx, None, *_interleave(das, dbs, ctx.dtypes)
 
 
 class _MLP(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: torch.Tensor, parts: tuple[_Frozen, ...], activation: glu.Activation, *adapters: torch.Tensor
+        ctx: Any, x: torch.Tensor, parts: tuple[Projection, ...], activation: glu.Activation, *adapters: torch.Tensor
     ) -> torch.Tensor:
-        rows, (a_gate, b_gate, a_up, b_up, a_down, b_down) = as_rows(x), adapters
-        xa, _ = _down(rows, (a_gate, a_up))
-        ranks, width = [a_gate.shape[0], a_up.shape[0]], parts[0].out_features
-        gate, up = (torch.empty(rows.shape[0], width, dtype=x.dtype, device=x.device) for _ in range(2))
-        weights = _dense([part.weight for part in parts[:2]], x.dtype)
-        for out, part, weight, mine, small in zip(
-            (gate, up), parts, weights, xa.split(ranks, dim=1), (b_gate, b_up), strict=False
-        ):
-            _forward(rows, mine, weight, small, part, out)
+        rows = as_rows(x)
+        pair, down = _group(parts[:2], adapters[:4], x.dtype), _group(parts[2:], adapters[4:], x.dtype)
+        xa = shrink(rows, pair)
+        gate, up = project(rows, xa, pair)
         h = glu.forward(gate, up, activation)
-        ha, _ = _down(h, (a_down,))
-        y = torch.empty(rows.shape[0], parts[2].out_features, dtype=x.dtype, device=x.device)
-        _forward(h, ha, _dense([parts[2].weight], x.dtype)[0], b_down, parts[2], y)
-        ctx.parts, ctx.activation, ctx.spent = parts, activation, False
-        ctx.save_for_backward(rows, gate, up, xa, ha, *adapters)
+        ha = shrink(h, down)
+        (y,) = project(h, ha, down)
+        ctx.groups, ctx.activation, ctx.spent = (pair, down), activation, False
+        ctx.dtypes = [adapter.dtype for adapter in adapters]
+        ctx.save_for_backward(rows, gate, up, xa, ha)
         return y.view(*x.shape[:-1], y.shape[1])
 
     @staticmethod
@@ -216,36 +153,26 @@ class _MLP(torch.autograd.Function):
         if ctx.spent:
             raise RuntimeError("a fused MLP was asked for its gradient twice; its saved tensors are overwritten")
         ctx.spent = True
-        rows, gate, up, xa, ha, *adapters = ctx.saved_tensors
-        a_gate, b_gate, a_up, b_up, a_down, b_down = adapters
-        part_gate, part_up, part_down = ctx.parts
-        dy_rows, dtype = as_rows(dy), rows.dtype
+        rows, gate, up, xa, ha = ctx.saved_tensors
+        (pair, down), dy_rows, dtype = ctx.groups, as_rows(dy), rows.dtype
 
-        dha = torch.empty_like(ha)
-        db_down = _adapter_gradients(dy_rows, ha, b_down, part_down.scaling, dha)
-        dh = torch.mm(dha, a_down.to(dtype))
-        torch.addmm(dh, dy_rows, _dense([part_down.weight], dtype)[0], out=dh)
+        dha, db_down = expand_gradients([dy_rows], ha, down)
+        dh = input_gradient([dy_rows], dha, down, _dense(down, dtype))
         glu.backward(dh, gate, up, ctx.activation, dgate=gate, dup=up, h=dh)  # dh becomes h
-        da_down = torch.mm(dha.t(), dh).to(a_down.dtype)
-
-        ranks = [a_gate.shape[0], a_up.shape[0]]
-        dxa = torch.empty_like(xa)
-        (xa_gate, xa_up), (dxa_gate, dxa_up) = xa.split(ranks, dim=1), dxa.split(ranks, dim=1)
-        db_gate = _adapter_gradients(gate, xa_gate, b_gate, part_gate.scaling, dxa_gate)
-        db_up = _adapter_gradients(up, xa_up, b_up, part_up.scaling, dxa_up)
-        da_gate, da_up = torch.mm(dxa.t(), rows).split(ranks)
+        da_down = shrink_gradients(dha, dh, down)
+        dxa, dbs = expand_gradients([gate, up], xa, pair)
+        das = shrink_gradients(dxa, rows, pair)
         dx = None
         if ctx.needs_input_grad[0]:
-            dx = torch.mm(dxa, torch.cat((a_gate.to(dtype), a_up.to(dtype))))
-            for d, weight in zip((gate, up), _dense([part_gate.weight, part_up.weight], dtype), strict=True):
-                torch.addmm(dx, d, weight, out=dx)
-            dx = dx.view(*dy.shape[:-1], rows.shape[1])
-        das = [da_gate.to(a_gate.dtype), da_up.to(a_up.dtype), da_down]
-        return dx, None, None, *_interleave(das, [db_gate, db_up, db_down])
+            dx = input_gradient([gate, up], dxa, pair, _dense(pair, dtype)).view(*dy.shape[:-1], rows.shape[1])
+        return dx, None, None, *_interleave([*das, *da_down], [*dbs, *db_down], ctx.dtypes)
 
 
-def _interleave(das: list[torch.Tensor], dbs: list[torch.Tensor]) -> list[torch.Tensor]:
-    return [gradient for pair in zip(das, dbs, strict=True) for gradient in pair]
+def _interleave(
+    das: Sequence[torch.Tensor | None], dbs: Sequence[torch.Tensor | None], dtypes: Sequence[torch.dtype]
+) -> list[torch.Tensor]:
+    flat = [gradient for pair in zip(das, dbs, strict=True) for gradient in pair]
+    return [gradient.to(dtype) for gradient, dtype in zip(flat, dtypes, strict=True) if gradient is not None]
 
 
 def lora_linear_reference(x: torch.Tensor, part: Part) -> torch.Tensor:

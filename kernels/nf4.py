@@ -24,7 +24,8 @@ import triton.language as tl
 
 from .launch import INTERPRETED, on
 
-_TILE_BYTES = 1024  # of packed weights per program: 2048 weights
+_TILE_BYTES = 4096  # of packed weights per program: 8192 weights
+_WARPS = 4
 
 
 @dataclass(frozen=True)
@@ -78,15 +79,15 @@ def _kernel(
 ):  # fmt: skip
     block = tl.program_id(0).to(tl.int64) * BLOCKS + tl.arange(0, BLOCKS)
     known = block < n_blocks
-    # One scale per block, decoded once.
+    byte = block[:, None] * BYTES + tl.arange(0, BYTES)[None, :]
+    packed = tl.load(packed_ptr + byte, mask=byte < n_bytes, other=0).to(tl.int32)
+    # One scale per block, decoded once; the weights are on their way meanwhile.
     scale = tl.load(absmax_ptr + block, mask=known, other=0)
     if NESTED:
         inner = tl.load(absmax2_ptr + block // blocksize2, mask=known, other=0.0)
         scale = tl.load(code2_ptr + scale.to(tl.int32)) * inner + tl.load(offset_ptr)
     scale = scale.to(tl.float32)
 
-    byte = block[:, None] * BYTES + tl.arange(0, BYTES)[None, :]
-    packed = tl.load(packed_ptr + byte, mask=byte < n_bytes, other=0).to(tl.int32)
     first = tl.load(code_ptr + (packed >> 4)) * scale[:, None]
     second = tl.load(code_ptr + (packed & 15)) * scale[:, None]
     value = tl.interleave(first, second).to(out_ptr.dtype.element_ty)
@@ -125,7 +126,7 @@ def dequantise(state: NF4, out: torch.Tensor | None = None) -> torch.Tensor:
             state.packed, state.absmax, state.code, nested[0], nested[1], nested[3], out,
             n, state.packed.numel(), n_blocks, out.shape[-1], out.stride(0), nested[2],
             NESTED=state.nested is not None, STRIDED=strided, BLOCKS=blocks, BYTES=state.blocksize // 2,
-            num_warps=4, **({} if INTERPRETED else {"enable_fp_fusion": False}),
+            num_warps=_WARPS, **({} if INTERPRETED else {"enable_fp_fusion": False}),
         )  # fmt: skip
     return out
 

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 if TYPE_CHECKING:
-    from .decoder_layer import Policy
+    from .decoder_layer import Keeping
 
 #: What can be replaced, in the order in which it is looked for: a whole layer is held against its own code, so before
 #: its parts; the gated MLP builds on the LoRA layers in it.
@@ -67,16 +67,14 @@ def patch_model(
     *,
     only: Collection[str] | None = None,
     dtype: torch.dtype | None = None,
-    policy: Policy = "all-but-elementwise",
-    parks: bool = False,
+    keeping: Keeping | None = None,
 ) -> PatchReport:
     """Replace what can be replaced on ``model``; safe to call again, as after adapters were added.
 
     Args:
         only: the kernels to use, of :data:`KERNELS`; all by default.
         dtype: the dtype in which the model computes; by default that of most of its parameters.
-        policy: what whole layers keep for their backward pass; see :mod:`.decoder_layer`.
-        parks: what they keep under ``inputs+attention`` waits in host memory.
+        keeping: what whole layers keep for their backward pass; by default all but elementwise results.
 
     Raises:
         ValueError: ``only`` names a kernel that there is not.
@@ -97,7 +95,7 @@ def patch_model(
     for kernel in KERNELS:
         if kernel in wanted:
             if kernel == "decoder_layer":
-                report.items.extend(replace.find_layers(model, dtype, policy, parks=parks))
+                report.items.extend(replace.find_layers(model, dtype, keeping))
             else:
                 report.items.extend(replace.FINDERS[kernel](model, dtype))
     for module in model.modules():

@@ -14,9 +14,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
+from . import fp8, fp8_projection
+from .fp8 import FP8
 from .nf4 import NF4, dequantise, scratch
 
 
@@ -25,11 +28,11 @@ class Projection:
     """One frozen linear layer.
 
     Args:
-        weight: ``[out, in]``, dense or NF4; bias: ``[out]`` or None.
+        weight: ``[out, in]``, dense, NF4 or e4m3; bias: ``[out]`` or None.
         rank: of its adapter, 0 if it has none; scaling: s.
     """
 
-    weight: torch.Tensor | NF4
+    weight: torch.Tensor | NF4 | FP8
     bias: torch.Tensor | None = None
     rank: int = 0
     scaling: float = 1.0
@@ -61,10 +64,16 @@ class Group:
         return [part.rank for part in self.parts]
 
 
-def dense(weights: Sequence[torch.Tensor | NF4], dtype: torch.dtype) -> list[torch.Tensor]:
-    """The weights in ``dtype``; NF4 ones side by side in scratch memory, to be used before the next call."""
-    sizes = [math.prod(w.shape) if isinstance(w, NF4) else 0 for w in weights]
-    device = next((w.packed.device for w in weights if isinstance(w, NF4)), None)
+def dense(weights: Sequence[torch.Tensor | NF4 | FP8], dtype: torch.dtype) -> list[Any]:
+    """The weights in ``dtype``; NF4 ones side by side in scratch memory, to be used before the next call.
+
+    If all are in e4m3, and products in 8 bits serve, they stay as they are: :func:`project` and
+    :func:`input_gradient` take them so.
+    """
+    if all(isinstance(w, FP8) and fp8.serves(w, dtype) for w in weights):
+        return list(weights)
+    sizes = [math.prod(w.shape) if isinstance(w, NF4 | FP8) else 0 for w in weights]
+    device = next((_place(w) for w in weights if isinstance(w, NF4 | FP8)), None)
     buffer = scratch((sum(sizes),), dtype, device) if device is not None else torch.empty(0)
     result, start = [], 0
     for weight, size in zip(weights, sizes, strict=True):
@@ -74,9 +83,16 @@ def dense(weights: Sequence[torch.Tensor | NF4], dtype: torch.dtype) -> list[tor
             else:
                 result.append(dequantise(weight).to(dtype))
             start += size
+        elif isinstance(weight, FP8):
+            result.append(fp8.dequantise(weight, buffer[start : start + size].view(weight.shape)))
+            start += size
         else:
             result.append(weight.to(dtype))
     return result
+
+
+def _place(weight: NF4 | FP8) -> torch.device:
+    return weight.packed.device if isinstance(weight, NF4) else weight.data.device
 
 
 def shrink(x: torch.Tensor, group: Group) -> torch.Tensor | None:
@@ -123,6 +139,23 @@ def expand(
     return torch.addmm(base, x, weight.t(), out=out)
 
 
+def project(
+    x: torch.Tensor, xa: torch.Tensor | None, group: Group, weights: Sequence[Any] | None = None, *,
+    add: torch.Tensor | None = None, out: torch.Tensor | None = None,
+) -> list[torch.Tensor]:  # fmt: skip
+    """All outputs of a group, each plus ``add``; ``out``, for a group of one, may be ``add`` itself."""
+    weights = dense([part.weight for part in group.parts], x.dtype) if weights is None else weights
+    shares = columns(xa, group)
+    if isinstance(weights[0], FP8):
+        biases, scalings = [part.bias for part in group.parts], [part.scaling for part in group.parts]
+        made = fp8_projection.project(x, weights, biases, shares, group.b, scalings, add=add)
+        return made if out is None else [out.copy_(made[0])]
+    return [
+        expand(x, mine, weight, b, part, add=add, out=out)
+        for part, weight, mine, b in zip(group.parts, weights, shares, group.b, strict=True)
+    ]
+
+
 def adapter_gradients(
     dy: torch.Tensor, xa: torch.Tensor, b: torch.Tensor, part: Projection, dxa: torch.Tensor
 ) -> torch.Tensor:
@@ -132,10 +165,12 @@ def adapter_gradients(
 
 
 def input_gradient(
-    dys: Sequence[torch.Tensor], dxa: torch.Tensor | None, group: Group, weights: Sequence[torch.Tensor],
+    dys: Sequence[torch.Tensor], dxa: torch.Tensor | None, group: Group, weights: Sequence[Any],
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:  # fmt: skip
     """dx of a group, ``[rows, in]``."""
+    if isinstance(weights[0], FP8):
+        return fp8_projection.inputs_gradient(dys, weights, dxa, group.a, out)
     first = dys[0]
     if out is None:
         out = torch.empty(first.shape[0], group.parts[0].in_features, dtype=first.dtype, device=first.device)
@@ -150,6 +185,41 @@ def input_gradient(
             torch.mm(dy, weight, out=out)
             filled = True
     return out
+
+
+def expand_gradients(
+    dys: Sequence[torch.Tensor], xa: torch.Tensor | None, group: Group
+) -> tuple[torch.Tensor | None, list[torch.Tensor | None]]:
+    """dXA of a group, and the dB of each."""
+    if xa is None:
+        return None, [None] * len(group.parts)
+    dxa = torch.empty_like(xa)
+    gradients: list[torch.Tensor | None] = []
+    for dy, mine, dmine, b, part in zip(
+        dys, columns(xa, group), columns(dxa, group), group.b, group.parts, strict=True
+    ):
+        if mine is None or dmine is None or b is None:
+            gradients.append(None)
+        else:
+            gradients.append(adapter_gradients(dy, mine, b, part, dmine))
+    return dxa, gradients
+
+
+def inner_gradients(dys: Sequence[torch.Tensor], group: Group) -> torch.Tensor:
+    """dXA of a group in which each has an adapter, without the dB of :func:`expand_gradients`."""
+    dxa = torch.empty(dys[0].shape[0], sum(group.ranks), dtype=dys[0].dtype, device=dys[0].device)
+    for dy, mine, b, part in zip(dys, columns(dxa, group), group.b, group.parts, strict=True):
+        assert mine is not None
+        assert b is not None
+        torch.addmm(mine, dy, b, beta=0, alpha=part.scaling, out=mine)
+    return dxa
+
+
+def shrink_gradients(dxa: torch.Tensor | None, x: torch.Tensor, group: Group) -> list[torch.Tensor | None]:
+    """dA of each, in fp32."""
+    if dxa is None:
+        return [None] * len(group.parts)
+    return rows_of(mm_fp32(dxa.t(), x), group)
 
 
 def mm_fp32(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from . import adapters, glu, layerproof, layers, lora_linear, recognise, rms_norm, rope, rotary, selfcheck
-from .decoder_layer import Policy
+from .decoder_layer import Keeping, Policy
 from .launch import unavailable
 from .patch import STATE, Replacement
 
@@ -31,22 +31,24 @@ class Patch:
     fallback: str = ""
 
 
-def find_layers(model: nn.Module, dtype: torch.dtype, policy: Policy, *, parks: bool) -> Iterator[Replacement]:
+def find_layers(model: nn.Module, dtype: torch.dtype, keeping: Keeping | None = None) -> Iterator[Replacement]:
+    keeping = keeping or Keeping()
     known: dict[Any, layers.Found | str] = {}
-    for path, module in model.named_modules():
-        if not layers.looks_like_layer(module):
-            continue
-        device = next(module.parameters()).device
-        found: layers.Found | str = _obstacle(module, device)
+    modules = [(path, module) for path, module in model.named_modules() if layers.looks_like_layer(module)]
+    for place, (path, module) in enumerate(modules):
+        found: layers.Found | str = layers.otherwise_built(module)
+        found = found or _obstacle(module, next(module.parameters()).device)
         if not found:
-            kind = layers.kind(module)
+            policy, parks = keeping.of(place, len(modules))
+            kind = (layers.kind(module), policy, parks)
             if kind not in known:
                 known[kind] = _proven_layer(module, dtype, policy, parks)
             found = known[kind]
-        done = isinstance(found, layers.Found)
-        if done:
+        if isinstance(found, layers.Found):
             _install(module, Patch("decoder_layer", found), _layer_forward)
-        yield Replacement(path, "decoder_layer", done, policy if done else str(found))
+            yield Replacement(path, "decoder_layer", True, found.policy + (", parked" if found.parks else ""))
+        else:
+            yield Replacement(path, "decoder_layer", False, found)
 
 
 def _proven_layer(module: nn.Module, dtype: torch.dtype, policy: Policy, parks: bool) -> layers.Found | str:
@@ -58,21 +60,33 @@ def _proven_layer(module: nn.Module, dtype: torch.dtype, policy: Policy, parks: 
 
 
 def _loras(model: nn.Module, dtype: torch.dtype) -> Iterator[Replacement]:
+    known: dict[Any, str] = {}  # what holds for one layer holds for all of its kind
     for path, module in model.named_modules():
         if adapters.looks_like_lora(module):
             device = next(module.parameters()).device
-            why = _obstacle(module, device) or adapters.obstacle(module) or adapters.disagreement(module, dtype)
+            why = _obstacle(module, device)
+            if not why:
+                kind = (device, layers._signature(module), *((p.dtype, p.requires_grad) for p in module.parameters()))
+                if kind not in known:
+                    known[kind] = adapters.obstacle(module) or adapters.disagreement(module, dtype)
+                why = known[kind]
             if not why:
                 _install(module, Patch("lora"), _lora_forward)
             yield Replacement(path, "lora", not why, why or "equal to PEFT's")
 
 
 def _norms(model: nn.Module, dtype: torch.dtype) -> Iterator[Replacement]:
+    known: dict[Any, recognise.Norm | str] = {}
     for path, module in model.named_modules():
         if not recognise.looks_like_norm(module):
             continue
         weight: Any = module.weight
-        found = _obstacle(module, weight.device) or recognise.norm(module)
+        found: recognise.Norm | str = _obstacle(module, weight.device)
+        if not found:
+            kind = (*_kind(module), weight.shape, weight.dtype, weight.device)
+            if kind not in known:
+                known[kind] = recognise.norm(module)
+            found = known[kind]
         if isinstance(found, str):
             yield Replacement(path, "rms_norm", False, found)
             continue
@@ -99,11 +113,19 @@ def _rotaries(model: nn.Module, dtype: torch.dtype) -> Iterator[Replacement]:
 
 
 def _mlps(model: nn.Module, dtype: torch.dtype) -> Iterator[Replacement]:
+    known: dict[Any, recognise.GatedMLP | str] = {}
     for path, module in model.named_modules():
         if not recognise.looks_like_gated_mlp(module):
             continue
         device = next(module.parameters()).device
-        found = _obstacle(module, device) or recognise.gated_mlp(module, dtype)
+        found: recognise.GatedMLP | str = _obstacle(module, device)
+        if not found:
+            parts = tuple((name, *_kind(child), layers._signature(child)) for name, child in module.named_children())
+            functions = tuple(value for value in vars(module).values() if callable(value))
+            kind = (*_kind(module), device, parts, functions)
+            if kind not in known:
+                known[kind] = recognise.gated_mlp(module, dtype)
+            found = known[kind]
         if isinstance(found, str):
             yield Replacement(path, "glu", False, found)
             continue
@@ -120,6 +142,17 @@ FINDERS: dict[str, Callable[[nn.Module, torch.dtype], Iterator[Replacement]]] = 
     "rope": _rotaries,
     "glu": _mlps,
 }
+
+
+def _kind(module: nn.Module) -> tuple[Any, ...]:
+    """What a module without tensors of its own, but for weight and bias, shares with those that compute the same.
+
+    One with further tensors is one of its kind: they may hold another number in each layer.
+    """
+    own = [name for name, value in vars(module).items() if isinstance(value, torch.Tensor)]
+    own += [name for name, _ in module.named_buffers(recurse=False)]
+    own += [name for name, _ in module.named_parameters(recurse=False) if name not in ("weight", "bias")]
+    return type(module), recognise.settings(module), id(module) if own else None
 
 
 def _obstacle(module: nn.Module, device: torch.device) -> str:

@@ -30,6 +30,7 @@ from .launch import as_rows, on, processors, row_tile
 Form = Literal["cast-first", "cast-last", "one-plus"]
 FORMS: tuple[Form, ...] = get_args(Form)
 
+_PROGRAMS = 2  # per processor where the weight is trained: each leaves one row of partial sums
 _CAST_FIRST = tl.constexpr(0)
 _ONE_PLUS = tl.constexpr(2)
 
@@ -75,12 +76,20 @@ def _backward(
     if FORM == _ONE_PLUS:
         weight += 1.0
     dweight = tl.zeros([BLOCK], dtype=tl.float32)
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS).to(tl.int64)
+    inside = (row < n_rows)[:, None] & (column < n_columns)[None, :]
+    next_x = tl.load(x_ptr + row[:, None] * x_stride + column[None, :], mask=inside, other=0.0)
+    next_dy = tl.load(dy_ptr + row[:, None] * dy_stride + column[None, :], mask=inside, other=0.0)
     # With a frozen weight there is one program per tile and this loop runs once.
     for tile in range(tl.program_id(0), tl.cdiv(n_rows, ROWS), tl.num_programs(0)):
         row = tile * ROWS + tl.arange(0, ROWS).to(tl.int64)
         inside = (row < n_rows)[:, None] & (column < n_columns)[None, :]
-        x = tl.load(x_ptr + row[:, None] * x_stride + column[None, :], mask=inside, other=0.0).to(tl.float32)
-        dy = tl.load(dy_ptr + row[:, None] * dy_stride + column[None, :], mask=inside, other=0.0).to(tl.float32)
+        x, dy = next_x.to(tl.float32), next_dy.to(tl.float32)
+        if WEIGHT_GRAD:  # the next tile is on its way while this one is worked on
+            ahead = row + tl.num_programs(0) * ROWS
+            there = (ahead < n_rows)[:, None] & (column < n_columns)[None, :]
+            next_x = tl.load(x_ptr + ahead[:, None] * x_stride + column[None, :], mask=there, other=0.0)
+            next_dy = tl.load(dy_ptr + ahead[:, None] * dy_stride + column[None, :], mask=there, other=0.0)
         rstd = tl.load(rstd_ptr + row, mask=row < n_rows, other=0.0)
         normed = x * rstd[:, None]
         scaled = dy * weight[None, :]
@@ -97,6 +106,18 @@ def _backward(
     if WEIGHT_GRAD:
         at = tl.program_id(0).to(tl.int64) * n_columns + column
         tl.store(dweight_ptr + at, dweight, mask=column < n_columns)
+
+
+@triton.jit
+def _sum_rows(partial_ptr, out_ptr, n_rows, n_columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """The columns' sums, always in the same order."""
+    column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    total = tl.zeros([ROWS, COLUMNS], dtype=tl.float32)
+    for start in range(0, n_rows, ROWS):
+        row = start + tl.arange(0, ROWS)
+        inside = (row < n_rows)[:, None] & (column < n_columns)[None, :]
+        total += tl.load(partial_ptr + row[:, None] * n_columns + column[None, :], mask=inside, other=0.0)
+    tl.store(out_ptr + column, tl.sum(total, axis=0).to(out_ptr.dtype.element_ty), mask=column < n_columns)
 
 
 def forward(
@@ -141,7 +162,7 @@ def backward(
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     tile_rows, block, warps = row_tile(columns)
     tiles = triton.cdiv(n_rows, tile_rows)
-    programs = min(tiles, 2 * processors(x.device)) if weight_grad else tiles
+    programs = min(tiles, _PROGRAMS * processors(x.device)) if weight_grad else tiles
     # Partial sums are added in a fixed order afterwards, so that the weight's gradient is repeatable.
     partial = torch.empty((programs, columns) if weight_grad else (1,), dtype=torch.float32, device=x.device)
     if n_rows:
@@ -152,7 +173,12 @@ def backward(
                 FORM=FORMS.index(form), ADD=dsum is not None, WEIGHT_GRAD=weight_grad,
                 ROWS=tile_rows, BLOCK=block, num_warps=warps,
             )  # fmt: skip
-    return dx.view(dy.shape), partial.sum(0).to(weight.dtype) if weight_grad else None
+    if not weight_grad:
+        return dx.view(dy.shape), None
+    dweight = torch.empty(columns, dtype=weight.dtype, device=x.device)
+    with on(x):
+        _sum_rows[(triton.cdiv(columns, 32),)](partial, dweight, programs, columns, ROWS=64, COLUMNS=32, num_warps=4)
+    return dx.view(dy.shape), dweight
 
 
 class _RMSNorm(torch.autograd.Function):

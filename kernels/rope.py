@@ -29,26 +29,49 @@ LAYOUTS: tuple[Layout, ...] = get_args(Layout)
 
 
 @triton.jit
+def _load_pairs(row_ptr, dim, inside, pairs, STEP: tl.constexpr, COUNT: tl.constexpr, PAIRS: tl.constexpr):
+    """Both members of each pair, ``[COUNT, PAIRS]`` in fp32.
+
+    Pairs of neighbours are read as they lie, in whole vectors, and taken apart in registers.
+    """
+    if STEP == 2:
+        place = tl.arange(0, 2 * PAIRS)
+        both = tl.load(row_ptr + place[None, :] * dim, mask=inside & (place < 2 * pairs)[None, :], other=0.0)
+        a, b = tl.split(tl.reshape(both.to(tl.float32), [COUNT, PAIRS, 2]))
+    else:
+        pair = tl.arange(0, PAIRS)
+        known = inside & (pair < pairs)[None, :]
+        a = tl.load(row_ptr + pair[None, :] * dim, mask=known, other=0.0).to(tl.float32)
+        b = tl.load(row_ptr + (pair + pairs)[None, :] * dim, mask=known, other=0.0).to(tl.float32)
+    return a, b
+
+
+@triton.jit
 def _rotate(
     x_ptr, y_ptr, x_base, y_base, x_head, y_head, x_dim, y_dim, heads,
-    cos_a, sin_a, cos_b, sin_b, place_a, place_b, is_pair, rest, is_rest,
-    BACKWARD: tl.constexpr, HEADS: tl.constexpr, PARTIAL: tl.constexpr,
+    cos_a, sin_a, cos_b, sin_b, pairs, rest, is_rest,
+    STEP: tl.constexpr, BACKWARD: tl.constexpr, HEADS: tl.constexpr, PAIRS: tl.constexpr, PARTIAL: tl.constexpr,
 ):  # fmt: skip
-    """All heads of one token."""
+    """All heads of one token; every load stands before every store."""
     head = tl.arange(0, HEADS)[:, None]
     x_row = x_ptr + x_base + head.to(tl.int64) * x_head
     y_row = y_ptr + y_base + head.to(tl.int64) * y_head
-    inside = (head < heads) & is_pair[None, :]
-    a = tl.load(x_row + place_a[None, :] * x_dim, mask=inside, other=0.0).to(tl.float32)
-    b = tl.load(x_row + place_b[None, :] * x_dim, mask=inside, other=0.0).to(tl.float32)
+    a, b = _load_pairs(x_row, x_dim, head < heads, pairs, STEP, HEADS, PAIRS)
     if BACKWARD:
-        new_a = a * cos_a[None, :] + b * sin_b[None, :]
-        new_b = b * cos_b[None, :] - a * sin_a[None, :]
+        new_a = a * cos_a + b * sin_b
+        new_b = b * cos_b - a * sin_a
     else:
-        new_a = a * cos_a[None, :] - b * sin_a[None, :]
-        new_b = b * cos_b[None, :] + a * sin_b[None, :]
-    tl.store(y_row + place_a[None, :] * y_dim, new_a.to(y_ptr.dtype.element_ty), mask=inside)
-    tl.store(y_row + place_b[None, :] * y_dim, new_b.to(y_ptr.dtype.element_ty), mask=inside)
+        new_a = a * cos_a - b * sin_a
+        new_b = b * cos_b + a * sin_b
+    new_a, new_b = new_a.to(y_ptr.dtype.element_ty), new_b.to(y_ptr.dtype.element_ty)
+    if STEP == 2:
+        place = tl.arange(0, 2 * PAIRS)[None, :]
+        tl.store(y_row + place * y_dim, tl.interleave(new_a, new_b), mask=(head < heads) & (place < 2 * pairs))
+    else:
+        place = tl.arange(0, PAIRS)[None, :]
+        inside = (head < heads) & (place < pairs)
+        tl.store(y_row + place * y_dim, new_a, mask=inside)
+        tl.store(y_row + (place + pairs) * y_dim, new_b, mask=inside)
     if PARTIAL:
         passing = (head < heads) & is_rest[None, :]
         value = tl.load(x_row + rest[None, :] * x_dim, mask=passing, other=0.0)
@@ -61,33 +84,32 @@ def _kernel(
     q_batch, q_head, q_token, q_dim, k_batch, k_head, k_token, k_dim,
     qo_batch, qo_head, qo_token, qo_dim, ko_batch, ko_head, ko_token, ko_dim,
     cos_batch, cos_token, cos_dim, sin_batch, sin_token, sin_dim,
-    PAIR_STEP: tl.constexpr, TABLE_STEP: tl.constexpr, TABLE_SHARED: tl.constexpr, PARTIAL: tl.constexpr,
+    STEP: tl.constexpr, TABLE_SHARED: tl.constexpr, PARTIAL: tl.constexpr,
     BACKWARD: tl.constexpr, Q_HEADS: tl.constexpr, K_HEADS: tl.constexpr, PAIRS: tl.constexpr, REST: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0).to(tl.int64)
     batch, token = program // length, program % length
-    pair = tl.arange(0, PAIRS)
-    is_pair = pair < pairs
-    place_a = pair * PAIR_STEP
-    place_b = place_a + (1 if PAIR_STEP == 2 else pairs)
-    angle_a = pair * TABLE_STEP
-    angle_b = angle_a + (0 if TABLE_SHARED else (1 if TABLE_STEP == 2 else pairs))
     cos_row = cos_ptr + batch * cos_batch + token * cos_token
     sin_row = sin_ptr + batch * sin_batch + token * sin_token
-    cos_a = tl.load(cos_row + angle_a * cos_dim, mask=is_pair, other=0.0).to(tl.float32)
-    sin_a = tl.load(sin_row + angle_a * sin_dim, mask=is_pair, other=0.0).to(tl.float32)
-    cos_b = tl.load(cos_row + angle_b * cos_dim, mask=is_pair, other=0.0).to(tl.float32)
-    sin_b = tl.load(sin_row + angle_b * sin_dim, mask=is_pair, other=0.0).to(tl.float32)
+    if TABLE_SHARED:
+        pair = tl.arange(0, PAIRS)[None, :]
+        cos_a = tl.load(cos_row + pair * cos_dim, mask=pair < pairs, other=0.0).to(tl.float32)
+        sin_a = tl.load(sin_row + pair * sin_dim, mask=pair < pairs, other=0.0).to(tl.float32)
+        cos_b, sin_b = cos_a, sin_a
+    else:
+        one = tl.full([1, 1], 1, tl.int1)
+        cos_a, cos_b = _load_pairs(cos_row, cos_dim, one, pairs, STEP, 1, PAIRS)
+        sin_a, sin_b = _load_pairs(sin_row, sin_dim, one, pairs, STEP, 1, PAIRS)
     rest = 2 * pairs + tl.arange(0, REST)
     _rotate(
         q_ptr, q_out_ptr, batch * q_batch + token * q_token, batch * qo_batch + token * qo_token,
-        q_head, qo_head, q_dim, qo_dim, q_heads, cos_a, sin_a, cos_b, sin_b, place_a, place_b, is_pair,
-        rest, rest < dim, BACKWARD, Q_HEADS, PARTIAL,
+        q_head, qo_head, q_dim, qo_dim, q_heads, cos_a, sin_a, cos_b, sin_b, pairs,
+        rest, rest < dim, STEP, BACKWARD, Q_HEADS, PAIRS, PARTIAL,
     )  # fmt: skip
     _rotate(
         k_ptr, k_out_ptr, batch * k_batch + token * k_token, batch * ko_batch + token * ko_token,
-        k_head, ko_head, k_dim, ko_dim, k_heads, cos_a, sin_a, cos_b, sin_b, place_a, place_b, is_pair,
-        rest, rest < dim, BACKWARD, K_HEADS, PARTIAL,
+        k_head, ko_head, k_dim, ko_dim, k_heads, cos_a, sin_a, cos_b, sin_b, pairs,
+        rest, rest < dim, STEP, BACKWARD, K_HEADS, PAIRS, PARTIAL,
     )  # fmt: skip
 
 
@@ -108,14 +130,12 @@ def rotate(
         return q_out, k_out
     tables = [table.expand(batch, length, rotary) for table in (cos, sin)]
     q_block, pairs_block = next_power_of_2(q_heads), next_power_of_2(rotary // 2)
-    interleaved = layout != "half"
     with on(q):
         _kernel[(batch * length,)](
             q, k, q_out, k_out, *tables, length, q_heads, k_heads, dim, rotary // 2,
             *q.stride(), *k.stride(), *q_out.stride(), *k_out.stride(), *tables[0].stride(), *tables[1].stride(),
-            PAIR_STEP=2 if interleaved else 1, TABLE_STEP=2 if layout == "interleaved" else 1,
-            TABLE_SHARED=layout == "interleaved-shared", PARTIAL=rotary < dim, BACKWARD=backward,
-            Q_HEADS=q_block, K_HEADS=next_power_of_2(k_heads), PAIRS=pairs_block,
+            STEP=1 if layout == "half" else 2, TABLE_SHARED=layout == "interleaved-shared", PARTIAL=rotary < dim,
+            BACKWARD=backward, Q_HEADS=q_block, K_HEADS=next_power_of_2(k_heads), PAIRS=pairs_block,
             REST=next_power_of_2(max(1, dim - rotary)), num_warps=min(16, max(2, q_block * pairs_block // 512)),
         )  # fmt: skip
     return q_out, k_out

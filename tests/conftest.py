@@ -1,6 +1,10 @@
-"""What every test gets, before torch is imported."""
+"""What every test gets, before torch and triton are imported."""
 
+import glob
 import os
 
 # Tests run side by side; OpenMP threads that spin while they wait would slow each other down several times over.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# Triton reads this once, when it is imported, which the first test module that needs it does for all.
+if not glob.glob("/dev/nvidia[0-9]*"):
+    os.environ.setdefault("TRITON_INTERPRET", "1")

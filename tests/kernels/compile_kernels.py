@@ -21,7 +21,7 @@ from triton.runtime.jit import JITFunction
 TARGETS = (80, 89, 90)
 TYPES = {
     torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int64: "i64", torch.int32: "i32",
-    torch.uint8: "u8",
+    torch.uint8: "u8", torch.float8_e4m3fn: "fp8e4nv",
 }  # fmt: skip
 BF16 = torch.bfloat16
 seen: set[str] = set()
@@ -50,6 +50,8 @@ def compile_instead(self: JITFunction, *args: Any, grid: Any, warmup: bool, **op
         return
     seen.add(key)
     for target in TARGETS:
+        if target < 89 and "*fp8e4nv" in signature.values():  # Ampere has no such type, and is never asked
+            continue
         source = ASTSource(self, signature, constants, attributes)
         ptx = triton.compile(source, target=GPUTarget("cuda", target, 32), options=options).asm["ptx"]
         name = f"{self.fn.__module__.rsplit('.', 1)[-1]}.{self.fn.__name__}"
@@ -62,7 +64,17 @@ def empty(*shape: int, dtype: torch.dtype = BF16) -> torch.Tensor:
 
 
 def main() -> None:
-    from finetui.kernels import glu, linear_cross_entropy, lora_glu, nf4, rms_norm, rope
+    from finetui.kernels import (
+        adamw,
+        fp8,
+        fp8_projection,
+        glu,
+        linear_cross_entropy,
+        lora_glu,
+        nf4,
+        rms_norm,
+        rope,
+    )
 
     for form in rms_norm.FORMS:
         rms_norm.rms_norm(empty(8, 4096), empty(4096), 1e-5, form).backward(torch.empty(8, 4096, dtype=BF16))
@@ -72,12 +84,15 @@ def main() -> None:
     )
     for activation in glu.ACTIVATIONS:
         glu.glu(empty(8, 14336), empty(8, 14336), activation).backward(torch.empty(8, 14336, dtype=BF16))
-    g, u, d = (torch.empty(8, 14336, dtype=BF16) for _ in range(3))
+    g, u, d = (torch.empty(128, 14336, dtype=BF16) for _ in range(3))
     glu.backward(d, g, u, "silu", dgate=g, dup=u, h=d)
     for rank in (16, 64):
-        xa, b = torch.empty(8, 2 * rank, dtype=BF16).split(rank, dim=1), [torch.empty(14336, rank, dtype=BF16)] * 2
-        lora_glu.forward(g, u, xa, (b[0], b[1]), (2.0, 2.0), "silu")
-        lora_glu.backward(d, g, u, xa, (b[0], b[1]), (2.0, 2.0), "silu")
+        xa, b = torch.empty(128, 2 * rank, dtype=BF16).split(rank, dim=1), [torch.empty(14336, rank, dtype=BF16)] * 2
+        for rows in (slice(0, 8), slice(None)):  # with masks, and without
+            lora_glu.forward(g[rows], u[rows], (xa[0][rows], xa[1][rows]), (b[0], b[1]), (2.0, 2.0), "silu")
+            dha = torch.empty(128, rank, dtype=BF16)[rows]
+            small = (xa[0][rows], xa[1][rows])
+            lora_glu.backward(d[rows], g[rows], u[rows], small, (b[0], b[1]), (2.0, 2.0), "silu", dha)
     for layout in rope.LAYOUTS:
         for rotary in (64, 128):
             table = torch.empty(1, 8, rotary, dtype=BF16)
@@ -86,6 +101,22 @@ def main() -> None:
     hidden, weight, labels = empty(8, 512), empty(4096, 512), torch.zeros(8, dtype=torch.int64)
     linear_cross_entropy.linear_cross_entropy(hidden, weight, labels)
     linear_cross_entropy.linear_cross_entropy(hidden, weight, labels, softcap=30.0, z_loss=0.1)
+    fp8.multiplies = lambda device: True
+    weight = fp8.FP8(torch.empty(4096, 4096, dtype=torch.uint8), torch.empty(4096), BF16)
+    fp8.dequantise(weight)
+    fp8.transposed(weight.data)
+    for columns in (4096, 28672):
+        fp8.quantise(torch.empty(8, columns, dtype=BF16))
+        fp8.quantise(torch.empty(8, columns, dtype=BF16), torch.empty(columns))
+    y, xa, b = torch.empty(64, 4096, dtype=BF16), torch.empty(64, 16, dtype=BF16), torch.empty(4096, 16, dtype=BF16)
+    for add, bias, share in ((None, None, xa), (y, None, xa), (y, y[0], None)):
+        fp8_projection.add_to(y, add, bias, share, b, 2.0)
+    adamw.unavailable = lambda device: ""
+    for dtype in (BF16, torch.float32):
+        for states in adamw.STATES:
+            p = torch.empty(16384, dtype=dtype, requires_grad=True)
+            p.grad = torch.empty_like(p)
+            adamw.AdamW([p], states=states).step()
     scales = torch.empty(1024), torch.empty(1024, dtype=torch.uint8)
     nested = torch.empty(16), torch.empty(256), 256, torch.empty(())
     for absmax, inner in ((scales[0], None), (scales[1], nested)):

@@ -1,15 +1,11 @@
-"""Kernels run in Triton's interpreter where there is no GPU; it must be chosen before Triton is imported."""
+"""What the tests of kernels share. Without a GPU they run in Triton's interpreter (``tests/conftest.py``)."""
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import pytest
 import torch
-
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"
 
 
 @pytest.fixture

@@ -7,8 +7,9 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
-from finetui.kernels import decoder_layer
-from finetui.kernels.attention import Documents
+from finetui.kernels import decoder_layer, decoder_mlp
+from finetui.kernels.attention import Documents, takes_documents
+from finetui.kernels.decoder_layer import Keeping
 from finetui.kernels.patch import fallbacks, patch_model, unpatch
 
 pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered in exp")
@@ -53,7 +54,7 @@ def layer_items(report):
 def test_losses_and_gradients_are_those_of_the_architecture(device, architecture, policy):
     adapted = model(device, architecture)
     stock = gradients(adapted)
-    report = patch_model(adapted, only=["decoder_layer"], policy=policy)
+    report = patch_model(adapted, only=["decoder_layer"], keeping=Keeping(policy))
     assert [item.replaced for item in layer_items(report)] == [True, True], report.summary()
     same(gradients(adapted), stock)
     assert fallbacks(adapted) == []
@@ -68,13 +69,22 @@ def test_some_projections_without_adapters(device, targets):
     same(gradients(adapted), stock)
 
 
+@pytest.mark.parametrize("targets", ["all-linear", ["gate_proj", "up_proj"], ["down_proj"], ["q_proj"]])
+def test_the_mlp_in_pieces_of_rows(device, monkeypatch, targets):
+    adapted = model(device, targets=targets)
+    stock = gradients(adapted)
+    monkeypatch.setattr(decoder_mlp, "PIECE", 5)
+    patch_model(adapted, only=["decoder_layer"], keeping=Keeping("inputs"))
+    same(gradients(adapted), stock)
+
+
 def test_padding_by_mask_is_respected(device):
     adapted = model(device)
     ids = torch.arange(12, device=device).reshape(2, 6) % 32
     mask = torch.tensor([[1] * 6, [1] * 4 + [0] * 2], device=device)
     batch = {"input_ids": ids, "attention_mask": mask, "labels": ids.masked_fill(mask == 0, -100)}
     stock = gradients(adapted, batch)
-    patch_model(adapted, only=["decoder_layer"], policy="inputs+attention")
+    patch_model(adapted, only=["decoder_layer"], keeping=Keeping("inputs+attention"))
     same(gradients(adapted, batch), stock)
 
 
@@ -91,14 +101,24 @@ def test_packed_documents_do_not_see_each_other(device, told):
     same(gradients(adapted, batch, **more), stock)
     assert fallbacks(adapted) == []
     wrong = {"documents": Documents((12,), starts[[0, 4]])}
-    if told:
+    if told and takes_documents(adapted.get_input_embeddings().weight, 8):  # on a GPU not in fp32: a mask serves there
         with pytest.raises(AssertionError):
             same(gradients(adapted, batch, **wrong), stock)
 
 
+def test_the_last_layers_may_keep_more_than_the_others(device):
+    adapted = model(device, num_hidden_layers=3)
+    stock = gradients(adapted)
+    items = layer_items(patch_model(adapted, only=["decoder_layer"], keeping=Keeping("inputs", whole=2)))
+    assert [item.why for item in items] == ["inputs", "all-but-elementwise", "all-but-elementwise"]
+    same(gradients(adapted), stock)
+    assert Keeping("inputs", whole=9).of(0, 3) == ("all-but-elementwise", False)
+    assert Keeping("inputs+attention", whole=1, parks=True).of(1, 3) == ("inputs+attention", True)
+
+
 def test_adapters_switched_off_run_the_layers_own_code(device):
     adapted = model(device)
-    patch_model(adapted, only=["decoder_layer"], policy="inputs+attention")
+    patch_model(adapted, only=["decoder_layer"], keeping=Keeping("inputs+attention"))
     before = [p.requires_grad for p in adapted.parameters()]
     with adapted.disable_adapter():
         embeddings = torch.randn(1, 4, 16, device=device, requires_grad=True)
@@ -140,7 +160,7 @@ def test_less_is_kept_the_stricter_the_policy(device):
     adapted = model(device)
     sizes = []
     for policy in decoder_layer.POLICIES:
-        patch_model(adapted, only=["decoder_layer"], policy=policy)
+        patch_model(adapted, only=["decoder_layer"], keeping=Keeping(policy))
         layer = adapted.base_model.model.model.layers[0]
         kept = []
         original = decoder_layer._Kept
@@ -157,7 +177,7 @@ def test_less_is_kept_the_stricter_the_policy(device):
         finally:
             decoder_layer._Kept = original
         held = kept[0]
-        tensors = [held.x, held.out, held.s, *(held.projected or ()), *(held.gate_up or ())]
+        tensors = [held.x, held.out, held.s, *(held.projected or ()), *(held.mlp.gate_up or ())]
         sizes.append(sum(t.numel() for t in tensors if t is not None) // 4)
         del out
     hidden, q, kv, wide = 16, 16, 8, 24

@@ -1,0 +1,77 @@
+"""Architectures of many families: patched, they give the numbers of their own code, and what is left says why."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from finetui.kernels.patch import fallbacks, patch_model
+
+pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered in exp")
+SIZES = {
+    "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2,
+    "num_key_value_heads": 1, "head_dim": 8, "vocab_size": 32, "max_position_embeddings": 64, "pad_token_id": 0,
+    "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
+SINGLE = {"lora", "rms_norm", "rope", "glu"}
+WHOLE = SINGLE | {"decoder_layer"}
+EXPERTS = {"num_local_experts": 2, "num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 16}
+#: What is replaced; of what is left of a layer, the reason.
+FAMILIES = [
+    ("llama", {}, WHOLE, ""),
+    ("gemma", {}, WHOLE, ""),
+    ("granite", {}, WHOLE, ""),
+    ("granite", {"residual_multiplier": 0.3}, SINGLE, "something else than a plain decoder layer"),
+    ("smollm3", {}, WHOLE, ""),
+    ("helium", {}, WHOLE, ""),
+    ("ernie4_5", {}, WHOLE, ""),
+    ("gemma2", {"attn_implementation": "eager"}, SINGLE, "further parts (post_feedforward_layernorm, pre_"),
+    ("gemma3_text", {}, SINGLE, "further parts (post_feedforward_layernorm, pre_"),
+    ("phi3", {}, SINGLE, "further parts (resid_attn_dropout, resid_mlp_dropout)"),
+    ("olmo2", {}, SINGLE, "further parts (post_feedforward_layernorm)"),
+    ("exaone4", {}, SINGLE, "further parts (post_feedforward_layernorm)"),
+    ("cohere", {}, SINGLE - {"rms_norm"}, "it has no post_attention_layernorm"),
+    ("glm", {}, SINGLE, "gate and up projections are one layer"),
+    ("starcoder2", {}, {"lora", "rope"}, "its LayerNorm is no RMSNorm"),
+    ("arcee", {}, {"lora", "rope", "rms_norm"}, "its MLP is no GLU"),
+    ("hunyuan_v1_dense", {}, SINGLE, "further parts (key_layernorm, query_layernorm)"),
+    ("mixtral", EXPERTS, {"lora", "rope", "rms_norm"}, "its MLP is no GLU"),
+    ("qwen3_moe", EXPERTS, {"lora", "rope", "rms_norm"}, "its MLP is no GLU"),
+]
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "kernels", "why"), FAMILIES, ids=lambda v: v if isinstance(v, str) else ""
+)
+def test_patched_is_stock_and_what_is_left_says_why(device, family, changes, kernels, why):
+    torch.manual_seed(0)
+    implementation = changes.get("attn_implementation", "sdpa")
+    settings = {name: value for name, value in (SIZES | changes).items() if name != "attn_implementation"}
+    config = AutoConfig.for_model(family, **settings)
+    base = AutoModelForCausalLM.from_config(config, attn_implementation=implementation).to(device)
+    base.requires_grad_(False)
+    lora = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", init_lora_weights=False)
+    model = get_peft_model(base, lora).train()
+    ids = torch.arange(12, device=device).reshape(2, 6) % 32
+
+    def step():
+        model.zero_grad()
+        loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+        loss.backward()
+        return loss.detach(), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+    stock = step()
+    report = patch_model(model)
+    assert {item.kernel for item in report.replaced} == kernels, report.summary()
+    assert all(item.why for item in report.left)
+    left = [item.why for item in report.left if item.kernel == "decoder_layer"]
+    assert len(left) == (1 if why else 0)
+    assert not why or why in left[0]
+    mine = step()
+    assert mine[1].keys() == stock[1].keys()
+    assert torch.allclose(mine[0], stock[0], atol=1e-5)
+    for name, expected in stock[1].items():
+        assert (mine[1][name] - expected).norm() <= 2e-5 * expected.norm() + 1e-9, name
+    assert fallbacks(model) == []
