@@ -20,12 +20,17 @@ from functools import lru_cache
 from .architecture import Architecture, Layer, Linear
 from .stacks import Stack
 
+#: What adapters that are no pairs keep, per feature of a module's input and of its output, with fp32 parameters: IA3
+#: its scaled output, VeRA its input in fp32 and its wide product, OFT its input before and after it is turned; virtual
+#: tokens nothing (peft 0.21, ``tuners/<name>/layer.py``).
+_OTHERS = {"ia3": (0.0, 6.0), "vera": (4.0, 4.0), "oft": (6.0, 0.0), "prompt": (0.0, 0.0), "prefix": (0.0, 0.0)}
+
 
 @lru_cache(maxsize=4096)
 def activation_bytes(
     architecture: Architecture, tuning: str, rank: int, dropout: bool, targets: str | Sequence[str], precision: str,
     adapter: int, eager: bool, masked: bool, stack: Stack, sequence_length: int, packed: bool = False,
-    dora: bool = False,
+    dora: bool = False, kind: str = "",
 ) -> tuple[list[tuple[int, float, float]], float]:  # fmt: skip
     """Bytes per token: (layers, kept by forward, more in backward) per kind of layer, and one layer's whole work."""
     c = 4.0 if precision == "fp32" else 2.0
@@ -37,29 +42,58 @@ def activation_bytes(
     for number, layer in enumerate(architecture.layers):
         # Each norm keeps its input in fp32, and its normalised input where its weight is trained.
         norm = {True: 11.0 if mixed else 4.0 + c, False: 4.0}[tuning == "full"]
-        if stack.fused_norm or architecture.layer_norm:
-            norm = c
+        if architecture.layer_norm:  # autocast runs it in fp32
+            cast = stack.autocast and c == 2 and (tuning != "full" or mixed) and not stack.fused_norm
+            norm = 4.0 if cast else c
+        elif stack.fused_norm:
+            norm = 4.0 if mixed else c
         attention = c * (q + value) + (2 * c * q if masked else c * 2 * kv) + 4 * architecture.heads
-        if stack.fused_qkv or len(layer.attention) == 2:  # values are a view of the projection's whole output
+        if stack.fused_qkv and kv < q:  # keys and values are copied for each head that shares them
+            attention = c * (3 * q + value) + 4 * architecture.heads
+        elif stack.fused_qkv or len(layer.attention) == 2:  # values are a view of the projection's whole output
             attention += c * (q + kv)
-        if eager:
-            attention += 8.0 * architecture.heads * sequence_length
-        inner = layer.inner * c * (3 if architecture.gated else 1)
-        if stack.fused_mlp:
-            inner = layer.inner * c * (2 if architecture.gated else 1)
+        scores = 0.0
+        if eager:  # softmax, in fp32 and in 16 bits, and a soft cap's tanh; keys and values copied for every head
+            scores = (4.0 if architecture.model_type == "gpt_oss" else 8.0) * architecture.heads * sequence_length
+            attention += scores + 2 * c * (q - kv)
+        inner = layer.inner * c * _mlp_tensors(architecture, stack, c, tuning == "full" and not mixed)
         routed = 4 * c * hidden * (layer.active_weights > 0) * 2
         size = norm * layer.norm_width + attention + inner + routed + 8
         if packed and stack.keeps_packed_inputs:
-            size += c * (3 * hidden + layer.inner)
+            normed = min(2, layer.norm_width // hidden) * hidden  # one where attention and MLP share their norm
+            size += c * stack.keeps_packed_inputs * (normed + layer.inner) + c * (stack.keeps_packed_inputs - 1) * q
         if tuning == "full":
             size += c * (2 * hidden + layer.inner)
+            if mixed and stack.fused_norm and not architecture.layer_norm:
+                size += 3 * c * hidden  # what the norm answers in fp32 is cast for each of five products by itself
         else:
-            size += _adapter_inputs(layer, chosen[number], rank, adapter, c, stack, dropout)
+            if kind in _OTHERS:
+                kept_in, kept_out = _OTHERS[kind]
+                size += sum(kept_in * module.d_in + kept_out * module.d_out for module in chosen[number])
+            else:
+                size += _adapter_inputs(layer, chosen[number], rank, adapter, c, stack, dropout)
             # DoRA keeps its scaled output and that of base and pair (measured with saved-tensor hooks).
             size += dora * 3 * c * sum(module.d_out for module in chosen[number])
-        grow = _backward_growth(tuning, hidden, layer.inner, adapter, c, stack)
+        grow = _backward_growth(tuning, hidden, layer.inner, adapter, c, stack) + scores
         kinds.append((layer.count, size, grow))
     return kinds, max(size + grow for _, size, grow in kinds)
+
+
+def _mlp_tensors(architecture: Architecture, stack: Stack, c: float, plain: bool) -> float:
+    """Tensors as wide as the MLP that it keeps, its last input not among them, in units of ``c`` bytes.
+
+    Args:
+        plain: nothing is cast on the way.
+    """
+    if (
+        architecture.activation == "gelu_new" and stack.stock_model
+    ):  # written out: input, cube, sums and tanh, in fp32 under autocast
+        return 8.0 if stack.autocast and c == 2 and not plain else 5.0
+    if architecture.model_type == "gpt_oss":  # gate and up in one, clamped, a sigmoid, and two products
+        return 7.0
+    if not architecture.gated:
+        return 1.0
+    return 2.0 if stack.fused_mlp else 3.0
 
 
 def _adapter_inputs(
@@ -72,11 +106,16 @@ def _adapter_inputs(
     if not modules:
         return 0.0
     cast = adapter == 4 and c == 2 and stack.casts_inputs
+    if stack.merges_pairs:
+        fused = [module for module in modules if module in layer.attention[:-1]]
+        merged = c * sum(module.d_out for module in fused) if len(fused) < len(layer.attention) - 1 else 0.0
+    else:
+        merged = 0.0
     if dropout or cast:
         width = 4.0 if cast and not stack.autocast else c
         if stack.fused_qkv:  # one pair of pairs on one input
             modules = modules[:1] + [m for m in modules[1:] if m not in layer.attention[:-1]]
-        return sum((width + dropout) * module.d_in + width * rank for module in modules)
+        return merged + sum((width + dropout) * module.d_in + width * rank for module in modules)
     names = {module.name for module in modules}
     queries = {m.name for m in layer.attention[:-1]}
     total = c * rank * len(modules)
@@ -85,7 +124,7 @@ def _adapter_inputs(
     into_mlp = {m.name for m in layer.mlp[:-1]}
     if names & into_mlp:
         total += c * layer.mlp[0].d_in
-    if layer.mlp and layer.mlp[-1].name in names:
+    if layer.mlp and layer.mlp[-1].name in names and not (stack.remakes_activation and not layer.experts):
         total += c * layer.mlp[-1].d_in
     return total
 
@@ -93,7 +132,7 @@ def _adapter_inputs(
 def _backward_growth(tuning: str, hidden: int, inner: int, adapter: int, c: float, stack: Stack) -> float:
     """Bytes per token that one layer's backward needs beside what its forward kept (measured: allocation traces)."""
     if tuning == "full":
-        return c / 2 * (10 * hidden + 7.6 * inner)
+        return c / 2 * (8 * hidden + 4 * inner if stack.fused_mlp else 10 * hidden + 7.6 * inner)
     if adapter == 4 and c == 2 and stack.casts_inputs:
-        return (6 if stack.autocast else 12) * hidden + 4 * inner
+        return 8.0 * hidden + 6 * inner if stack.autocast else 12.0 * hidden + 4 * inner
     return c / 2 * (2 * hidden + 4 * inner)

@@ -1,7 +1,7 @@
 """Advice on the questions people come with: fine-tune at all, which method, which adapter, which card, which workflow.
 
-Every piece of advice names what it rests on: a paper, published surveys of fine-tuning tools (rules of thumb), or this
-planner's own figures, which overrule rules of thumb wherever they can answer.
+Every piece of advice names what it rests on: a paper, or this planner's own figures, which overrule rules of thumb
+wherever they can answer.
 """
 
 from __future__ import annotations
@@ -13,16 +13,15 @@ from typing import Any, Literal
 from .architecture import Architecture
 from .fit import Fit, fit_table
 from .hardware import Gpu
+from .survey import DataKind, Remark
 
-#: What the data is: texts, examples to imitate, chosen and rejected answers, single answers with a verdict, or prompts
-#: whose answers can be checked.
-DataKind = Literal["text", "examples", "pairs", "labels", "checkable", "unknown"]
 Goal = Literal["facts", "format", "domain", "preference", "cost", "prototype", "reasoning", "unknown"]
 GOALS: tuple[str, ...] = ("facts", "format", "domain", "preference", "cost", "prototype", "reasoning")
 
-_SURVEYS = "rule of thumb: four published surveys of fine-tuning tools, 2025 to May 2026"
 _LORA = "arXiv:2106.09685 (LoRA)"
 _QLORA = "arXiv:2305.14314 (QLoRA)"
+_FEW = "arXiv:2305.11206 (LIMA: 1,000 chosen examples teach a style, 30 conversations)"
+_STAGES = "arXiv:2203.02155 (InstructGPT: SFT, then preferences)"
 _PLANNER = "this planner: memory and speed by formula, prices of presets/prices.csv"
 
 
@@ -37,28 +36,40 @@ class Advice:
     settings: Mapping[str, Any] | None = None
 
 
-_WHETHER: dict[str, tuple[str, str]] = {
-    "facts": ("retrieval", "facts that change are looked up: an index is refreshed without training"),
-    "format": ("fine-tune (SFT)", "a prompt can't promise the same style or format every time"),
-    "domain": ("fine-tune (SFT), with retrieval beside it", "the model learns words and style, facts are looked up"),
-    "preference": ("SFT first, then DPO, KTO or GRPO", "preferences refine a behaviour that SFT has to establish"),
-    "cost": ("fine-tune a small model", "a tuned 7B model costs less per request than a large one behind an API"),
-    "prototype": ("few-shot prompts", "nothing is trained before it is known that it is worth it"),
-    "reasoning": ("SFT first, then GRPO", "answers that can be checked are a reward"),
-}  # fmt: skip
+_WHETHER: dict[str, tuple[str, str, str]] = {
+    "facts": (
+        "retrieval",
+        "facts that change are looked up: an index is refreshed without training, and answers more of them rightly",
+        "arXiv:2312.05934 (fine-tuning or retrieval)",
+    ),
+    "format": ("fine-tune (SFT)", "a prompt can't promise the same style or format every time", _FEW),
+    "domain": (
+        "fine-tune (SFT), with retrieval beside it",
+        "the model learns words and style, facts are looked up; both together gain most",
+        "arXiv:2401.08406 (retrieval and fine-tuning, a case study)",
+    ),
+    "preference": ("SFT first, then DPO, KTO or GRPO", "preferences refine what SFT has to establish", _STAGES),
+    "cost": (
+        "fine-tune a small model",
+        "224 of 310 models of 2 to 8B beat GPT-4 at the task they were tuned for with 4-bit LoRA",
+        "arXiv:2405.00732 (LoRA Land)",
+    ),
+    "prototype": ("few-shot prompts", "nothing is trained before it is known that it is worth it", "arXiv:2005.14165"),
+    "reasoning": ("SFT first, then GRPO", "answers that can be checked are a reward", "arXiv:2501.12948 (DeepSeek-R1)"),
+}
 
 _METHODS: dict[DataKind, tuple[str, str, str]] = {
     "text": ("pretrain", "plain text has no answers: every token is learnt", "arXiv:2004.10964"),
-    "examples": ("sft", "examples to imitate; always the first stage, and often the last", _SURVEYS),
+    "examples": ("sft", "examples to imitate; always the first stage, and often the last", _STAGES),
     "pairs": ("dpo", "chosen and rejected answers teach without a reward model, after SFT", "arXiv:2305.18290 (DPO)"),
     "labels": ("kto", "single answers marked good or bad need no pairs", "arXiv:2402.01306 (KTO)"),
-    "checkable": ("grpo", "answers that can be checked are a reward; 4 to 16 completions each", "arXiv:2402.03300"),
-}  # fmt: skip
+    "checkable": ("grpo", "answers that can be checked are a reward; several completions each", "arXiv:2402.03300"),
+}
 _OTHER_METHODS: dict[DataKind, str] = {
     "pairs": "ORPO (arXiv:2403.07691) does SFT and preference in one pass with one model in memory; SimPO "
     "(arXiv:2405.14734) needs no reference model but is less stable; IPO (arXiv:2310.12036) resists overfitting",
     "labels": "with both verdicts on the same prompts, make pairs and use DPO: its signal is stronger",
-    "checkable": "generating answers costs most of the time: vLLM makes it 5 to 10 times faster",
+    "checkable": "rloo (arXiv:2402.14740) needs fewer completions for each; writing answers takes most of the time",
 }
 #: The workflows that presets hold as recipes.
 WORKFLOWS: tuple[Advice, ...] = (
@@ -66,37 +77,21 @@ WORKFLOWS: tuple[Advice, ...] = (
         "first fine-tune",
         "finetui run first-finetune; then finetui export, GGUF by llama.cpp, tried in Ollama",
         "QLoRA of rank 16 on a model of about 8B fits cards with 16 GB and free notebooks",
-        _SURVEYS,
+        f"{_QLORA}; presets/first-finetune.yaml",
     ),
     Advice(
         "production",
         "finetui run production; evaluate before and after, merge the adapter, serve with vLLM",
         "one recipe in version control, held-out data in it; a merged adapter costs nothing at inference",
-        _SURVEYS,
+        f"{_LORA}, section 4; presets/production.yaml",
     ),
     Advice(
         "alignment in stages",
-        "finetui run alignment-sft; then plan alignment-dpo on its output; merge both in order",
+        "finetui run alignment: SFT, then DPO on what it made, then a measurement; or alignment-sft and alignment-dpo",
         "each stage is evaluated by itself, and preferences start from a model that already answers",
-        _SURVEYS,
+        f"{_STAGES}; arXiv:2305.18290; presets/alignment.yaml",
     ),
 )
-
-
-def kind_of_rows(rows: Sequence[Mapping[str, Any]]) -> DataKind:
-    """What rows are, by their keys, as TRL names them (its "dataset formats")."""
-    if not rows:
-        return "unknown"
-    keys = set.intersection(*({key.lower() for key in row} for row in rows))
-    if {"chosen", "rejected"} <= keys:
-        return "pairs"
-    if "label" in keys and {"completion", "response", "answer"} & keys:
-        return "labels"
-    if {"messages", "conversations", "completion", "output", "response"} & keys:
-        return "examples"
-    if {"prompt", "question", "problem"} & keys and {"answer", "solution", "ground_truth"} & keys:
-        return "checkable"
-    return "text" if "text" in keys else "unknown"
 
 
 def advise(
@@ -107,6 +102,7 @@ def advise(
     examples: int | None = None,
     gpu: Gpu | None = None,
     sequence_length: int = 2048,
+    remarks: Sequence[Remark] = (),
 ) -> list[Advice]:
     """Advice for a situation, as far as it is known.
 
@@ -114,8 +110,10 @@ def advise(
         architecture: the model; without it no card is advised.
         examples: rows to train on.
         gpu: the card that is there already.
+        remarks: what a survey of the rows found.
     """
     advice = [item for item in (_whether(goal, examples), _method(data)) if item]
+    advice += [Advice("what about these rows?", r.do, r.what, r.source, r.settings) for r in remarks]
     if examples is not None:
         advice.append(_adapter(examples))
     if architecture:
@@ -126,11 +124,10 @@ def advise(
 def _whether(goal: Goal, examples: int | None) -> Advice | None:
     question = "fine-tune, retrieve or prompt?"
     if goal != "unknown":
-        answer, why = _WHETHER[goal]
-        return Advice(question, answer, why, _SURVEYS)
+        return Advice(question, *_WHETHER[goal])
     if examples is not None and examples < 100:
         why = f"{examples} examples fit into a prompt, and are few to learn from"
-        return Advice(question, "try few-shot prompts first", why, _SURVEYS)
+        return Advice(question, "try few-shot prompts first", why, f"arXiv:2005.14165 (GPT-3); {_FEW}")
     return None
 
 
@@ -139,23 +136,20 @@ def _method(data: DataKind) -> Advice | None:
         return None
     method, why, source = _METHODS[data]
     more = _OTHER_METHODS.get(data)
-    settings: dict[str, Any] = {"method": method}
-    if method == "dpo":
-        settings["optimizer.learning_rate"] = 5e-5
-    return Advice("which method for this data?", method, f"{why}; {more}" if more else why, source, settings)
+    return Advice("which method for this data?", method, f"{why}; {more}" if more else why, source, {"method": method})
 
 
 def _adapter(examples: int) -> Advice:
     question = "which adapter and rank?"
     if examples < 100:
         settings = {"tuning.type": "lora", "tuning.rank": 4, "tuning.alpha": 8}
-        return Advice(
-            question, "LoRA, rank 4, alpha 8", f"{examples} examples can't fill a larger one", _SURVEYS, settings
-        )
+        why = f"{examples} examples can't fill a larger one: ranks of 1 to 8 did as well as 64"
+        return Advice(question, "LoRA, rank 4, alpha 8", why, f"{_LORA}, section 7.2", settings)
     if examples > 100_000:
         settings = {"tuning.type": "lora", "tuning.rank": 64, "tuning.alpha": 128}
-        why = f"{examples:,} examples hold more than a small adapter can"
-        return Advice(question, "full fine-tuning, or LoRA of rank 64 and more, alpha 128", why, _SURVEYS, settings)
+        why = f"{examples:,} examples hold more than a small adapter can; it forgets less, though"
+        source = "arXiv:2405.09673 (LoRA learns less and forgets less)"
+        return Advice(question, "full fine-tuning, or LoRA of rank 64 and more, alpha 128", why, source, settings)
     settings = {"tuning.type": "lora", "tuning.rank": 16, "tuning.alpha": 32}
     why = "rank matters less than reaching all linear layers; alpha twice the rank; dropout 0 is fastest"
     return Advice(

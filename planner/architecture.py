@@ -90,6 +90,9 @@ class Architecture:
     tied: bool
     layers: tuple[Layer, ...]
     position_parameters: int = 0
+    """Of tables beside the words': of positions, or of each layer's own embeddings."""
+    outside: tuple[Linear, ...] = ()
+    """Linear modules outside the layers, but for the output head."""
     final_norm: int = 0
     head_bias: int = 0
     window: int = 0
@@ -99,6 +102,8 @@ class Architecture:
     adapted_experts: tuple[str, ...] = ()
     exact: bool = True
     note: str = ""
+    activation: str = "silu"
+    """Of the MLP, as the config names it."""
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any], name: str = "model") -> Self:
@@ -145,6 +150,7 @@ class Architecture:
             parts["experts"] += layer.count * layer.expert_weights
             parts["router"] += layer.count * layer.router
             parts["norms"] += layer.count * layer.norms
+        parts["embedding"] += sum(module.parameters for module in self.outside)
         parts["norms"] += self.final_norm
         parts["lm_head"] = self.head_parameters
         return parts
@@ -156,7 +162,8 @@ class Architecture:
     @cached_property
     def linear_weights(self) -> int:
         """Weights (without biases) of all ``nn.Linear`` inside the layers: what bitsandbytes stores in 4 bits."""
-        return sum(layer.count * layer.linear_weights for layer in self.layers)
+        inside = sum(layer.count * layer.linear_weights for layer in self.layers)
+        return inside + sum(module.weight for module in self.outside)
 
     @cached_property
     def expert_weights(self) -> int:
@@ -168,8 +175,11 @@ class Architecture:
 
     @cached_property
     def layer_matmul_weights(self) -> int:
-        """Weights in the layers that one token is multiplied with: of the routed experts, the active ones."""
-        return sum(layer.count * (layer.linear_weights + layer.router + layer.active_weights) for layer in self.layers)
+        """Weights but the head's that one token is multiplied with: of the routed experts, the active ones."""
+        inside = sum(
+            layer.count * (layer.linear_weights + layer.router + layer.active_weights) for layer in self.layers
+        )
+        return inside + sum(module.weight for module in self.outside)
 
     @cached_property
     def active_parameters(self) -> int:
@@ -198,11 +208,12 @@ class Architecture:
         return [(layer, [m for m in self._adaptable(layer) if m.name in leaves]) for layer in self.layers]
 
     def _adaptable(self, layer: Layer) -> tuple[Linear, ...]:
-        return layer.attention if self.adapted_experts else layer.linears
+        return tuple(module for module in layer.linears if module.name not in self.adapted_experts)
 
     def _leaves(self, targets: str | Sequence[str]) -> set[str]:
         wanted = [targets] if isinstance(targets, str) else list(targets)
         known = {module.name for layer in self.layers for module in self._adaptable(layer)} | {*self.adapted_experts}
+        known |= {module.name for module in self.outside}
         unknown = [name for name in wanted if name.rsplit(".", 1)[-1] not in known]
         leaves = {name.rsplit(".", 1)[-1] for name in wanted}
         if unknown or not wanted:
@@ -238,7 +249,9 @@ class Architecture:
         Raises:
             RecipeError: a name that no module has.
         """
-        return sum(
+        leaves = None if targets == "all-linear" else self._leaves(targets)
+        outside = sum(module.lora(rank) for module in self.outside if leaves is None or module.name in leaves)
+        return outside + sum(
             layer.count * (sum(m.lora(rank) for m in modules) + self.expert_lora(layer, rank, targets))
             for layer, modules in self.targeted(targets)
         )

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
+from . import hybrid
 from .architecture import Layer, Linear
 from .errors import ModelError
-from .families import FAMILIES, Family, Flag
+from .families import FAMILIES
+from .family import Family, Flag
 
 #: Keys that hold the same figure under the names that different families gave it.
 _ALIASES: dict[str, tuple[str, ...]] = {
@@ -21,11 +24,15 @@ _ALIASES: dict[str, tuple[str, ...]] = {
 }
 #: Text towers whose config may leave out its own model_type.
 _TEXT_TYPES = {
-    "gemma3": "gemma3_text",
     "mistral3": "mistral",
-    "llama4": "llama4_text",
     "llava": "llama",
     "llava_next": "llama",
+    "paligemma": "gemma",
+    "idefics3": "llama",
+    "smolvlm": "llama",
+    "internvl": "qwen2",
+    "cohere2_vision": "cohere2",
+    "aya_vision": "cohere2",
 }
 #: Models that hold every shape key of a decoder and yet can't be trained to continue text.
 _NOT_DECODERS = {
@@ -37,7 +44,7 @@ _NOT_DECODERS = {
 _NEEDED = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
 
 
-class _Config:
+class Config:
     """A config.json with the defaults of its family behind it."""
 
     def __init__(self, config: Mapping[str, Any], family: Family, name: str) -> None:
@@ -69,23 +76,26 @@ def read_config(config: Mapping[str, Any], name: str) -> dict[str, Any]:
     model_type = str(config.get("model_type", ""))
     inner = next((config[key] for key in ("text_config", "llm_config", "language_config") if key in config), None)
     if isinstance(inner, Mapping):
-        model_type = str(inner.get("model_type") or _TEXT_TYPES.get(model_type, model_type))
+        named = f"{model_type}_text" if f"{model_type}_text" in FAMILIES else model_type
+        model_type = str(inner.get("model_type") or _TEXT_TYPES.get(model_type, named))
         config = inner
     _refuse(config, outer, model_type, name)
     known = FAMILIES.get(model_type)
-    c = _Config(config, known or _guess(config), name)
+    c = Config(config, known or _guess(config), name)
     hidden, heads = c.whole("hidden_size"), c.whole("num_attention_heads")
     kv_heads = heads if c.family.plain_heads else _kv_heads(c, heads)
     head_dim = c.whole("head_dim") if c.get("head_dim") and not c.family.plain_heads else hidden // heads
     value_dim = head_dim
     if c.family.mla:
         head_dim, value_dim = c.whole("qk_nope_head_dim") + c.whole("qk_rope_head_dim"), c.whole("v_head_dim")
-    tied = config.get("tie_word_embeddings", outer.get("tie_word_embeddings", c.get("tie_word_embeddings")))
+    # Of a vision-language model the whole decides, since the head belongs to it.
+    tied = outer.get("tie_word_embeddings", c.get("tie_word_embeddings"))
     norm = {"rms": hidden, "layer": hidden * (1 + c.flag(c.family.norm_bias)), "fixed": 0}[c.family.norm]
     vocab = c.whole("vocab_size")
     positions = c.get("max_position_embeddings") or c.get("n_positions") or c.get("max_seq_len") or 0
     table = (positions + c.family.position_offset) * hidden if c.family.positions else 0
     window, windowed = _window(c)
+    own, outside, own_norm = hybrid.per_layer_embeddings(c, hidden, c.whole("num_hidden_layers"))
     return {
         "name": name,
         "model_type": model_type,
@@ -99,19 +109,28 @@ def read_config(config: Mapping[str, Any], name: str) -> dict[str, Any]:
         "max_positions": int(positions),
         "tied": bool(tied),
         "layers": _layers(c, hidden, heads, kv_heads, head_dim, norm),
-        "position_parameters": table,
-        "final_norm": norm,
-        "head_bias": vocab if c.family.head_bias else 0,
+        "position_parameters": table + own,
+        "final_norm": norm + own_norm,
+        "outside": outside,
+        "head_bias": vocab if c.flag(c.family.head_bias) else 0,
         "window": window,
         "windowed_layers": windowed,
         "layer_norm": c.family.norm != "rms",
         "gated": len(c.family.mlp) == 3 or c.family.fused_gate,
         "adapted_experts": c.family.moe.adapted if c.family.moe else (),
+        "activation": _activation(config, model_type),
         "exact": known is not None,
         "note": ""
         if known
         else f"{model_type or 'no model_type'}: not known, so read by its shapes, as Llama-like layers",
     }
+
+
+def _activation(config: Mapping[str, Any], model_type: str) -> str:
+    """The MLP's activation by the names that configs have for it; else the default of its config class."""
+    keys = ("hidden_activation", "hidden_act", "activation_function", "activation")
+    named = next((config[key] for key in keys if isinstance(config.get(key), str)), "")
+    return named or {"gpt2": "gelu_new", "gptj": "gelu_new", "phi": "gelu_new"}.get(model_type, "silu")
 
 
 def _refuse(config: Mapping[str, Any], outer: Mapping[str, Any], model_type: str, name: str) -> None:
@@ -145,7 +164,7 @@ def _guess(config: Mapping[str, Any]) -> Family:
     )
 
 
-def _kv_heads(c: _Config, heads: int) -> int:
+def _kv_heads(c: Config, heads: int) -> int:
     if c.get("multi_query") is not None:  # Falcon and GPT-BigCode
         if c.get("new_decoder_architecture"):
             return int(c.get("num_key_value_heads") or heads)
@@ -153,7 +172,7 @@ def _kv_heads(c: _Config, heads: int) -> int:
     return int(c.get("num_key_value_heads") or heads)
 
 
-def _window(c: _Config) -> tuple[int, int]:
+def _window(c: Config) -> tuple[int, int]:
     """The attention window in tokens and the number of layers that keep to it."""
     layers, window = c.whole("num_hidden_layers"), c.get("sliding_window")
     if not isinstance(window, int) or window < 1 or not c.flag(c.family.window_if or True):
@@ -167,26 +186,33 @@ def _window(c: _Config) -> tuple[int, int]:
     return window, layers if every == 1 else layers - layers // every
 
 
-def _layers(c: _Config, hidden: int, heads: int, kv_heads: int, head_dim: int, norm: int) -> tuple[Layer, ...]:
+def _layers(c: Config, hidden: int, heads: int, kv_heads: int, head_dim: int, norm: int) -> tuple[Layer, ...]:
     family = c.family
+    total = c.whole("num_hidden_layers")
+    if family.shared_keys:
+        return hybrid.gemma4_layers(c, hidden, total)
     attention, extra = _attention(c, hidden, heads, kv_heads, head_dim)
-    norms, width = _norm_count(c) * norm + extra, _norm_count(c) * hidden
+    size, width = _norm_count(c) * norm, _norm_count(c) * hidden
     if family.qk_norm and c.flag(family.qk_norm_if or True):
         width += (heads + kv_heads) * head_dim
     inner = c.whole("intermediate_size") if c.get("intermediate_size") else 4 * hidden
-    total = c.whole("num_hidden_layers")
-    sparse = _sparse_layers(c, total) if family.moe else 0
+    if family.moe and family.moe.dense_width:
+        inner = c.whole(family.moe.dense_width)
+    recurrent = hybrid.recurrent_layers(c, total) if family.delta_net else [False] * total
+    sparse = _sparse_layers(c, total) if family.moe else [False] * total
+    counts = Counter(zip(sparse, recurrent, strict=True))
     kinds = []
-    if total - sparse:
-        if family.moe and family.moe.dense_width:
-            inner = c.whole(family.moe.dense_width)
-        kinds.append(Layer(total - sparse, attention, _mlp(c, hidden, inner), norms, width, inner))
-    if sparse:
-        kinds.append(_moe_layer(c, sparse, attention, (norms, width), hidden))
+    for routed, delta in sorted(counts):  # dense layers first
+        parts, more = hybrid.delta_net(c, hidden) if delta else (attention, extra)
+        norms, count = (size + more, width), counts[routed, delta]
+        if routed:
+            kinds.append(_moe_layer(c, count, parts, norms, hidden))
+        else:
+            kinds.append(Layer(count, parts, _mlp(c, hidden, inner), *norms, inner))
     return tuple(kinds)
 
 
-def _norm_count(c: _Config) -> int:
+def _norm_count(c: Config) -> int:
     if c.family.title == "Falcon":  # one norm per branch where attention and MLP run in parallel
         if c.get("new_decoder_architecture"):
             return int(c.get("num_ln_in_parallel_attn") or 2)
@@ -196,23 +222,23 @@ def _norm_count(c: _Config) -> int:
     return c.family.norms
 
 
-def _attention(c: _Config, hidden: int, heads: int, kv_heads: int, head_dim: int) -> tuple[tuple[Linear, ...], int]:
+def _attention(c: Config, hidden: int, heads: int, kv_heads: int, head_dim: int) -> tuple[tuple[Linear, ...], int]:
     """The linear modules of attention, and the parameters of its norms and sinks."""
     family = c.family
     bias, out_bias = c.flag(family.qkv_bias), c.flag(family.out_bias)
     if family.mla:
         return _latent_attention(c, hidden, heads, head_dim)
     q, kv = heads * head_dim, kv_heads * head_dim
-    widths = (q, kv, kv) if len(family.qkv) == 3 else (q + 2 * kv,)
+    widths = (q * (1 + family.gated_query), kv, kv) if len(family.qkv) == 3 else (q + 2 * kv,)
     modules = tuple(Linear(name, hidden, width, bias) for name, width in zip(family.qkv, widths, strict=True))
-    extra = heads if family.sinks else 0
+    extra = (heads if family.sinks else 0) + family.activation_parameters
     if family.qk_norm and c.flag(family.qk_norm_if or True):
         bias_too = 2 if family.norm == "layer" and family.qk_norm == "dim" else 1
         extra += bias_too * {"dim": 2 * head_dim, "width": q + kv, "heads": q + kv}[family.qk_norm]
     return (*modules, Linear(family.out, q, hidden, out_bias)), extra
 
 
-def _latent_attention(c: _Config, hidden: int, heads: int, head_dim: int) -> tuple[tuple[Linear, ...], int]:
+def _latent_attention(c: Config, hidden: int, heads: int, head_dim: int) -> tuple[tuple[Linear, ...], int]:
     """Queries and keys through a low-rank latent (DeepSeek-V2, arXiv:2405.04434, section 2.1)."""
     bias = c.flag(c.family.qkv_bias)
     kv_rank, rope, nope, value = (
@@ -232,7 +258,7 @@ def _latent_attention(c: _Config, hidden: int, heads: int, head_dim: int) -> tup
     return modules, (q_rank or 0) + kv_rank
 
 
-def _mlp(c: _Config, hidden: int, inner: int) -> tuple[Linear, ...]:
+def _mlp(c: Config, hidden: int, inner: int) -> tuple[Linear, ...]:
     names, bias = c.family.mlp, c.flag(c.family.mlp_bias)
     if len(names) == 3:
         gate, up, down = names
@@ -241,24 +267,28 @@ def _mlp(c: _Config, hidden: int, inner: int) -> tuple[Linear, ...]:
     return (Linear(up, hidden, 2 * inner if c.family.fused_gate else inner, bias), Linear(down, inner, hidden, bias))
 
 
-def _sparse_layers(c: _Config, total: int) -> int:
+def _sparse_layers(c: Config, total: int) -> list[bool]:
+    """Which layers have experts."""
     assert c.family.moe is not None
     rule = c.family.moe.sparse
     if rule == "step":
         step, dense = c.get("decoder_sparse_step") or 1, set(c.get("mlp_only_layers") or ())
-        return sum((i + 1) % step == 0 and i not in dense for i in range(total))
+        return [(i + 1) % step == 0 and i not in dense for i in range(total)]
     if rule == "first_dense":
-        return max(total - int(c.get("first_k_dense_replace") or 0), 0)
+        first = int(c.get("first_k_dense_replace") or 0)
+        return [i >= first for i in range(total)]
     if rule == "interleave":
         chosen, step = c.get("moe_layers"), int(c.get("interleave_moe_layer_step") or 1)
-        return len(chosen) if isinstance(chosen, list) else total // step
+        return [i in chosen if isinstance(chosen, list) else (i + 1) % step == 0 for i in range(total)]
     if rule == "types":
         kinds = c.get("mlp_layer_types")
-        return sum(kind == "sparse" for kind in kinds) if isinstance(kinds, list) else total - 1
-    return total
+        return (
+            [kind == "sparse" for kind in kinds[:total]] if isinstance(kinds, list) else [i > 0 for i in range(total)]
+        )
+    return [True] * total
 
 
-def _moe_layer(c: _Config, count: int, attention: tuple[Linear, ...], norms: tuple[int, int], hidden: int) -> Layer:
+def _moe_layer(c: Config, count: int, attention: tuple[Linear, ...], norms: tuple[int, int], hidden: int) -> Layer:
     moe = c.family.moe
     assert moe is not None
     experts = next((c.whole(key) for key in moe.count if c.get(key) is not None), 0)
@@ -269,7 +299,7 @@ def _moe_layer(c: _Config, count: int, attention: tuple[Linear, ...], norms: tup
     inner = active * width
     if moe.shared:
         size = c.whole("shared_expert_intermediate_size") if moe.shared == "size" else 0
-        size = size or width * (1 if moe.shared == "one" else int(c.get("n_shared_experts") or 0))
+        size = size or width * (1 if moe.shared == "one" else int(c.get(moe.shared_count) or 0))
         if size:
             shared = (
                 Linear("gate_proj", hidden, size),

@@ -1,20 +1,16 @@
-"""Time and money of a run: its steps, and what stands around them; offers ranked by what this plan costs there."""
+"""Time and money of a run: its steps, and what stands around them; the prices of machines."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
-from typing import TYPE_CHECKING
 
 from .architecture import Architecture
-from .hardware import Node, Offer, find_gpu, load_offers
-from .memory import Settings
-from .plan import Cost, Plan, Workload
+from .hardware import Node, Offer, load_offers
+from .plan import Cost, Plan
+from .settings import Settings
 from .storage import optimizer_bytes
-
-if TYPE_CHECKING:
-    from .recipe import Recipe
 
 #: Imports, tokenizing the first rows, warming up kernels and the allocator.
 _START_S = 25.0
@@ -22,6 +18,9 @@ _START_S = 25.0
 _LOAD_BYTES_S, _DOWNLOAD_BYTES_S = 1.0e9, 200e6
 #: Getting a rented machine and installing what it needs.
 _RENT_S = 240.0
+#: How often an interruptible machine is taken back: assumed, once in a day of use. Providers publish a share of
+#: machines per month (AWS: under 5% to over 20%) or nothing.
+_INTERRUPTIONS_PER_H = 1 / 24
 #: Writing a checkpoint, in bytes per second.
 _SAVE_BYTES_S = 0.8e9
 
@@ -76,7 +75,7 @@ def cheapest_offers(offers: Iterable[Offer] | None = None, *, spot: bool = False
     best: dict[tuple[str, int], Offer] = {}
     for offer in load_offers() if offers is None else offers:
         key = (offer.gpu, offer.count)
-        if _price(offer, spot) and (key not in best or _rank(offer, spot) < _rank(best[key], spot)):
+        if price_of(offer, spot=spot) and (key not in best or _rank(offer, spot) < _rank(best[key], spot)):
             best[key] = offer
     return best
 
@@ -87,7 +86,7 @@ def _shipped() -> dict[tuple[str, int], Offer]:
 
 
 def _rank(offer: Offer, spot: bool) -> tuple[bool, float]:
-    return offer.as_of == "unknown", _price(offer, spot) or 0.0
+    return offer.as_of == "unknown", price_of(offer, spot=spot) or 0.0
 
 
 def cost_of(
@@ -115,47 +114,18 @@ def cost_of(
     )
 
 
-def _price(offer: Offer, spot: bool) -> float | None:
+def price_of(offer: Offer, *, spot: bool) -> float | None:
+    """USD per hour for the whole machine; None where it is not offered that way."""
     return offer.usd_per_h_spot if spot else offer.usd_per_h
 
 
-@dataclass(frozen=True)
-class RankedOffer:
-    """One offer with what the plan costs there, and the plan itself."""
-
-    offer: Offer
-    plan: Plan
-    usd: float
-    time_s: float
-    stale: bool
-
-
-def rank_offers(
-    recipe: Recipe,
-    architecture: Architecture,
-    workload: Workload | None = None,
-    *,
-    offers: Iterable[Offer] | None = None,
-    framework: str = "finetui",
-    spot: bool = False,
-) -> list[RankedOffer]:
-    """Offers on which the recipe fits, cheapest run first; one plan per kind of machine, shared by its offers."""
-    from .solver import make_plan
-
-    plans: dict[tuple[str, int], Plan] = {}
-    ranked = []
-    for offer in load_offers() if offers is None else offers:
-        price = _price(offer, spot)
-        if price is None:
-            continue
-        key = (offer.gpu, offer.count)
-        if key not in plans:
-            node = Node(find_gpu(offer.gpu), offer.count)
-            plans[key] = make_plan(recipe, architecture, node, workload, framework=framework, offers=())
-        plan = plans[key]
-        if plan.fits:
-            ranked.append(RankedOffer(offer, plan, price * plan.time_s / 3600, plan.time_s, offer.is_stale()))
-    return sorted(ranked, key=lambda entry: (entry.usd, entry.time_s))
+def restart_s(plan: Plan) -> float:
+    """Seconds that interruptions add to a run on an interruptible machine: a new one is rented, the model loaded, and
+    half of what lies between two checkpoints done again."""
+    lost = plan.resolved.checkpoint_every * plan.speed.step_s / 2
+    size = 2.0 * plan.model.parameters
+    each = _RENT_S + _START_S + size / _DOWNLOAD_BYTES_S + size / _LOAD_BYTES_S + lost
+    return plan.time_s / 3600 * _INTERRUPTIONS_PER_H * each
 
 
 def checkpoint_bytes(settings: Settings, trainable: int) -> float:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import difflib
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
-import yaml
 from pydantic import BaseModel, ValidationError
 
 from .errors import RecipeError
+
+if TYPE_CHECKING:
+    import yaml
 
 Lines = dict[tuple[str | int, ...], int]
 
@@ -27,6 +29,8 @@ def explain(model: type[BaseModel], error: ValidationError, source: str, lines: 
 
 def line_numbers(node: yaml.Node | None, path: tuple[str | int, ...] = ()) -> Lines:
     """The 1-based line of every key and list item of a YAML document, by its path."""
+    import yaml
+
     lines: Lines = {}
     if isinstance(node, yaml.MappingNode):
         for key, value in node.value:

@@ -1,96 +1,17 @@
-"""How transformers builds one decoder layer of each model_type: the table behind :mod:`.architecture`.
+"""The table behind :mod:`.architecture`: one :class:`.family.Family` for each ``model_type`` of a config.json.
 
-One row is one ``model_type`` of a config.json: the names of its linear modules, where its biases and norms are, and the
-values that transformers takes for keys the config leaves out. Every row is held to equality with transformers on the
+Every row is held to equality with transformers on the
 meta device by ``tests/planner/test_architecture.py``. Source of all rows: ``modeling_*.py`` and
 ``configuration_*.py`` of transformers 5.17 to 5.23.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
-#: A fixed answer, or the config key that holds it.
-Flag = bool | str
-
-
-@dataclass(frozen=True)
-class MoE:
-    """Where a config says how its experts are laid out.
-
-    ``sparse`` names the rule for which layers have experts: ``all``; ``step`` (every ``decoder_sparse_step``-th layer
-    but those in ``mlp_only_layers``); ``first_dense`` (all after the first ``first_k_dense_replace``); ``types``
-    (``mlp_layer_types``, or all but the first); ``interleave`` (``moe_layers``, or every
-    ``interleave_moe_layer_step``-th). Experts and routers are plain parameters, not ``nn.Linear``:
-    neither bitsandbytes nor ``all-linear`` sees them.
-    """
-
-    count: tuple[str, ...] = ("num_local_experts", "num_experts")
-    width: tuple[str, ...] = ("moe_intermediate_size",)
-    sparse: Literal["all", "step", "first_dense", "types", "interleave"] = "all"
-    shared: Literal["", "count", "size", "one"] = ""
-    """Shared experts: ``count`` x width (``n_shared_experts``), one of ``shared_expert_intermediate_size``, or ``one``
-    as wide as the others."""
-    dense_width: str = ""
-    """Config key of the MLP width of the layers without experts, where it is not ``intermediate_size``."""
-    linear_router: bool = False
-    """The router is an ``nn.Linear``, which ``all-linear`` and bitsandbytes do see."""
-    bias: bool = False
-    """Router and experts have biases."""
-    adapted: tuple[str, ...] = ()
-    """What PEFT's targets call router, gate, up and down projection where it puts LoRA on fused experts too
-    (``_MOE_TARGET_MODULE_MAPPING`` in peft/utils/transformers_weight_conversion.py, 0.21); then dense and shared MLPs
-    get none."""
-
-
-@dataclass(frozen=True)
-class Family:
-    """One row: how a layer of this ``model_type`` is built."""
-
-    title: str
-    defaults: Mapping[str, Any] = field(default_factory=dict)
-    qkv: tuple[str, ...] = ("q_proj", "k_proj", "v_proj")
-    """The input projections of attention: three names, or one that holds all three."""
-    out: str = "o_proj"
-    mlp: tuple[str, ...] = ("gate_proj", "up_proj", "down_proj")
-    """Three names: gated. Two names: plain, or gated with the first fused when ``fused_gate``."""
-    fused_gate: bool = False
-    qkv_bias: Flag = False
-    out_bias: Flag = False
-    mlp_bias: Flag = False
-    norms: int = 2
-    """Norms of the hidden size in one layer."""
-    norm: Literal["rms", "layer", "fixed"] = "rms"
-    """``rms`` has a weight, ``layer`` a weight and a bias, ``fixed`` nothing to train."""
-    norm_bias: Flag = True
-    """Whether a ``layer`` norm has its bias."""
-    qk_norm: Literal["", "dim", "width", "heads"] = ""
-    """Norms on queries and keys: one head wide, the whole projection wide, or one per head."""
-    qk_norm_if: str = ""
-    """The config key that turns ``qk_norm`` on; empty: always."""
-    sinks: bool = False
-    head_bias: bool = False
-    positions: str = ""
-    """Config key of a learned position table."""
-    position_offset: int = 0
-    plain_heads: bool = False
-    """As many key as query heads, each hidden / heads wide, whatever the config says."""
-    mla: bool = False
-    """Multi-head latent attention (DeepSeek-V2, arXiv:2405.04434)."""
-    moe: MoE | None = None
-    window_every: int = 0
-    """Without ``layer_types``, all but every n-th layer attend within ``sliding_window``; 1: all of them do."""
-    window_if: str = ""
-
-
-def _shape(
-    vocab: int, hidden: int, inner: int | None, layers: int, heads: int, kv: int | None = None, **more: Any
-) -> dict[str, Any]:
-    shape = {"vocab_size": vocab, "hidden_size": hidden, "intermediate_size": inner, "num_hidden_layers": layers}
-    return {**shape, "num_attention_heads": heads, "num_key_value_heads": kv, **more}
-
+from .families_recent import RECENT
+from .family import Family, MoE
+from .family import shape_defaults as _shape
 
 _LAYER_NORM: dict[str, Any] = {"norm": "layer"}
 _BIASED: dict[str, Any] = {"qkv_bias": True, "out_bias": True, "mlp_bias": True}
@@ -416,4 +337,5 @@ FAMILIES: dict[str, Family] = {
         qk_norm="dim",
         window_every=4,
     ),
+    **RECENT,
 }  # fmt: skip

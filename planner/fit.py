@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 
 from .architecture import Architecture
 from .cost import cheapest_offers
 from .hardware import Gpu, Offer, load_catalog
-from .memory import Settings, peak_memory
+from .memory import peak_memory
 from .plan import Memory
+from .policies import most_layers
+from .settings import Settings
 from .speed import step_speed
-from .stacks import find_stack
+from .stacks import Stack, find_stack
 
 LENGTHS = (1024, 2048, 4096, 8192)
 TUNINGS = ("full", "lora", "qlora")
@@ -101,20 +103,17 @@ def _best(
 ) -> tuple[Settings, Memory]:
     """The first of the ways to run, fastest first, that fits; else the last, which needs least."""
     stack = find_stack(framework)
+    base = Settings(
+        tuning=tuning,  # type: ignore[arg-type]
+        sequence_length=length,
+        micro_batch=micro_batch,
+        accumulation=max(16 // micro_batch, 1),
+        rank=rank,
+        targets=targets,
+        quantization="nf4" if tuning == "qlora" else "none",
+    )
     settings, memory = None, None
-    for precision, optimizer, checkpointing in _ways(gpu, tuning):
-        settings = Settings(
-            tuning=tuning,  # type: ignore[arg-type]
-            sequence_length=length,
-            micro_batch=micro_batch,
-            accumulation=max(16 // micro_batch, 1),
-            rank=rank,
-            targets=targets,
-            quantization="nf4" if tuning == "qlora" else "none",
-            precision=precision,  # type: ignore[arg-type]
-            optimizer=optimizer,
-            checkpointing=checkpointing,  # type: ignore[arg-type]
-        )
+    for settings in _ways(architecture, base, stack, gpu):
         memory = peak_memory(architecture, settings, stack, gpu)
         if memory.high_gib <= gpu.memory_gib:
             break
@@ -123,13 +122,21 @@ def _best(
     return settings, memory
 
 
-def _ways(gpu: Gpu, tuning: str) -> list[tuple[str, str, str]]:
+def _ways(architecture: Architecture, base: Settings, stack: Stack, gpu: Gpu) -> Iterator[Settings]:
     """Precision, optimiser and checkpointing in the solver's order."""
     precision = "fp32" if gpu.kind == "cpu" else "bf16" if gpu.bf16 else "fp16"
-    ways = [(precision, "adamw", "none"), (precision, "adamw", "full")]
-    if tuning == "full":
+    storages = [(precision, "adamw")]
+    if base.tuning == "full":
         if precision == "bf16":
-            ways = [("bf16-mixed", "adamw", "none"), ("bf16-mixed", "adamw", "full"), *ways]
+            storages.insert(0, ("bf16-mixed", "adamw"))
         if gpu.kind == "cuda":
-            ways += [(precision, "adamw-8bit", "full"), (precision, "paged-adamw-8bit", "full")]
-    return ways
+            storages += [(precision, "adamw-8bit"), (precision, "paged-adamw-8bit")]
+    for kind, optimizer in storages:
+        settings = replace(base, precision=kind, optimizer=optimizer)  # type: ignore[arg-type]
+        yield replace(settings, checkpointing="none")
+        least = replace(settings, checkpointing="full")
+        if peak_memory(architecture, least, stack, gpu).high_gib <= gpu.memory_gib:
+            most = most_layers(architecture, settings, stack, gpu, gpu.memory_gib)
+            yield most if most.kept_layers else least
+        elif optimizer == storages[-1][1]:
+            yield least

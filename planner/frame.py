@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from .architecture import Architecture
 from .errors import DataError, HardwareError, RecipeError
 from .hardware import Node
+from .options import VIRTUAL_TOKENS
 from .plan import Reason, Workload
 
 if TYPE_CHECKING:
@@ -102,12 +103,21 @@ class Frame:
     def _packing(self) -> bool:
         if self.recipe.packing != "auto":
             return self.recipe.packing
+        if self.recipe.tuning.type in VIRTUAL_TOKENS:
+            self.because("packing", False, "the virtual tokens stand before a row, not before each example in it")
+            return False
+        if self.recipe.method not in ("sft", "pretrain"):
+            return False  # a pair, a judged answer and a rollout are rows of their own
         mean = self.mean()
         if self.recipe.method == "pretrain":
             self.because("packing", True, "plain text has no rows of its own: every row is filled")
             return True
         short = self.workload.basis != "assumed" and mean < self.length / 2
         share = f"{mean:.0f} of {self.length} tokens on average"
+        if short and self.cpu:
+            # Rows of like length share a micro-batch, and a CPU has no attention that skips what documents hide.
+            self.because("packing", False, "a CPU's attention pays for all of a packed row, however it is divided")
+            return False
         if short:
             self.because("packing", True, f"examples are short ({share}): without packing most of each row is padding")
         elif self.workload.basis == "assumed":
@@ -119,7 +129,9 @@ class Frame:
     def rows(self) -> int:
         """Rows of one epoch."""
         if not self.packing:
-            return max(self.workload.examples, 1)
+            from .rollout import sequences_per_row  # like the recipe itself, it needs pydantic
+
+            return max(self.workload.examples * sequences_per_row(self.recipe), 1)
         tokens = self.mean() * self.workload.examples
         return max(math.ceil(tokens / (self.length * PACKED_FILL)), 1)
 
@@ -169,7 +181,11 @@ class Frame:
         free = self.recipe.hardware.gpus == "auto" and recipe.micro_batch == "auto"
         while free and len(self.gpus) > 1 and len(self.gpus) > batch:
             self.gpus = self.gpus[:-1]
-        unit = len(self.gpus) * (recipe.micro_batch if recipe.micro_batch != "auto" else 1)
+        least = 2 if recipe.method == "kto" else 1  # its KL needs another row's answer
+        micro = recipe.micro_batch if recipe.micro_batch != "auto" else least
+        from .rollout import group_size
+
+        unit = math.lcm(len(self.gpus) * micro, group_size(recipe))
         rounded = max(batch // unit, 1) * unit
         if rounded != batch:
             why += f", rounded so that {len(self.gpus)} device(s) share it evenly"

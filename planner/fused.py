@@ -3,22 +3,54 @@
 Bytes per token and layer for 16-bit values, with H hidden, I MLP width, Q and K the widths of queries and of keys
 (``kernels/decoder_layer.py`` has the same table)::
 
-    checkpointing: full   2 H                          all is computed again but the down projection
-    checkpointing: none   4 H + 4 Q + 4 K + 4 I        norms, rotary embedding and activation are computed again
+    checkpointing: full      2 H                       all is computed again but the down projection
+    checkpointing: offload   0 (4 H + 2 Q on the host) the projections to q, k, v, gate and up
+    checkpointing: none      4 H + 4 Q + 4 K + 4 I     norms, rotary embedding and activation
 
-and 2 per rank for each of the seven modules with an adapter, and 4 per head. Layers at work in backward hold their
-whole content and the gradients of the gated MLP. On hosts with memory to spare and a fast bus, what ``full`` keeps is
-parked there; that is not counted on.
+and 2 per rank for each of the seven modules with an adapter. The attention's log-sums, 4 per head, stay wherever its
+output does.
 """
 
 from __future__ import annotations
 
-from .architecture import Architecture
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+
+from .architecture import Architecture, Layer, Linear
 from .hardware import Gpu
+from .settings import Settings
 from .stacks import Stack
 
 #: Families whose layers the kernels recognise (``kernels/layers.py``).
 _FAMILIES = frozenset({"llama", "mistral", "qwen2", "qwen3"})
+#: Rows of the MLP that go through at once (``kernels/decoder_mlp.py``).
+_PIECE = 4096
+#: Sets of parked tensors that are on the device at once: two on their way out, or one in use and one on its way in
+#: (``kernels/offload.py``).
+_SETS = 2
+
+
+@dataclass(frozen=True)
+class LayerBytes:
+    """Bytes per token of one layer: kept on the device, further ones in its backward, and waiting on the host.
+
+    ``moving`` are those of parked tensors that are on the device on their way, however many layers there are.
+    """
+
+    kept: float
+    work: float
+    parked: float = 0.0
+    moving: float = 0.0
+
+
+@dataclass(frozen=True)
+class LayerTraffic:
+    """Bytes per token that one layer's elementwise kernels and its adapters' small products read and write."""
+
+    forward: float
+    backward: float
+    again: float
 
 
 def runs_whole_layers(architecture: Architecture, stack: Stack, gpu: Gpu, *, tuning: str, dropout: bool) -> bool:
@@ -34,12 +66,112 @@ def runs_whole_layers(architecture: Architecture, stack: Stack, gpu: Gpu, *, tun
     )
 
 
-def layer_bytes(architecture: Architecture, rank: int, adapters: int, checkpointing: str) -> tuple[float, float]:
-    """Bytes per token that one layer keeps, and the further bytes of its backward."""
+def stack_on(architecture: Architecture, settings: Settings, stack: Stack, gpu: Gpu) -> Stack:
+    """The stack as it runs here: its own kernels only where they apply.
+
+    Where layers do not run as one function, their norms and gated MLPs still have kernels of their own.
+    """
+    if not stack.whole_layers:
+        return stack
+    lora = settings.kind in ("", "lora-fp8") and not settings.dora  # other adapters run as PEFT's own modules
+    if (
+        settings.kernels
+        and lora
+        and runs_whole_layers(architecture, stack, gpu, tuning=settings.tuning, dropout=settings.dropout)
+    ):
+        return stack
+    singly = settings.kernels and gpu.kind == "cuda" and architecture.gated and not architecture.layer_norm
+    return _without_layers(stack, singly, gpu.kind == "cuda")
+
+
+@lru_cache(maxsize=16)
+def _without_layers(stack: Stack, singly: bool, cuda: bool) -> Stack:
+    stack = replace(
+        stack,
+        whole_layers=False,
+        fused_norm=singly,
+        fused_mlp=singly,
+        remakes_activation=singly,
+        keeps_scratch=singly,
+    )
+    # On the CPU there is no kernel for the loss: logits of all positions, and their log-softmax.
+    return stack if cuda else replace(stack, loss="logits", logit_forward=12.0, logit_backward=12.0)
+
+
+def layer_bytes(
+    architecture: Architecture, rank: int, adapters: int, checkpointing: str, tokens: int = 0
+) -> LayerBytes:
+    """What one layer needs under ``none``, ``offload`` or ``full``, for so many tokens at once.
+
+    Its backward has two crests: the MLP's, whose rows go through in pieces unless gate and up are kept, and the
+    attention's, whose kernel adds up the gradient of the queries in fp32 and makes those of keys and values for every
+    query head.
+    """
     hidden, q, kv = architecture.hidden, architecture.query_width, architecture.kv_width
     inner = max(layer.inner for layer in architecture.layers)
-    everything = 4 * hidden + 4 * q + 4 * kv + 4 * inner + 2 * rank * adapters + 4 * architecture.heads
-    gradients = 4.0 * hidden + 4 * inner
+    small, sums = 2.0 * rank * adapters, 4.0 * architecture.heads
+    # Normed queries and keys are new tensors beside the projected ones.
+    normed = 2.0 * max(layer.norm_width - 2 * hidden for layer in architecture.layers)
+    heads = 2.0 * q + 4 * kv
+    # Gradients of the layer's output and of the sum after attention, and the normed input; the gradients of the
+    # attention's output, of its queries, keys and values, and its kernel's own.
+    attention = 6.0 * hidden + 2 * q + normed + heads + 4 * q + (4 * q if kv < q else 0)
     if checkpointing == "none":
-        return float(everything), gradients
-    return 2.0 * hidden, everything - 2 * hidden + gradients
+        # Gradients of output and activation, and the normed input; then gate and up are gone, and the sum is.
+        mlp = 4.0 * hidden + 2 * inner
+        kept = 4.0 * hidden + 2 * q + heads + 4 * inner + small + sums
+        return LayerBytes(kept, max(mlp, attention - 2 * hidden - 4 * inner))
+    part = min(1.0, _PIECE / tokens) if tokens else 1.0
+    # Gradients of the output and, piece by piece, of the sum; of a piece its normed input, gate, up and activation.
+    mlp = 2.0 * hidden + (2 * hidden if part < 1 else 0) + part * (2 * hidden + 6 * inner)
+    if checkpointing == "offload":
+        parked = 4.0 * hidden + 2 * q
+        return LayerBytes(small + sums, max(mlp, attention + heads - 2 * hidden), parked, _SETS * parked)
+    # Made again before either: the normed input, queries, keys, values, the attention's output and the sum after it.
+    again = 4.0 * hidden + heads + normed + 2 * q + sums
+    return LayerBytes(2.0 * hidden + small, max(again + mlp, attention + heads + 2 * q + sums))
+
+
+def layer_traffic(
+    architecture: Architecture, layer: Layer, modules: Sequence[Linear], checkpointing: str
+) -> LayerTraffic:
+    """What one layer moves beside its large products, in forward, in backward and to compute again.
+
+    A norm reads and writes its feature, and its backward reads two gradients and the input and writes one; rotary
+    embedding and activation work in place. An adapter reads its input once per group of one input, and adds to its
+    output; backward reads the gradient of its output twice, its input once, and adds to the gradient of that.
+    """
+    hidden, q, kv = architecture.hidden, architecture.query_width, architecture.kv_width
+    normed = layer.norm_width - 2 * hidden
+    rotary, norms = 4.0 * (q + kv), 8.0 * hidden + 4 * normed
+    names = {module.name for module in modules}
+    groups = (layer.attention[:-1], layer.attention[-1:], layer.mlp[:-1], layer.mlp[-1:])
+    inputs = sum(group[0].d_in for group in groups if names & {module.name for module in group})
+    outputs = sum(module.d_out for module in modules)
+    again = 0.0
+    if checkpointing in ("offload", "full"):
+        made = layer.attention[:-1] if checkpointing == "offload" else layer.attention
+        again = rotary + 4 * normed + 4.0 * sum(module.d_out for module in made if module.name in names)
+    return LayerTraffic(
+        forward=norms + rotary + 6 * layer.inner + 2 * inputs + 4 * outputs,
+        backward=norms + 16 * hidden + 8 * normed + rotary + 12 * layer.inner + 6 * inputs + 4 * outputs,
+        again=again,
+    )
+
+
+def recomputed_weights(layer: Layer, checkpointing: str) -> int:
+    """Weights of the products that one layer's backward makes again."""
+    if checkpointing == "none":
+        return 0
+    attention = layer.attention[:-1] if checkpointing == "offload" else layer.attention
+    return sum(module.weight for module in (*attention, *layer.mlp[:-1]))
+
+
+def parked_bytes(architecture: Architecture, settings: Settings, stack: Stack) -> float:
+    """Bytes of one micro-batch that wait in host memory under ``offload``."""
+    if settings.checkpointing != "offload":
+        return 0.0
+    each = 2.0 * architecture.hidden
+    if stack.whole_layers:
+        each = layer_bytes(architecture, settings.rank, 0, "offload").parked
+    return each * architecture.num_layers * settings.tokens

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Literal
 
 from .errors import HardwareError
 from .host import cores, host_memory
+from .state import state_dir
 
 if TYPE_CHECKING:
     from .limits import HardwareRequest
@@ -122,10 +123,27 @@ def load_catalog() -> dict[str, Gpu]:
     return catalog
 
 
+def refreshed_prices() -> Path:
+    """Where prices that a user refreshed are kept (:mod:`.prices`)."""
+    return state_dir() / "prices.csv"
+
+
 @cache
 def load_offers() -> tuple[Offer, ...]:
-    """The offers of ``presets/prices.csv``."""
-    with (PRESETS / "prices.csv").open(encoding="utf-8", newline="") as file:
+    """The offers of ``presets/prices.csv``, but of the providers whose prices were refreshed those."""
+    shipped = _read_offers(PRESETS / "prices.csv")
+    if not refreshed_prices().is_file():
+        return shipped
+    try:
+        fresh = _read_offers(refreshed_prices())
+    except (OSError, ValueError, KeyError):  # of another release: what is shipped holds
+        return shipped
+    known = {offer.provider for offer in fresh}
+    return (*(offer for offer in shipped if offer.provider.split(" (")[0] not in known), *fresh)
+
+
+def _read_offers(path: Path) -> tuple[Offer, ...]:
+    with path.open(encoding="utf-8", newline="") as file:
         return tuple(
             Offer(
                 provider=row["provider"],

@@ -1,4 +1,4 @@
-"""Where a model's config.json and the size of its weights come from: a folder, the shipped presets, or the Hub.
+"""Where a model's config.json comes from: a folder, the shipped presets, or the Hub.
 
 Weights are never fetched here. From the Hub comes config.json alone, through huggingface_hub, which caches it and
 honours ``HF_ENDPOINT``, ``HF_TOKEN`` and ``HF_HUB_OFFLINE``.
@@ -21,7 +21,7 @@ from .hardware import PRESETS
 Origin = Literal["folder", "file", "preset", "hub"]
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 #: Seconds to wait for the Hub before saying that it can't be reached.
-_TIMEOUT_S = 10.0
+TIMEOUT_S = 10.0
 _CONNECT_S = 3.0
 
 
@@ -48,7 +48,7 @@ def find_config(model: str) -> tuple[str, dict[str, Any], Origin]:
     found = _preset(model)
     if found:
         return found[0], _read(found[1]), "preset"
-    if not _HUB_ID.fullmatch(model) or model.startswith((".", "/", "~")):
+    if not is_hub_id(model):
         raise ModelError(f"there is no folder or model {model!r}", where="model", do=_suggest(model))
     return model, _read(Path(_fetch(model, "config.json"))), "hub"
 
@@ -81,29 +81,9 @@ def _shape_name(model: str) -> str:
     return "-".join(word for word in model.lower().split("-") if word not in _VARIANTS)
 
 
-def weights_size(model: str) -> int | None:
-    """Bytes of a model's safetensors files, from the folder or the Hub's metadata; ``None`` where there are none.
-
-    Raises:
-        HubError: the Hub is unreachable, or does not answer for this model.
-    """
-    path = Path(model).expanduser()
-    if path.is_dir():
-        return sum(file.stat().st_size for file in path.glob("*.safetensors")) or None
-    if path.is_file() or not _HUB_ID.fullmatch(model):
-        return None
-    from huggingface_hub import HfApi
-
-    if _offline_set():
-        raise _offline(model)
-    if not _reachable():
-        raise _unreachable()
-    try:
-        info = HfApi().model_info(model, files_metadata=True, timeout=_TIMEOUT_S)
-    except Exception as error:
-        raise _explained(error, model) from None
-    sizes = [file.size or 0 for file in info.siblings or () if file.rfilename.endswith(".safetensors")]
-    return sum(sizes) or None
+def is_hub_id(model: str) -> bool:
+    """Whether this could be the name of a model on the Hub."""
+    return bool(_HUB_ID.fullmatch(model)) and not model.startswith((".", "/", "~"))
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -133,26 +113,26 @@ def _fetch(model: str, filename: str) -> str:
     """The path of one small file of a hub model in huggingface_hub's cache."""
     from huggingface_hub import hf_hub_download, try_to_load_from_cache
 
-    if not _offline_set() and not _reachable():  # huggingface_hub would retry for half a minute
+    if not offline_set() and not reachable():  # huggingface_hub would retry for half a minute
         cached = try_to_load_from_cache(model, filename)
         if isinstance(cached, str):
             return cached
-        raise _unreachable()
+        raise unreachable()
     try:
-        return hf_hub_download(model, filename, etag_timeout=_TIMEOUT_S)
+        return hf_hub_download(model, filename, etag_timeout=TIMEOUT_S)
     except Exception as error:
-        raise _explained(error, model) from None
+        raise explained(error, model) from None
 
 
 def _endpoint() -> str:
     return os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
 
 
-def _offline_set() -> bool:
+def offline_set() -> bool:
     return os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "TRUE", "YES", "ON")
 
 
-def _reachable() -> bool:
+def reachable() -> bool:
     """Whether something listens at the endpoint; behind a proxy only the request itself can tell."""
     parts = urlsplit(_endpoint())
     proxies = (f"{parts.scheme}_proxy", "all_proxy")
@@ -168,17 +148,17 @@ def _reachable() -> bool:
         return False
 
 
-def _unreachable() -> HubError:
+def unreachable() -> HubError:
     do = "Check the network and HF_ENDPOINT, or give a checkpoint folder or a config.json."
     return HubError(f"{_endpoint()} can't be reached", where="model", do=do)
 
 
-def _offline(model: str) -> HubError:
+def offline(model: str) -> HubError:
     do = f"Unset HF_HUB_OFFLINE, or give a folder. {_suggest(model)}"
     return HubError(f"{model} is not in the cache, and HF_HUB_OFFLINE is set", where="model", do=do)
 
 
-def _explained(error: Exception, model: str) -> HubError | ModelError:
+def explained(error: Exception, model: str) -> HubError | ModelError:
     """What went wrong on the way to the Hub, in plain words."""
     from huggingface_hub import errors
 
@@ -201,10 +181,10 @@ def _explained(error: Exception, model: str) -> HubError | ModelError:
             do = "Set HF_TOKEN to a valid token (huggingface.co/settings/tokens)."
             return HubError(f"{endpoint} refused access to {model} ({status})", where="model", do=do)
         return HubError(f"{endpoint} answered with error {status}", where="model", do="Try again later.")
-    if isinstance(error, errors.OfflineModeIsEnabled) or _offline_set():
-        return _offline(model)
+    if isinstance(error, errors.OfflineModeIsEnabled) or offline_set():
+        return offline(model)
     if isinstance(error, errors.HFValidationError):
         return HubError(f"{model!r} is not a hub id", where="model", do=_suggest(model))
     if isinstance(error, errors.LocalEntryNotFoundError | OSError) or type(error).__module__.startswith("httpx"):
-        return _unreachable()
+        return unreachable()
     raise error

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from .section import Auto, Section
 
@@ -22,14 +22,23 @@ class HardwareRequest(Section):
     """How many GPUs, or which (``[0, 1]``). On the CPU: how many processes."""
     strategy: Literal["auto", "single", "ddp"] = "auto"
     """How several GPUs share the work."""
-    checkpointing: Literal["auto", "none", "full"] = "auto"
-    """Activation checkpointing: recompute each layer in the backward pass instead of keeping it."""
+    checkpointing: Literal["auto", "none", "selective", "offload", "full"] = "auto"
+    """Activation checkpointing: recompute layers in the backward pass instead of keeping what they made. ``selective``
+    recomputes as many as memory asks for, ``offload`` lets less be recomputed by keeping it in host memory."""
+    kept_layers: Auto | Annotated[int, Field(ge=1)] = "auto"
+    """How many of the last layers are not recomputed under ``selective``; ``auto`` is as many as fit."""
     precision: Precision = "auto"
     """``bf16`` keeps weights in 16 bits, ``bf16-mixed`` and ``fp16`` compute in 16 bits over fp32 weights."""
     kernels: Literal["auto", "on", "off"] = "auto"
     """Fused Triton kernels. ``auto`` uses those that prove themselves on this GPU."""
     usd_per_h: float | None = Field(None, gt=0)
     """What the machine costs per hour; without it a local one is free and others cost their cheapest offer."""
+
+    @model_validator(mode="after")
+    def _possible(self) -> Self:
+        if self.kept_layers != "auto" and self.checkpointing != "selective":
+            raise ValueError("kept_layers has no effect here||Remove it, or use checkpointing: selective.")
+        return self
 
 
 class Limits(Section):
@@ -59,3 +68,7 @@ class Evaluation(Section):
     """Steps between evaluations; there is one at the start and one at the end in any case."""
     holdout: Auto | Annotated[float, Field(ge=0.0, lt=1.0)] = "auto"
     """Share of the training rows that is held out when no source has split: eval. ``auto`` is 5%, at most 200 rows."""
+    keep_best: bool = False
+    """Keep the weights that did best on held-out rows, and make them the result."""
+    patience: int | None = Field(None, ge=1)
+    """End after so many evaluations in a row without improvement; the best weights are the result then."""

@@ -95,7 +95,7 @@ def managed_costs(
     """What services charge for the recipe's data over its epochs, cheapest first; the smallest bill is their minimum.
 
     Args:
-        workload: the same that :func:`.cost.rank_offers` is given, or :attr:`.plan.Plan.workload`.
+        workload: the same that :func:`.ranking.rank_offers` is given, or :attr:`.plan.Plan.workload`.
     """
     method = "sft" if recipe.method == "pretrain" else recipe.method
     tokens = round(workload.tokens * recipe.epochs)

@@ -2,8 +2,8 @@
 
 Read in trl 1.16 (``trl/trainer/*.py``, ``trl/experimental/*``). Methods of its stable trainers project hidden states
 tile by tile and never hold all logits, as SFTTrainer does; those of its experimental ones (ORPO, CPO, and SimPO, which
-is CPO with another loss) hold the logits of both halves of a pair. The reference of an adapter run is the base with its
-adapters off: no copy. PPO is not among them: TRL has no trainer for it any more.
+is CPO with another loss) hold the logits of both halves of a pair, and finetui's own do not. The reference of an
+adapter run is the base with its adapters off: no copy. PPO is finetui's own, on the machinery of TRL's GRPO.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
-from .stacks import Stack
+from .stacks import STACKS, Stack
 
 
 @dataclass(frozen=True)
@@ -55,6 +55,7 @@ METHODS: dict[str, MethodTerms] = {
         # beta is 0 by default: no reference (trl/trainer/grpo_config.py).
         MethodTerms("grpo", "GRPO", rollouts=True, source="arXiv:2402.03300"),
         MethodTerms("rloo", "RLOO", rollouts=True, reference=True, forwards=1, source="arXiv:2402.14740"),
+        MethodTerms("ppo", "PPO", rollouts=True, reference=True, forwards=2, source="arXiv:1707.06347"),
         MethodTerms("reward", "reward model", 2, scalar_head=True, rate=(1e-5, 1e-4), source="arXiv:2203.02155"),
     )
 }
@@ -64,6 +65,11 @@ METHODS: dict[str, MethodTerms] = {
 def stack_for(method: str, stack: Stack) -> Stack:
     """The stack with the loss that this method has there."""
     terms = METHODS[method]
+    if stack.loss == "rows":  # the loss of whole examples needs no more; others ask for each word's probability
+        tiles = STACKS["trl"]
+        if method in ("sft", "pretrain"):
+            return stack
+        return replace(stack, loss="tiles", chunk_tokens=tiles.chunk_tokens, tile_words=tiles.tile_words)
     if terms.full_logits and stack.loss != "logits":
         return replace(stack, loss="logits", logit_forward=6.0, logit_backward=8.0)
     return stack

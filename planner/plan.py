@@ -10,10 +10,16 @@ import dataclasses
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal, Self
+
+if TYPE_CHECKING:
+    from .options import OptimizerOptions, TuningOptions
 
 #: What a number rests on, weakest first.
-Basis = Literal["formula", "calibrated", "measured"]
+Basis = Literal["formula", "calibrated", "exact", "measured"]
+#: What layers compute again in backward: nothing; all but the last ``kept_layers`` of them everything; all of them what
+#: follows from tensors that waited in host memory; all of them everything.
+Checkpointing = Literal["none", "selective", "offload", "full"]
 
 
 @dataclass(frozen=True)
@@ -44,6 +50,8 @@ class ModelSummary:
     parameters: int
     trainable: int
     family: str = ""
+    modules: dict[str, int] = field(default_factory=dict)
+    """Parameters by kind of module; they add up to ``parameters``."""
 
 
 @dataclass(frozen=True)
@@ -67,12 +75,12 @@ class Resolved:
     alpha: float
     dropout: float
     targets: str | list[str]
-    quantization: Literal["none", "nf4"]
+    quantization: Literal["none", "nf4", "fp8"]
     sequence_length: int
     micro_batch: int
     accumulation: int
     packing: bool
-    train_on: Literal["answers", "all"]
+    train_on: Literal["answers", "last-answer", "all"]
     epochs: float
     steps: int
     warmup_steps: int
@@ -82,7 +90,7 @@ class Resolved:
     weight_decay: float
     max_grad_norm: float
     precision: Literal["bf16", "bf16-mixed", "fp16", "fp32"]
-    checkpointing: Literal["none", "full"]
+    checkpointing: Checkpointing
     attention: Literal["sdpa", "eager"]
     kernels: Literal["auto", "on", "off"]
     strategy: Literal["single", "ddp"]
@@ -91,6 +99,34 @@ class Resolved:
     checkpoint_every: int
     eval_every: int
     seed: int
+    kept_layers: int = 0
+    """Under ``selective`` checkpointing: so many of the last layers keep what the others compute again."""
+
+    tuning_options: dict[str, Any] = field(default_factory=dict)
+    """What of the tuning goes beyond rank, alpha, dropout and targets and differs from the default."""
+    optimizer_options: dict[str, Any] = field(default_factory=dict)
+    """The same of the optimiser and its schedule."""
+    neftune_alpha: float = 0.0
+    """Size of the noise on input embeddings; 0 is none."""
+
+    @property
+    def trains_base(self) -> bool:
+        """Whether the model's own weights are trained, and the result is a model instead of an adapter."""
+        return self.tuning in ("full", "freeze")
+
+    @property
+    def options(self) -> TuningOptions:
+        """``tuning_options`` with the defaults of what they leave out."""
+        from .options import TuningOptions
+
+        return TuningOptions.read(self.tuning_options)
+
+    @property
+    def updates(self) -> OptimizerOptions:
+        """``optimizer_options`` with the defaults of what they leave out."""
+        from .options import OptimizerOptions
+
+        return OptimizerOptions.read(self.optimizer_options)
 
     @property
     def world_size(self) -> int:
@@ -122,6 +158,8 @@ class Memory:
     moment: Literal["loss", "backward", "optimizer", "rollout"] = "backward"
     lever: str = ""
     margins: dict[str, float] = field(default_factory=dict)
+    moments: dict[str, float] = field(default_factory=dict)
+    """What is allocated at the fullest instant of each moment, in GiB; only where a step was followed."""
 
 
 @dataclass(frozen=True)
@@ -158,6 +196,23 @@ class Reason:
 
 
 @dataclass(frozen=True)
+class StagePlan:
+    """One stage of a plan: the figures of its own plan that a table of stages shows; zero where nothing is trained."""
+
+    name: str
+    do: str
+    method: str = ""
+    tuning: str = ""
+    trainable: int = 0
+    steps: int = 0
+    fits: bool = True
+    device_gib: float = 0.0
+    tokens_per_s: float = 0.0
+    time_s: float = 0.0
+    usd: float = 0.0
+
+
+@dataclass(frozen=True)
 class Plan:
     """A recipe with no ``auto`` left, with its predicted memory, speed, time and cost."""
 
@@ -175,6 +230,9 @@ class Plan:
     basis: Basis = "formula"
     correction: dict[str, float] = field(default_factory=dict)
     """Factors on the formula's ``memory`` (what moves) and ``speed`` that finished runs gave; empty without any."""
+    stages: list[StagePlan] = field(default_factory=list)
+    """Of a recipe with stages: one row for each. ``time_s`` and ``cost`` are then those of all, the other figures those
+    of the one that needs most memory."""
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON form."""
@@ -201,6 +259,7 @@ class Plan:
             warnings=list(tree.get("warnings", [])),
             basis=tree.get("basis", "formula"),
             correction=dict(tree.get("correction", {})),
+            stages=[_read(StagePlan, stage) for stage in tree.get("stages", [])],
         )
 
     def save(self, path: str | Path) -> None:

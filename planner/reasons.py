@@ -98,11 +98,13 @@ def _checkpointing(best: Candidate, tried: Sequence[Candidate], limit: float) ->
     ]
     other = _runner_up([c for c in others if c.fits(limit, safely=True)], lambda c: c.speed.tokens_per_s)
     other = other or _runner_up(others, lambda c: -c.memory.device_gib)
-    head = (
-        "activations fit: nothing needs recomputing"
-        if best.settings.checkpointing == "none"
-        else "recomputing saves memory"
-    )
+    kept = best.settings.kept_layers
+    head = {
+        "none": "activations fit: nothing needs recomputing",
+        "selective": f"the last {kept} layers keep what they made, the others compute it again: no more fit",
+        "offload": "what layers keep waits in host memory, and little is computed again",
+        "full": "recomputing saves memory",
+    }[best.settings.checkpointing]
     if other is None:
         return head
     return f"{head}; {other.settings.checkpointing} {_against(best, other, limit)}"

@@ -6,27 +6,29 @@ names file, line and field. Nothing here reads a model, a dataset or a GPU.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, get_args
 
-import yaml
 from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
 from .datasource import DataSource
 from .errors import RecipeError
 from .explain import explain, line_numbers
 from .limits import CheckpointPolicy, Evaluation, HardwareRequest, Limits
+from .objective import Preference, check_objective
 from .optimizer import Optimizer
+from .rollout import Reward, Rollout, absolute_reward, check_rollout
 from .section import Auto, Section
-from .tuning import Tuning
+from .stages import PREVIOUS, Stage, expand
+from .tuning import Tuning, check_tuning
 
 Method = Literal["sft", "pretrain", "dpo", "ipo", "orpo", "kto", "cpo", "simpo", "grpo", "rloo", "ppo", "reward"]
 #: Changes to a recipe: dotted keys to values, or the same as ``a.b=c`` texts whose values are YAML.
 Overrides = Mapping[str, Any] | Sequence[str]
 
-#: Methods that a plan can be carried out for today.
-RUNNABLE_METHODS: frozenset[str] = frozenset({"sft", "pretrain"})
+#: Methods that a plan can be carried out for.
+RUNNABLE_METHODS: frozenset[str] = frozenset(get_args(Method))
 #: Methods whose examples are independent token sequences, so that several may share one row.
 PACKABLE_METHODS: frozenset[str] = frozenset({"sft", "pretrain"})
 
@@ -37,6 +39,14 @@ def _sources(value: Any) -> Any:
     if isinstance(value, list):
         return [{"path": item} if isinstance(item, str) else item for item in value]
     return value
+
+
+def _rewards(value: Any) -> Any:
+    if isinstance(value, str | dict):
+        value = [value]
+    if not isinstance(value, list):
+        return value
+    return [{"function": item} if isinstance(item, str) else item for item in value]
 
 
 def _tuning(value: Any) -> Any:
@@ -68,16 +78,26 @@ class Recipe(Section):
     """Sequences per GPU in one forward pass."""
     packing: Auto | bool = "auto"
     """Put several short examples into one row, without attention between them."""
-    train_on: Literal["auto", "answers", "all"] = "auto"
-    """Which tokens count for the loss. ``auto`` is answers for sft and all for pretrain."""
+    train_on: Literal["auto", "answers", "last-answer", "all"] = "auto"
+    """Which tokens count for the loss; ``last-answer`` is what follows the last question of a conversation. ``auto``
+    is answers for sft and all for pretrain."""
     chat_template: str = "auto"
-    """``auto`` is the tokenizer's own, or ChatML if it has none; else a .jinja file."""
+    """``auto`` is the tokenizer's own, or ChatML if it has none; else a .jinja file, or a family's name (llama3,
+    qwen2_5, gemma, phi3 ...)."""
     epochs: float = Field(1.0, gt=0)
     """Passes over the data."""
     max_steps: int | None = Field(None, ge=1)
     """End after so many optimiser steps where epochs would take more; the schedule of the rate ends there too."""
+    neftune_alpha: float = Field(0.0, ge=0.0)
+    """Noise on the input embeddings while training, in the size of NEFTune's alpha (arXiv:2310.05914); 5 is usual."""
     seed: int = Field(42, ge=0)
     """Seed of data order, adapter initialisation and dropout."""
+    preference: Preference = Preference()
+    """What a preference method optimises."""
+    rollout: Rollout = Rollout()
+    """How answers are generated, by methods that learn from rewards."""
+    rewards: Annotated[list[Reward], BeforeValidator(_rewards)] = Field([])
+    """Who judges those answers: names of shipped rewards, and functions of yours (``path.py:function``)."""
     optimizer: Optimizer = Optimizer()
     hardware: HardwareRequest = HardwareRequest()
     evaluation: Evaluation = Evaluation()
@@ -85,6 +105,8 @@ class Recipe(Section):
     checkpoint: CheckpointPolicy = CheckpointPolicy()
     track: list[Literal["tensorboard"]] = Field(["tensorboard"])
     """Where metrics are also written."""
+    stages: list[Stage] = Field([])
+    """Several trainings in a row, and what to do with what they make: each stage says what differs from the recipe."""
 
     @model_validator(mode="after")
     def _possible(self) -> Self:
@@ -92,12 +114,27 @@ class Recipe(Section):
             raise ValueError("batch_size and batch_tokens both set the batch||Keep one of them.")
         if self.packing is True and self.method not in PACKABLE_METHODS:
             raise ValueError(f"packing can't be used with method {self.method}||Set packing: false.")
-        if self.method == "pretrain" and self.train_on == "answers":
+        if self.train_on in ("last-answer", "all") and self.method not in PACKABLE_METHODS:
+            what = f"train_on: {self.train_on} has no meaning for method {self.method}, which compares whole answers"
+            raise ValueError(f"{what}||Leave it out.")
+        if self.method == "pretrain" and self.train_on in ("answers", "last-answer"):
             raise ValueError("pretrain has no answers: it trains on all tokens||Set train_on: all, or method: sft.")
         if self.sequence_length != "auto" and self.sequence_length < 8:
             raise ValueError("sequence_length is below 8 tokens||Use 512 or more, or auto.")
         if self.data and all(source.split == "eval" for source in self.data):
             raise ValueError("no source in data has split: train||Give at least one source to train on.")
+        check_objective(self)
+        check_rollout(self)
+        check_tuning(self)
+        if self.stages:
+            try:
+                expand(self)
+            except RecipeError as error:
+                raise ValueError(f"{error.where}: {error.what}||{error.do}") from None
+        held_out = self.evaluation.holdout != 0 or any(source.split == "eval" for source in self.data)
+        if not held_out and (self.evaluation.patience or self.evaluation.keep_best):
+            what = "patience and keep_best need held-out rows"
+            raise ValueError(f"{what}||Set evaluation.holdout, or give a source with split: eval.")
         if self.hardware.strategy == "ddp" and self.hardware.gpus == 1:
             raise ValueError(
                 "strategy ddp needs more than one GPU||Set hardware.gpus to 2 or more, or strategy: single."
@@ -123,6 +160,8 @@ class Recipe(Section):
     @classmethod
     def parse(cls, text: str, *, source: str = "recipe", base: Path | None = None, overrides: Overrides = ()) -> Self:
         """Read YAML text; ``source`` names it in messages, ``base`` is the folder its relative paths start from."""
+        import yaml
+
         try:
             node = yaml.compose(text, Loader=yaml.SafeLoader)
             tree = yaml.safe_load(text)
@@ -161,6 +200,8 @@ class Recipe(Section):
 
     def save(self, path: str | Path) -> None:
         """Write the recipe as YAML."""
+        import yaml
+
         Path(path).write_text(yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True), encoding="utf-8")
 
 
@@ -198,6 +239,8 @@ def _parse_override(item: str) -> tuple[str, Any]:
     key, equals, text = item.partition("=")
     if not equals or not key.strip():
         raise RecipeError(f"{item!r} is not a setting", where="--set", do="Write it as key.subkey=value.")
+    import yaml
+
     try:
         return key.strip(), yaml.safe_load(text) if text else None
     except yaml.YAMLError:
@@ -227,8 +270,28 @@ def _make_absolute(tree: dict[str, Any], base: Path | None) -> None:
     tree["model"] = absolute(tree.get("model"))
     if tree["model"] is None:
         del tree["model"]
-    if isinstance(tree.get("chat_template"), str) and tree["chat_template"] != "auto":
+    stages = tree.get("stages")
+    for part in [tree, *(stages if isinstance(stages, list) else [])]:
+        if isinstance(part, dict):
+            _make_files_absolute(part, base, absolute)
+
+
+def _make_files_absolute(tree: dict[str, Any], base: Path, absolute: Callable[..., Any]) -> None:
+    """The paths of a recipe, or of a stage, beside the model's."""
+    if isinstance(tree.get("path"), str):  # of a stage that exports
+        tree["path"] = absolute(tree["path"], always=True)
+    tuning = tree.get("tuning")
+    if isinstance(tuning, dict):
+        if tuning.get("start_from") not in (None, "", PREVIOUS):
+            tuning["start_from"] = absolute(tuning["start_from"], always=True)
+        if isinstance(tuning.get("experts"), list):
+            tuning["experts"] = [absolute(folder, always=True) for folder in tuning["experts"]]
+    named = tree.get("chat_template")
+    if isinstance(named, str) and ((base / named).suffix or (base / named).is_file()):  # else it names a family
         tree["chat_template"] = absolute(tree["chat_template"], always=True)
+    rewards = _rewards(tree.get("rewards"))
+    if isinstance(rewards, list):
+        tree["rewards"] = [absolute_reward(reward, base) for reward in rewards]
     data = _sources(tree.get("data"))
     if isinstance(data, list):
         tree["data"] = [

@@ -9,7 +9,8 @@ from typing import Any
 from .architecture import Architecture
 from .cost import cheapest_offers
 from .hardware import Gpu, Node, load_catalog
-from .memory import Settings, peak_memory
+from .memory import peak_memory
+from .settings import Settings
 from .speed import step_speed
 from .stacks import Stack
 
@@ -70,7 +71,7 @@ def _ways(settings: Settings, gpu: Gpu) -> Iterator[tuple[str, dict[str, Any]]]:
     """What could be changed, the smallest change to what is learned first."""
     small = {"micro_batch": 1, "accumulation": settings.accumulation * settings.micro_batch, "checkpointing": "full"}
     lean = {**small, "precision": "bf16" if gpu.bf16 else settings.precision}
-    if settings.checkpointing == "none":
+    if settings.checkpointing in ("none", "selective"):
         yield "hardware.checkpointing: full", {"checkpointing": "full"}
     if settings.micro_batch > 1:
         yield "micro_batch: 1 with checkpointing", dict(small)

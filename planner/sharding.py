@@ -65,6 +65,8 @@ class Gathered:
     backward: float = 0.0
     gradients: float = 0.0
     """Gradients of the root unit and of the layer at work, before they are reduced and split."""
+    stranded: float = 0.0
+    """What the allocator keeps of it: gathers run on a stream of their own, whose freed blocks no other may take."""
 
 
 def gathered(
@@ -83,14 +85,16 @@ def gathered(
     if strategy.gathers == "layers":
         # A layer's gradients, and the flat buffer that reduce-scatter sends.
         grads = width * trained_root + 2 * width * trained_layer
-        return Gathered(compute * root + layer_bytes, compute * root + 2 * layer_bytes, grads)
+        backward = compute * root + 2 * layer_bytes
+        return Gathered(compute * root + layer_bytes, backward, grads, backward)
     if strategy.gathers == "live":
-        live = compute * LIVE_ELEMENTS
-        largest = max(compute * root / 2, 2 * layer_bytes)
-        return Gathered(max(live, largest), max(live, largest), 2 * width * trained_layer)
+        # Parameters of every size come and go, so what one gather leaves rarely serves the next; embedding and head,
+        # gathered at the two ends of a pass, leave the largest gaps.
+        live = max(compute * LIVE_ELEMENTS, compute * root / 2, 2 * layer_bytes)
+        return Gathered(live, live, 2 * width * trained_layer, live + compute * root)
     if strategy.gradients:
         buckets = 2 * compute * min(BUCKET_ELEMENTS, trained_root + trained_layer * 64)
-        return Gathered(0.0, buckets, width * trained_layer)
+        return Gathered(0.0, buckets, width * trained_layer, buckets)
     return Gathered()
 
 

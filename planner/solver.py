@@ -9,26 +9,28 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, get_args
 
 from .architecture import Architecture
 from .cost import checkpoint_bytes, cost_of, overhead
 from .errors import HardwareError, RecipeError
 from .frame import PACKED_FILL, Frame
 from .hardware import Node, Offer
-from .memory import Settings, peak_memory
+from .memory import peak_memory
 from .methods import METHODS
-from .plan import HardwareSummary, Memory, ModelSummary, Plan, Resolved, Speed, Workload
+from .options import CUDA_ONLY, NOT_RECOMPUTED, TUNING_KEYS
+from .plan import Checkpointing, Cost, HardwareSummary, Memory, ModelSummary, Plan, Resolved, Speed, Workload
+from .policies import ways_to_checkpoint
 from .reasons import explain_choice, in_order
-from .speed import step_speed
+from .settings import Settings
+from .speed import LAYER_SHARE, step_speed
 from .stacks import Stack, find_stack
+from .trained import trained_parameters
 
 if TYPE_CHECKING:
     from .calibration import Correction, Finished
     from .recipe import Recipe
 
-#: Methods that a plan can be made for; :data:`.recipe.RUNNABLE_METHODS` are those that can be carried out too.
-PLANNED_METHODS = tuple(METHODS)
 _MICRO_BATCHES = (1, 2, 4, 8, 16, 32, 64)
 #: Predictions of speed that differ by less are taken as equal.
 _EQUALLY_FAST = 0.02
@@ -82,31 +84,21 @@ class _Solver:
         self, recipe: Recipe, architecture: Architecture, node: Node, workload: Workload | None, stack: Stack,
         finished: Iterable[Finished] = (),
     ) -> None:  # fmt: skip
-        if recipe.method not in PLANNED_METHODS:
-            raise RecipeError(
-                f"method {recipe.method} can't be planned: no trainer that finetui knows has it",
-                where="method",
-                do="Use grpo or rloo, which need no value model.",
-            )
         if recipe.hardware.kernels == "on" and node.gpu.kind == "cpu":
             do = "Use kernels: auto, or off."
             raise HardwareError("fused kernels need a CUDA GPU", where="hardware.kernels", do=do)
         if recipe.limits.cost_usd is not None and node.local and recipe.hardware.usd_per_h is None:
             do = "Set hardware.usd_per_h to what this machine costs per hour, or use limits.hours."
             raise RecipeError("a limit on cost has no effect without a price", where="limits.cost_usd", do=do)
-        self.recipe, self.architecture, self.node, self.stack = recipe, architecture, node, stack
-        self.frame = Frame(recipe, architecture, node, workload)
-        from .recipe import RUNNABLE_METHODS
-
+        self.recipe, self.architecture, self.stack = recipe, architecture, stack
+        self.node, self.measured = _as_measured(node)
+        self.frame = Frame(recipe, architecture, self.node, workload)
         self.correction = _correction(finished, architecture, node, recipe.tuning.type, stack.name)
         self.because, self.warnings = self.frame.because, self.frame.warnings
-        if recipe.method not in RUNNABLE_METHODS:
-            runnable = " and ".join(sorted(RUNNABLE_METHODS))
-            self.warnings.append(f"method {recipe.method} can be planned, not yet run: finetui runs {runnable}.")
 
     def _storages(self) -> list[tuple[str, str]]:
         """Precision and optimiser, best first: what the user left open is tried in this order until it fits."""
-        tuning, gpu = self.recipe.tuning.type, self.node.gpu
+        tuning, gpu = self.recipe.tuning.family, self.node.gpu
         asked, optimizer = self.recipe.hardware.precision, self.recipe.optimizer.name
         if (asked == "bf16-mixed" and not gpu.bf16) or (asked == "bf16" and not gpu.bf16):
             do = "Use precision: fp16, or auto."
@@ -121,7 +113,7 @@ class _Solver:
             precisions = ["fp16"]
         else:
             precisions = ["bf16-mixed", "bf16"] if tuning == "full" else ["bf16"]
-        if self.frame.cpu and optimizer in ("adamw-8bit", "paged-adamw-8bit"):
+        if self.frame.cpu and optimizer in CUDA_ONLY:
             raise HardwareError(f"{optimizer} needs a CUDA GPU", where="optimizer.name", do="Use adamw, or auto.")
         names = [optimizer] if optimizer != "auto" else ["adamw"]
         pairs = [(precision, name) for precision in precisions for name in names]
@@ -133,13 +125,18 @@ class _Solver:
         if self.recipe.micro_batch != "auto":
             return [self.recipe.micro_batch]
         share = max(self.frame.batch // len(self.frame.gpus), 1)
-        return [size for size in _MICRO_BATCHES if share % size == 0] or [1]
+        fewest = 2 if self.recipe.method == "kto" else 1  # its KL needs another row's answer
+        return [size for size in _MICRO_BATCHES if share % size == 0 and size >= fewest] or [fewest]
 
-    def _settings(self, micro: int, checkpointing: str, storage: tuple[str, str]) -> Settings:
+    def _settings(self, micro: int, storage: tuple[str, str]) -> Settings:
         tuning = self.recipe.tuning
         targets = tuning.targets if isinstance(tuning.targets, str) else tuple(tuning.targets)
         return Settings(
-            tuning=tuning.type,
+            tuning=tuning.family,
+            kind=tuning.type if tuning.type != tuning.family else "",
+            options=tuning.options,
+            updates=self.recipe.optimizer.options,
+            dora=tuning.use_dora,
             method=self.recipe.method,
             kernels=self.recipe.hardware.kernels != "off",
             sequence_length=self.frame.row_tokens(),
@@ -148,13 +145,20 @@ class _Solver:
             rank=tuning.rank,
             dropout=tuning.dropout > 0,
             targets=targets,
-            quantization="nf4" if tuning.type == "qlora" else "none",
+            quantization=tuning.stored,
             precision=storage[0],  # type: ignore[arg-type]
             optimizer=storage[1],
-            checkpointing=checkpointing,  # type: ignore[arg-type]
             world_size=len(self.frame.gpus),
-            masked=self.frame.packing or (micro > 1 and self.frame.padding_share(micro) < 1.0),
+            masked=self.frame.packing or self._masks_padding(micro, storage[0]),
         )
+
+    def _masks_padding(self, micro: int, precision: str) -> bool:
+        """Whether padded rows come with a mask; where the loss takes labelled positions alone, finetui drops it."""
+        dropped = (
+            self.stack.loss == "rows" and self.stack.name == "finetui" and self.recipe.method in ("sft", "pretrain")
+        )
+        dropped &= not self.frame.cpu and precision != "fp16"
+        return micro > 1 and not dropped and self.frame.padding_share(micro) < 1.0
 
     def _evaluate(self, settings: Settings) -> Candidate:
         memory = peak_memory(self.architecture, settings, self.stack, self.node.gpu)
@@ -164,7 +168,8 @@ class _Solver:
             settings_now = replace(settings, sequence_length=max(round(mean / useful), 8))
         else:
             settings_now = settings
-        speed = step_speed(self.architecture, settings_now, self.stack, self.node.gpu, useful=useful)
+        span = mean if self.frame.packing else None
+        speed = step_speed(self.architecture, settings_now, self.stack, self.node.gpu, useful=useful, mean_length=span)
         if self.correction:
             from .calibration import corrected_memory, corrected_speed
 
@@ -174,16 +179,26 @@ class _Solver:
     def _search(self) -> tuple[Candidate, list[Candidate]]:
         limit = self.node.gpu.memory_gib
         share = 1.0 / len(self.frame.gpus) if self.frame.cpu else 1.0  # processes share the host's memory
-        policies = [self.recipe.hardware.checkpointing]
-        if policies == ["auto"]:
-            policies = ["none", "full"]
+        hardware = self.recipe.hardware
+        policy: Checkpointing | None = None if hardware.checkpointing == "auto" else hardware.checkpointing
+        if policy is None and self.recipe.tuning.type in NOT_RECOMPUTED:
+            policy = "none"
+        kept = None if hardware.kept_layers == "auto" else hardware.kept_layers
         tried: list[Candidate] = []
         unsure: Candidate | None = None  # fits, but not at the high end of its interval
         for storage in self._storages():
             found = [
-                self._evaluate(self._settings(micro, policy, storage))
-                for policy in policies
+                self._evaluate(settings)
                 for micro in self._micro_batches()
+                for settings in ways_to_checkpoint(
+                    self.architecture,
+                    self._settings(micro, storage),
+                    self.stack,
+                    self.node,
+                    limit * share,
+                    policy,
+                    kept,
+                )
             ]
             tried += found
             safe = _fastest([candidate for candidate in found if candidate.fits(limit * share, safely=True)])
@@ -201,8 +216,11 @@ class _Solver:
             runs = f"{self.correction.runs} finished runs of this GPU, family, size and tuning"
             factors = f"memory x {self.correction.memory:.2f}, speed x {self.correction.speed:.2f}"
             self.because("basis", "calibrated", f"{runs}: {factors} against the formula")
+        if self.measured:
+            why = f"matrix products and copies of this machine were measured by finetui bench on {self.measured}"
+            self.because("basis", "measured", why)
         resolved = self._resolve(best)
-        trainable = self.architecture.trainable(resolved.tuning, resolved.rank, resolved.targets)
+        trainable = trained_parameters(self.architecture, best.settings)
         extra = overhead(
             self.architecture,
             self.node,
@@ -220,6 +238,7 @@ class _Solver:
         if cost.stale:
             since = f"is of {cost.as_of}" if cost.as_of != "unknown" else "is undated"
             self.because("price", cost.usd_per_h, f"{cost.provider}'s {since}: look at it again before you rent")
+        self._hold_against_limits(time_s, cost)
         if not self.architecture.exact:
             self.warnings.append(f"{self.architecture.note}. Figures are less certain.")
         if not fits:
@@ -227,7 +246,11 @@ class _Solver:
         gpu = self.node.gpu
         return Plan(
             model=ModelSummary(
-                self.architecture.name, self.architecture.parameters, trainable, self.architecture.family
+                self.architecture.name,
+                self.architecture.parameters,
+                trainable,
+                self.architecture.family,
+                self.architecture.breakdown,
             ),
             hardware=HardwareSummary(gpu.name, len(self.frame.gpus), gpu.memory_gib, gpu.kind, self.node.local),
             fits=fits,
@@ -239,9 +262,18 @@ class _Solver:
             workload=self.frame.workload,
             reasons=in_order(self.frame.reasons),
             warnings=self.warnings,
-            basis="calibrated" if self.correction else "formula",
+            basis="calibrated" if self.correction else "measured" if self.measured else "formula",
             correction={"memory": self.correction.memory, "speed": self.correction.speed} if self.correction else {},
         )
+
+    def _hold_against_limits(self, time_s: float, cost: Cost) -> None:
+        limits, elsewhere = self.recipe.limits, "finetui gpus ranks the machines that keep to it."
+        if limits.hours is not None and time_s > 3600 * limits.hours:
+            takes = f"The run takes about {_duration(time_s)}"
+            self.warnings.append(f"{takes}: limits.hours ends it after {_duration(3600 * limits.hours)}. {elsewhere}")
+        if limits.cost_usd is not None and cost.usd > limits.cost_usd:
+            price = f"The run costs about {cost.usd:.2f} USD"
+            self.warnings.append(f"{price}: limits.cost_usd ends it at {limits.cost_usd:.2f}. {elsewhere}")
 
     def _ways_out(self, best: Candidate, limit: float, resolved: Resolved) -> list[str]:
         from .remedies import nearest_changes
@@ -260,7 +292,7 @@ class _Solver:
         self.frame.reasons += explain_choice(self.recipe, best, tried, self.node.gpu, limit)
 
     def _resolve(self, best: Candidate) -> Resolved:
-        recipe, settings, full = self.recipe, best.settings, self.recipe.tuning.type == "full"
+        recipe, settings, full = self.recipe, best.settings, self.recipe.tuning.family == "full"
         per_epoch = math.ceil(self.frame.rows() / self.frame.batch)
         steps = max(math.ceil(per_epoch * recipe.epochs), 1)
         if recipe.max_steps is not None:
@@ -281,16 +313,17 @@ class _Solver:
                 if train_on == "answers"
                 else "every token is text to learn",
             )
-        rank = 0 if full else recipe.tuning.rank
+        used = TUNING_KEYS[recipe.tuning.type]
+        rank = recipe.tuning.rank if "rank" in used else 0
         alpha = recipe.tuning.alpha if recipe.tuning.alpha != "auto" else 2.0 * recipe.tuning.rank
         return Resolved(
             method=recipe.method,
             tuning=recipe.tuning.type,
             rank=rank,
-            alpha=0.0 if full else float(alpha),
-            dropout=0.0 if full else recipe.tuning.dropout,
+            alpha=float(alpha) if "alpha" in used else 0.0,
+            dropout=recipe.tuning.dropout,
             targets=recipe.tuning.targets,
-            quantization="nf4" if settings.quantized else "none",
+            quantization=recipe.tuning.stored,
             sequence_length=self.frame.length,
             micro_batch=settings.micro_batch,
             accumulation=settings.accumulation,
@@ -306,6 +339,7 @@ class _Solver:
             max_grad_norm=recipe.optimizer.max_grad_norm,
             precision=settings.precision,
             checkpointing=settings.checkpointing,
+            kept_layers=settings.kept_layers,
             attention="sdpa",
             kernels="off" if self.frame.cpu and recipe.hardware.kernels == "auto" else recipe.hardware.kernels,
             strategy="ddp" if len(self.frame.gpus) > 1 else "single",
@@ -314,6 +348,9 @@ class _Solver:
             checkpoint_every=self._checkpoint_every(steps, best.speed.step_s),
             eval_every=self._eval_every(steps),
             seed=recipe.seed,
+            tuning_options=recipe.tuning.options.to_dict(),
+            optimizer_options=recipe.optimizer.options.to_dict(),
+            neftune_alpha=recipe.neftune_alpha,
         )
 
     def _checkpoint_every(self, steps: int, step_s: float) -> int:
@@ -333,6 +370,22 @@ class _Solver:
         return every
 
 
+def _as_measured(node: Node) -> tuple[Node, str]:
+    """This machine with the speeds that ``finetui bench`` found, and when that was; other machines as they are."""
+    if not node.local:
+        return node, ""
+    from .ceilings import for_gpu
+
+    found = for_gpu(node.gpu.name)
+    if found is None:
+        return node, ""
+    gpu = found.on(node.gpu)
+    if found.bf16_tflops and gpu.kind == "cuda":
+        # The catalog's share is of the best product there is; bench measures those of real layers.
+        gpu = replace(gpu, achievable=min(1.0, gpu.achievable / LAYER_SHARE))
+    return replace(node, gpu=gpu), found.date
+
+
 def _correction(
     finished: Iterable[Finished], architecture: Architecture, node: Node, tuning: str, framework: str
 ) -> Correction | None:
@@ -346,14 +399,12 @@ def _correction(
 
 
 def _fastest(candidates: list[Candidate]) -> Candidate | None:
-    """The fastest; of those as fast under the same checkpointing, the largest micro-batch: it launches fewest kernels,
-    which on small models counts for more than is predicted."""
-    best = max(candidates, key=lambda c: (round(c.speed.tokens_per_s, 3), -c.memory.device_gib), default=None)
-    if best is None:
-        return None
-    level = (1 - _EQUALLY_FAST) * best.speed.tokens_per_s
-    like = [c for c in candidates if c.settings.checkpointing == best.settings.checkpointing]
-    return max((c for c in like if c.speed.tokens_per_s >= level), key=lambda c: c.settings.micro_batch)
+    """The fastest; of those as fast, the one that computes least again, and then the largest micro-batch: it launches
+    fewest kernels, which on small models counts for more than is predicted."""
+    best = max((candidate.speed.tokens_per_s for candidate in candidates), default=0.0)
+    like = [c for c in candidates if c.speed.tokens_per_s >= (1 - _EQUALLY_FAST) * best]
+    order = get_args(Checkpointing)
+    return min(like, key=lambda c: (order.index(c.settings.checkpointing), -c.settings.micro_batch), default=None)
 
 
 def _duration(seconds: float) -> str:

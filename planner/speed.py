@@ -14,17 +14,25 @@ from __future__ import annotations
 from functools import lru_cache
 
 from .architecture import Architecture
+from .fused import recomputed_weights, stack_on
 from .hardware import Gpu
-from .memory import Settings, kv_cache_bytes, stack_on
+from .links import communication_s, offload_s, parking_s
+from .memory import kv_cache_bytes
 from .methods import COMPLETION_TOKENS, METHODS, stack_for
 from .plan import Speed
-from .sharding import sent_bytes
+from .settings import Settings
 from .stacks import Stack
-from .storage import QUANTIZED_BYTES
+from .traffic import KERNELS, dequantized_bytes, elementwise_bytes, launches, optimizer_launch_s, optimizer_traffic
 
 #: What a training step gets of the best matrix product: shapes differ from the best one, and launches leave gaps.
 #: Chosen so that llama-shaped 7B runs on A100-80GB at 16k tokens land on their measured 3,063 to 3,354 tokens/s.
 _STEP_EFFICIENCY = 0.86
+#: The same where layers run as one function or are compiled: their pieces add up to a step's time (on an H200).
+_WHOLE_LAYERS_EFFICIENCY = 0.91
+#: What the products of real layers reach of the best product there is (706 of 794 TFLOP/s on an H200).
+LAYER_SHARE = 0.89
+#: Rate of e4m3 products with a scale per row over bf16 ones (1,348 of 689 TFLOP/s on an H200), less their small parts.
+_FP8_GAIN = 1.85
 #: Tokens at which matrix products reach half of that; smaller micro-batches can't fill the device.
 _HALF_TOKENS = 160.0
 #: Share of peak bandwidth that elementwise kernels see.
@@ -33,21 +41,6 @@ _BANDWIDTH_SHARE = 0.8
 _LAUNCH_S = 7e-6
 #: The same on a CPU, where each operation also starts and joins its threads.
 _LAUNCH_CPU_S = 20e-6
-#: Kernels of one eager layer's forward: norms, rotary, attention, MLP; and further ones for each LoRA pair.
-_KERNELS, _KERNELS_LORA = 42, 5
-#: Share of a link's nominal speed that ring all-reduce gets (235 of 300 GB/s on NVLink 3).
-_LINK_SHARE = 0.78
-#: The same over PCIe, between cards that reach each other's memory, and through the host's.
-_PCIE_SHARE, _STAGED_SHARE = 0.6, 0.2
-#: Bytes that unpacking a GPTQ weight moves where it is trained on: shifts to int32, masks, casts and scales are torch
-#: operations of their own (auto_gptq's trainable path).
-_GPTQ_BYTES = 20.0
-#: Share of the ring's speed that ZeRO-3's gathers reach: weights are copied into and out of its buffers.
-_LIVE_SHARE = 0.5
-#: Share of compute that communication hides behind, and the share of itself that never hides.
-_OVERLAP, _EXPOSED = 0.7, 0.1
-#: Host memory bandwidth that a CPU Adam gets, in bytes per second.
-_HOST_BYTES_S = 60e9
 
 
 def step_speed(
@@ -63,7 +56,8 @@ def step_speed(
 
     Args:
         useful: share of the tokens in a batch that are not padding.
-        mean_length: tokens that attention spans, where that is less than the sequence length; ignored under a mask.
+        mean_length: tokens that attention spans, where that is less than the sequence length; a mask hides that from
+            attention, unless layers run as one function.
 
     Returns:
         tokens/s over all devices, padding not counted; ``mfu`` is useful model FLOPs (6 N per token, 4 N frozen, no
@@ -73,39 +67,56 @@ def step_speed(
     method = METHODS[settings.method]
     tokens = settings.tokens
     peak = (gpu.bf16_tflops if settings.compute_bytes == 2 else gpu.fp32_tflops) * 1e12
-    rate = peak * gpu.achievable * _STEP_EFFICIENCY * _fill(tokens, gpu)
+    efficiency = _WHOLE_LAYERS_EFFICIENCY if stack.whole_layers or stack.compiled else _STEP_EFFICIENCY
+    rate = peak * gpu.achievable * efficiency * _fill(tokens, gpu)
     bandwidth = gpu.bandwidth_gb_s * 1e9 * _BANDWIDTH_SHARE
     forward, backward, recompute = _matmul_flops(architecture, settings, stack)
-    attention = _attention_flops(architecture, min(mean_length or settings.sequence_length, settings.sequence_length))
-    if settings.masked:  # a kernel that is given a mask computes the upper half too, and all documents of a row
-        attention = 2 * _attention_flops(architecture, settings.sequence_length)
-    passes = 3.5 + (1.0 if settings.checkpointing == "full" else 0.0)
-    attention_rate = peak * _attention_share(gpu) * stack.attention_speed
+    in_8_bits = settings.quantization == "fp8" and _has_fp8(gpu)
+    gain = _FP8_GAIN if in_8_bits else 1.0
+    span = min(mean_length or settings.sequence_length, settings.sequence_length)
+    attention = _attention_flops(architecture, span)
+    within = settings.masked and stack.whole_layers  # these layers attend within documents, by flash attention
+    if (
+        settings.masked and not within
+    ):  # a kernel that is given a mask computes the upper half too, and all documents of a row
+        span, attention = settings.sequence_length, 2 * _attention_flops(architecture, settings.sequence_length)
+    # What is parked on the host has the attention's output with it, where layers run as one function.
+    again = settings.recomputed(architecture.num_layers)
+    passes = 3.5 + (0.0 if stack.whole_layers and settings.checkpointing == "offload" else again)
+    recent = stack.recent_attention and not within
+    attention_rate = peak * _attention_share(gpu, span, recent=recent) * stack.attention_speed
     terms = {
-        "forward": tokens * forward / rate,
-        "backward": tokens * backward / rate,
-        "recompute": tokens * recompute / rate,
+        "forward": tokens * _shortened(forward, architecture, gain) / rate,
+        "backward": tokens * _shortened(backward, architecture, gain) / rate,
+        "recompute": tokens * recompute / gain / rate,
         "attention": tokens * attention * passes / attention_rate,
-        "elementwise": tokens * _elementwise_bytes(architecture, settings, stack) / bandwidth,
-        "dequantize": _dequantize_bytes(architecture, settings, stack) / bandwidth,
+        "elementwise": tokens * elementwise_bytes(architecture, settings, stack) / bandwidth,
+        "dequantize": dequantized_bytes(architecture, settings, stack, in_8_bits=in_8_bits) / bandwidth,
         "launch": 0.0,
     }
     if method.forwards:  # over the same tokens, without gradients
         terms["reference"] = method.forwards * (terms["forward"] + terms["attention"] / passes)
-    launches = _launches(architecture, settings)
+    started = launches(architecture, settings, stack)
     if gpu.kind == "cpu":  # nothing is launched ahead: each operation waits for the one before
-        terms["launch"] = launches * _LAUNCH_CPU_S
+        terms["launch"] = started * _LAUNCH_CPU_S
     else:
-        terms["launch"] = max(0.0, launches * _LAUNCH_S - sum(terms.values()))
+        terms["launch"] = max(0.0, started * _LAUNCH_S - sum(terms.values()))
+    if settings.checkpointing == "offload":
+        forward_s = (sum(terms.values()) - terms["recompute"]) / 3
+        terms["parking"] = parking_s(architecture, settings, stack, gpu, forward_s)
     compute_s, backward_s = sum(terms.values()), terms["backward"]
     terms = {name: seconds * settings.accumulation for name, seconds in terms.items()}
     states = 1.0 if settings.offload == "none" else 0.0
     share = settings.sharing.share("optimizer", settings.world_size)
-    terms["optimizer"] = states * share * _optimizer_bytes(architecture, settings, stack) / bandwidth
-    terms["communication"] = _communication(architecture, settings, stack, gpu, compute_s, backward_s)
+    update = optimizer_traffic(architecture, settings, stack) / bandwidth
+    if gpu.kind == "cuda":
+        update += optimizer_launch_s(architecture, settings, stack)
+    terms["optimizer"] = states * share * update
+    terms["communication"] = communication_s(architecture, settings, stack, gpu, compute_s, backward_s)
     if method.rollouts:
         terms["rollout"] = _rollout_s(architecture, settings, gpu)
-    terms["offload"] = _offload_s(architecture, settings, gpu)
+    terms["offload"] = offload_s(architecture, settings, gpu)
+    terms["launch"] += stack.waits_s if gpu.kind == "cuda" else 0.0
     step_s = sum(terms.values())
     world = settings.world_size
     per_step = tokens * settings.accumulation * useful
@@ -118,12 +129,31 @@ def step_speed(
     )
 
 
-def _attention_share(gpu: Gpu) -> float:
-    """Share of the peak that FlashAttention-2 reaches over both passes (arXiv:2307.08691: 190 to 225 of 312 TFLOP/s on
-    an A100; arXiv:2407.08608: 35% on an H100, whose asynchronous units it does not use)."""
+def _attention_share(gpu: Gpu, span: float, *, recent: bool) -> float:
+    """Share of the peak that attention over ``span`` tokens reaches over both passes.
+
+    FlashAttention-2 on an A100 (arXiv:2307.08691, causal, 128 wide): 133 TFLOP/s at 1k tokens, 157 at 2k, 188 at 16k
+    of 312. On Hopper it does not use the asynchronous units (arXiv:2407.08608: a third of the peak); cuDNN, which torch
+    takes there from 2.9 on, does: 401 TFLOP/s at 2k tokens and 492 at 8k on an H200 (measured).
+    """
     if gpu.kind == "cpu":
         return 0.4
-    return {"8": 0.55, "9": 0.36, "1": 0.3}.get(gpu.compute_capability[:1], 0.4)
+    generation = gpu.compute_capability[:1]
+    if generation == "9" and recent:
+        return 0.54 * span / (span + 670)
+    return {"8": 0.62, "9": 0.34, "1": 0.3}.get(generation, 0.45) * span / (span + 470)
+
+
+def _has_fp8(gpu: Gpu) -> bool:
+    """Whether its matrix units take e4m3: Ada, Hopper and later."""
+    major, _, minor = gpu.compute_capability.partition(".")
+    return gpu.kind == "cuda" and (int(major or 0), int(minor or 0)) >= (8, 9)
+
+
+def _shortened(flops: float, architecture: Architecture, gain: float) -> float:
+    """The FLOPs per token that take as long where all but the head's run ``gain`` times as fast."""
+    head = min(2.0 * architecture.vocab * architecture.hidden, flops)
+    return head + (flops - head) / gain
 
 
 def _fill(tokens: int, gpu: Gpu) -> float:
@@ -148,9 +178,13 @@ def _matmul_flops(architecture: Architecture, settings: Settings, stack: Stack) 
     """FLOPs per token of forward, backward and recomputation; the head is not checkpointed, but its tiles run twice."""
     forward, backward = _flops(architecture, settings.tuning, settings.rank, settings.targets)
     head = 2.0 * architecture.vocab * architecture.hidden
-    again = forward - head if settings.checkpointing == "full" else 0.0
-    if stack.whole_layers and again:  # a layer's gradients don't need its output
-        again -= 2.0 * sum(layer.count * layer.mlp[-1].weight for layer in architecture.layers)
+    share = settings.recomputed(architecture.num_layers)
+    again = share * (forward - head)
+    if stack.whole_layers and again:  # a layer's gradients don't need its output, nor some products their own again
+        policy = "offload" if settings.checkpointing == "offload" else "full"
+        again = share * 2.0 * sum(layer.count * recomputed_weights(layer, policy) for layer in architecture.layers)
+    if stack.loss == "rows":  # its gradient is made with the loss
+        head = 0.0
     return forward, backward, head + again
 
 
@@ -162,138 +196,12 @@ def _attention_flops(architecture: Architecture, span: float) -> float:
     return width * (span * full_layers + 2 * local * (1 - local / (2 * span)) * architecture.windowed_layers)
 
 
-@lru_cache(maxsize=4096)
-def _layer_bytes(architecture: Architecture, fused: bool) -> float:
-    """Bytes per token that the elementwise kernels of one forward read and write, in 16 bits, over all layers.
-
-    A norm in fp32 moves about 26 B per feature, a residual 6, rotary embedding 12 per query or key, a gated
-    activation 10 per feature; fused kernels about half of it.
-    """
-    total = 0.0
-    for layer in architecture.layers:
-        norms, residuals = 26 * layer.norm_width, 12 * architecture.hidden
-        rotary = 12 * (architecture.query_width + architecture.kv_width)
-        gate = (10 if architecture.gated else 6) * layer.inner
-        gather = 24 * architecture.hidden if layer.experts else 0
-        total += layer.count * (norms + residuals + rotary + gate + gather)
-    return total * (0.5 if fused else 1.0)
-
-
-@lru_cache(maxsize=4096)
-def _adapter_bytes(
-    architecture: Architecture, targets: str | tuple[str, ...], width: int, autocast: bool, dropout: bool
-) -> float:
-    """Bytes per token of what PEFT adds in one forward: casts of the inputs, and adding the scaled result."""
-    cast = (0.0 if width == 2 else 8.0 if autocast else 6.0) + (2 * width + 1 if dropout else 0)
-    total = 0.0
-    for layer, modules in architecture.targeted(targets):
-        total += layer.count * sum(cast * module.d_in + 10 * module.d_out for module in modules)
-    return total
-
-
-def _elementwise_bytes(architecture: Architecture, settings: Settings, stack: Stack) -> float:
-    passes = 3.0 + (1.0 if settings.checkpointing == "full" else 0.0)  # a backward is about two forwards
-    forward = _layer_bytes(architecture, stack.fused_norm or stack.whole_layers) * settings.compute_bytes / 2
-    if settings.tuning != "full":
-        width = settings.adapter_bytes(stack) if settings.compute_bytes == 2 and stack.casts_inputs else 2
-        pairs = _adapter_bytes(architecture, settings.targets, width, stack.autocast, settings.dropout)
-        forward += pairs * settings.compute_bytes / 2
-    if settings.quantized and stack.kbit_upcast:
-        forward *= 2  # the residual stream is fp32
-    loss = 30 if stack.loss == "logits" else 8
-    return passes * forward + loss * architecture.vocab
-
-
-def _dequantize_bytes(architecture: Architecture, settings: Settings, stack: Stack) -> float:
-    if not settings.quantized:
-        return 0.0
-    uses = 2 + (1 if settings.checkpointing == "full" else 0)
-    moved = QUANTIZED_BYTES[settings.quantization] + 2 * settings.compute_bytes
-    if settings.quantization == "gptq" and not stack.unpacks_in_kernel:
-        moved = _GPTQ_BYTES
-    return uses * moved * architecture.linear_weights
-
-
-def _launches(architecture: Architecture, settings: Settings) -> float:
-    passes = 3.0 + (1.0 if settings.checkpointing == "full" else 0.0)
-    modules = 0 if settings.tuning == "full" else sum(len(m) for _, m in architecture.targeted(settings.targets))
-    per_layer = _KERNELS + _KERNELS_LORA * modules / max(len(architecture.layers), 1)
-    if settings.quantized:
-        per_layer += 14
-    return passes * per_layer * architecture.num_layers
-
-
-def _optimizer_bytes(architecture: Architecture, settings: Settings, stack: Stack) -> float:
-    """Read and written by one step: weight, gradient and states, and once more the gradient for clipping."""
-    if settings.tuning == "full":
-        trained, width = architecture.parameters, settings.weight_bytes
-    else:
-        trained = architecture.lora_parameters(settings.rank, settings.targets)
-        width = settings.adapter_bytes(stack)
-    state = {"adamw": 4.0 * width, "adamw-8bit": 4.1, "paged-adamw-8bit": 4.1}.get(settings.optimizer, 0.1)
-    return trained * (5 * width + state)
-
-
-def _communication(
-    architecture: Architecture, settings: Settings, stack: Stack, gpu: Gpu, compute_s: float, backward_s: float
-) -> float:
-    """Seconds of one step that devices wait for each other, beside what they send while they compute.
-
-    Args:
-        compute_s: computing of one micro-batch.
-        backward_s: of its backward.
-    """
-    world = settings.world_size
-    if world < 2:
-        return 0.0
-    how, width = settings.sharing, settings.compute_bytes
-    if settings.tuning == "full":
-        gradients = float(architecture.parameters * (width if how.weights else settings.weight_bytes))
-    else:
-        pairs = architecture.lora_parameters(settings.rank, settings.targets)
-        gradients = float(pairs * settings.adapter_bytes(stack))
-    weights = float(width * architecture.parameters)
-    if settings.quantized:
-        packed = architecture.linear_weights
-        weights = QUANTIZED_BYTES[settings.quantization] * packed + width * (architecture.parameters - packed)
-    each, once = sent_bytes(how, world, weights=weights, gradients=gradients)
-    link = _link(gpu)
-    each /= _LIVE_SHARE if how.gathers == "live" else 1.0
-    # Gathers run ahead of both passes, reductions behind backward; DDP's only behind the last micro-batch's.
-    waits = max(_EXPOSED * each / link, each / link - _OVERLAP * compute_s) * settings.accumulation
-    return waits + max(_EXPOSED * once / link, once / link - _OVERLAP * backward_s)
-
-
-def _link(gpu: Gpu) -> float:
-    """Bytes per second that a ring of all devices moves through each."""
-    if gpu.kind == "cpu":
-        return 2e9
-    if gpu.link_gb_s:
-        return gpu.link_gb_s * 1e9 * _LINK_SHARE
-    # Consumer cards can't reach each other's memory: each byte is written to host memory and read again.
-    staged = gpu.name.startswith(("RTX-30", "RTX-40", "RTX-50"))
-    return gpu.pcie_gb_s * 1e9 * (_STAGED_SHARE if staged else _PCIE_SHARE)
-
-
-def _offload_s(architecture: Architecture, settings: Settings, gpu: Gpu) -> float:
-    """Seconds of one step that host memory costs: weights over PCIe for each pass, and Adam on the host."""
-    if settings.offload == "none":
-        return 0.0
-    trained = architecture.trainable(settings.tuning, settings.rank, settings.targets) / settings.world_size
-    bus = gpu.pcie_gb_s * 1e9 * _PCIE_SHARE
-    adam = trained * 28 / _HOST_BYTES_S + trained * 6 / bus  # states and masters there, gradients and weights across
-    if settings.offload == "optimizer":
-        return adam
-    moved = 2.0 * settings.compute_bytes * architecture.parameters / settings.world_size / bus
-    return adam + max(_EXPOSED * moved, 0.5 * moved) * settings.accumulation
-
-
 def _rollout_s(architecture: Architecture, settings: Settings, gpu: Gpu) -> float:
     """Seconds of generating the answers of one step with transformers: for each token all weights are read, and half of
     the cache on average; its kernels are launched one by one. vLLM is 5 to 10 times faster (published surveys).
     """
     bandwidth = gpu.bandwidth_gb_s * 1e9 * _BANDWIDTH_SHARE
     weights = 2.0 * architecture.parameters
-    launch = _KERNELS * architecture.num_layers * (_LAUNCH_S if gpu.kind == "cuda" else _LAUNCH_CPU_S)
+    launch = KERNELS * architecture.num_layers * (_LAUNCH_S if gpu.kind == "cuda" else _LAUNCH_CPU_S)
     each = max((weights + kv_cache_bytes(architecture, settings) / 2) / bandwidth, launch)
     return min(COMPLETION_TOKENS, settings.sequence_length // 2) * each

@@ -32,8 +32,9 @@ class Stack:
     name: str
     title: str
     versions: str
-    loss: Literal["logits", "tiles", "chunks"]
-    """``logits``: all at once; ``tiles``: tokens x words; ``chunks``: some tokens x all words."""
+    loss: Literal["logits", "tiles", "chunks", "rows"]
+    """``logits``: all at once; ``tiles``: tokens x words; ``chunks``: some tokens x all words; ``rows``: the same with
+    their gradient made at once, so that backward needs no logits."""
     logit_forward: float = 0.0
     """Bytes per logit at the peak of the loss's forward."""
     logit_backward: float = 0.0
@@ -42,6 +43,8 @@ class Stack:
     """Bytes per logit that stay for all tokens although the loss goes through them in chunks."""
     chunk_tokens: int = 0
     """Tokens of one chunk or tile; 0 with ``chunks``: as many as Liger takes, next_pow2(T / ceil(V / H))."""
+    chunk_gib: float = 0.0
+    """In place of ``chunk_tokens``: GiB that the loss of one chunk may take."""
     tile_words: int = 0
     adapter_bytes: int = 4
     """Storage of LoRA pairs on 16-bit weights."""
@@ -52,6 +55,8 @@ class Stack:
     """Whether forward runs under autocast: fp32 pairs then compute, and keep their inputs, in 16 bits."""
     kbit_upcast: bool = False
     """Whether the weights that stay out of the 4 bits are turned to fp32, and the residual stream with them."""
+    quantizes_head: bool = False
+    """The output head is quantised too, and unpacked for each chunk of the loss."""
     quantizes_experts: bool = False
     whole_layers: bool = False
     """Layers of known families run as one function (:mod:`.fused`)."""
@@ -59,18 +64,44 @@ class Stack:
     """A norm kernel that keeps its 16-bit input alone."""
     fused_mlp: bool = False
     """A gated-MLP kernel that recomputes the activation instead of keeping it."""
+    remakes_activation: bool = False
+    """The down projection's adapter has the activation made again, instead of keeping it as its input."""
     fused_optimizer: bool = True
     """Whether AdamW is one kernel. As a series of ``foreach`` operations it needs one more copy of the parameters."""
+    expandable_segments: bool = False
+    """It sets ``PYTORCH_ALLOC_CONF=expandable_segments:True``."""
+    waits_s: float = 0.0
+    """Seconds of each step in which the GPU waits for the training loop's own Python."""
+    flat_optimizer: bool = False
+    """An 8-bit optimiser takes its step over all tensors at once."""
     fused_qkv: bool = False
     """Queries, keys and values are one tensor, all of which stays while a part does, whatever the config says."""
     unties: bool = False
     """The head is a weight of its own where the model shares the embedding's."""
+    keeps_scratch: bool = False
+    """4-bit weights are unpacked into a buffer of its own, which stays (``kernels/nf4.py``)."""
     unpacks_in_kernel: bool = False
     """GPTQ weights are unpacked by one kernel instead of a series of torch operations."""
-    keeps_packed_inputs: bool = False
-    """The 4-bit product keeps its input (bitsandbytes before 0.43)."""
+    keeps_packed_inputs: int = 0
+    """How many graphs' inputs the 4-bit product keeps (bitsandbytes before 0.43): as attributes of its node they
+    outlive backward, until the loop lets go of the old loss, which is after the next forward."""
+    logit_alive: float = 0.0
+    """Bytes per logit that the loop holds on to while backward runs."""
+    logit_held_full: float = 0.0
+    """``logit_held`` where the whole model is trained, if that is another."""
+    merges_pairs: bool = False
+    """Pairs on one fused projection are written into a wide tensor, which keeps what was written (``index_copy``)."""
     attention_speed: float = 1.0
     """Speed of its attention kernel against FlashAttention-2's."""
+    stock_model: bool = True
+    """Its modules are transformers' own: attention without a fused path is eager, activations may be written out."""
+    compiled: bool = False
+    """Whole layers are compiled, so that nothing waits between their products."""
+    recent_attention: bool = False
+    """Attention is torch's own of 2.9 or later, which is cuDNN's on Hopper."""
+    followed: bool = False
+    """Whether its step was followed through its real code (``tests/bench/coefficients.py``) and held against measured
+    ones."""
     certain: bool = True
     """Whether its memory was read in its source or measured for these versions, not taken from what it documents."""
     flat_gradients: bool = False
@@ -83,8 +114,17 @@ class Stack:
 
 
 _TRL_SOURCE = "read in trl 1.16.0, peft 0.21.2, transformers 5.23.0"
+#: What transformers' Trainer leaves the GPU without work between two steps (11 to 12 ms on an H200's host).
+_TRAINER_S = 0.011
 _FUSED = {"fused_norm": True, "fused_mlp": True}
-_TILES = {"loss": "tiles", "chunk_tokens": 4096, "tile_words": 32768}
+_TILES = {
+    "loss": "tiles",
+    "chunk_tokens": 4096,
+    "tile_words": 32768,
+    "recent_attention": True,
+    "waits_s": _TRAINER_S,
+    "followed": True,
+}
 
 #: Framework to what it does. The first is what finetui's own engine runs: TRL's SFTTrainer with PEFT.
 STACKS: dict[str, Stack] = {
@@ -94,10 +134,17 @@ STACKS: dict[str, Stack] = {
             "finetui",
             "finetui",
             "trl 1.15+, peft 0.21",
-            **_TILES,  # type: ignore[arg-type]
+            loss="rows",
+            chunk_tokens=1024,
             adapter_bytes_4bit=4,
             casts_inputs=False,
             whole_layers=True,
+            keeps_scratch=True,
+            flat_optimizer=True,
+            expandable_segments=True,
+            followed=True,
+            waits_s=_TRAINER_S,
+            recent_attention=True,
             source=_TRL_SOURCE,
         ),
         Stack("trl", "TRL", "1.15+", **_TILES, source=_TRL_SOURCE),  # type: ignore[arg-type]
@@ -106,17 +153,22 @@ STACKS: dict[str, Stack] = {
         Stack(
             "unsloth",
             "Unsloth",
-            "2025.x",
-            loss="logits",
-            logit_forward=8.1,
-            logit_backward=8.1,
-            autocast=True,
+            "2026.10",
+            loss="rows",
+            logit_forward=4.0,
+            chunk_gib=4.0,
+            waits_s=_TRAINER_S,
+            compiled=True,
             adapter_bytes_4bit=4,
+            casts_inputs=False,
+            remakes_activation=True,
+            recent_attention=True,
             **_FUSED,
             offloads_checkpoints=True,
             quantizes_experts=True,
+            stock_model=False,
             certain=False,
-            source="measured bytes per logit of its fused cross-entropy; checkpoints go to host memory by default",
+            source="read in unsloth_zoo 2026.10.9: fused_losses, gradient_checkpointing",
         ),
         Stack(
             "axolotl",
@@ -128,6 +180,7 @@ STACKS: dict[str, Stack] = {
             adapter_bytes_4bit=4,
             kbit_upcast=True,
             quantizes_experts=True,
+            stock_model=False,
             certain=False,
             source="its example configurations: CutCrossEntropy or Liger's fused linear cross-entropy",
         ),
@@ -140,6 +193,7 @@ STACKS: dict[str, Stack] = {
             logit_backward=3.0,
             adapter_bytes=2,
             autocast=False,
+            stock_model=False,
             source="CEWithChunkedOutputLoss: 16-bit logits of all tokens, 8 chunks upcast (8 B per logit) in turn",
         ),
         # Plain transformers' ForCausalLMLoss: 16-bit logits and an fp32 copy, then its softmax and gradient.
@@ -174,27 +228,33 @@ STACKS: dict[str, Stack] = {
             certain=False,
             source="transformers' ForCausalLMLoss under its Seq2SeqTrainer; adapters upcast to fp32",
         ),
-        # The loss is cut in chunks, but the logits (or their log-softmax) of all chunks stay for backward.
+        # The loss is cut in chunks, but the logits of all chunks stay for backward, in fp32, since Fabric turns what a
+        # model answers to it (``convert_output``), and so do their log-softmax and the logits of the step before. Where
+        # the head is trained, logits are made whole and copied once more.
         Stack(
             "litgpt",
             "LitGPT",
-            "2023-10 to 0.5",
+            "0.3 to 0.5",
             loss="chunks",
             logit_forward=4.0,
-            logit_backward=6.0,
-            logit_held=4.0,
+            logit_backward=8.0,
+            logit_held=12.0,
+            logit_held_full=16.0,
+            logit_alive=4.0,
             chunk_tokens=128,
+            merges_pairs=True,
+            quantizes_head=True,
             adapter_bytes=2,
             autocast=False,
             casts_inputs=False,
             fused_optimizer=False,
             fused_qkv=True,
             unties=True,
-            certain=False,
-            keeps_packed_inputs=True,
+            keeps_packed_inputs=2,
             flat_gradients=True,
             accumulates_whole=True,
-            source="lit_gpt/model.py, lora.py (one qkv Linear, bf16-true), finetune/lora.py: no_backward_sync",
+            stock_model=False,
+            source="litgpt/model.py, lora.py (one qkv Linear, bf16-true), finetune/lora.py; Fabric's HalfPrecision",
         ),
         Stack(
             "fsdp-qlora",
@@ -217,8 +277,9 @@ STACKS: dict[str, Stack] = {
             logit_forward=8.0,
             logit_backward=10.0,
             fused_norm=True,
-            attention_speed=0.6,  # FlashAttention in Triton: 1.3 to 2.5 times slower (arXiv:2307.08691)
+            attention_speed=0.55,  # FlashAttention in Triton: 1.3 to 2.5 times slower (arXiv:2307.08691)
             certain=False,
+            stock_model=False,
             source="scripts/train/benchmarking: FSDP1 FULL_SHARD, flash attention, low-precision LayerNorm, Lion",
         ),
     )

@@ -12,7 +12,8 @@ from finetui.planner.architecture import Architecture
 from finetui.planner.errors import UserError
 from finetui.planner.hardware import Gpu, find_gpu
 from finetui.planner.hub import find_config, known_models
-from finetui.planner.memory import Settings
+from finetui.planner.options import TuningOptions
+from finetui.planner.settings import Settings
 from finetui.planner.stacks import STACKS, Stack
 
 CONFIGS = Path(__file__).parent / "data" / "configs"
@@ -28,14 +29,16 @@ _FLCE = {"loss": "chunks", "logit_forward": 8.0, "logit_backward": 8.0}
 #: Cut Cross-Entropy makes no logits at all; its blocks are smaller than a chunk of Liger's (arXiv:2411.09009).
 _CCE = {"loss": "chunks", "logit_forward": 4.0, "logit_backward": 4.0, "chunk_tokens": 128}
 _LIGER = {**_FLCE, "fused_norm": True, "fused_mlp": True}
-_COMPILED = {"fused_norm": True, "fused_mlp": True}
+_COMPILED = {"fused_norm": True, "fused_mlp": True, "compiled": True}
 _PLAIN = replace(STACKS["transformers"], autocast=False, fused_optimizer=False)
-#: Qwen's remote code keeps 16-bit logits, a shifted copy and their log-softmax; DeepSpeed casts adapters to 16 bits,
-#: and on GPTQ weights, which are integers, PEFT of that time left them in fp32.
+#: Qwen's remote code keeps 16-bit logits, a shifted copy and their log-softmax; DeepSpeed casts adapters to 16 bits.
 _QWEN_1 = replace(
     STACKS["transformers"], logit_forward=6.0, logit_backward=8.0, kbit_upcast=False, adapter_bytes=2,
-    adapter_bytes_4bit=4, casts_inputs=False, fused_norm=True, certain=False,
+    adapter_bytes_4bit=2, casts_inputs=False, fused_norm=True, fused_optimizer=False, certain=False,
 )  # fmt: skip
+
+#: Its scripts of 2023 run the longest row first, so nothing of an earlier step is as large.
+_LIT_GPT = replace(STACKS["litgpt"], logit_held=8.0, keeps_packed_inputs=1)
 
 #: Part of the framework's name, in lower case and the order they are looked for, to what it runs.
 _FRAMEWORKS: tuple[tuple[str, Stack], ...] = (
@@ -44,7 +47,7 @@ _FRAMEWORKS: tuple[tuple[str, Stack], ...] = (
     ("torchtune", STACKS["torchtune"]),
     ("fsdp_qlora", STACKS["fsdp-qlora"]),
     ("llm-foundry", STACKS["llm-foundry"]),
-    ("lit-gpt", STACKS["litgpt"]),
+    ("lit-gpt", _LIT_GPT),
     ("litgpt", STACKS["litgpt"]),
     ("fms", _TRANSFORMERS_4),
     ("remote-code qwen", _QWEN_1),
@@ -73,6 +76,9 @@ _ALIASES = {
     "llama-3-8b": "meta-llama/Meta-Llama-3-8B", "tiny-llama": "TinyLlama/TinyLlama-1.1B-Chat-v1.0",
     "llama-2-7b": "meta-llama/Llama-2-7b-hf", "llama-2-13b": "meta-llama/Llama-2-13b-hf",
     "llama-2-70b": "meta-llama/Llama-2-70b-hf",
+    # Tuned from these, and so of their shapes.
+    "mistralai/magistral-small-2506": "mistralai/Mistral-Small-24B-Base-2501",
+    "katanemo/plano-orchestrator-4b": "Qwen/Qwen3-4B",
 }  # fmt: skip
 
 
@@ -192,7 +198,8 @@ def _metric(notes: str, unknown: list[str]) -> str:
         return "reserved"
     if not stated or "not stated" in text:
         unknown.append("metric")
-        return "reserved"
+        # Figures without a word on it are mostly read off nvidia-smi, unless the framework prints its own.
+        return "device" if "not stated" in text and "logs" not in text else "reserved"
     return "allocated"
 
 
@@ -214,23 +221,25 @@ def _settings(row: dict[str, str], text: str, architecture: Architecture, unknow
         accumulation=_accumulation(text),
         dropout=tuning != "full" and bool(re.search(r"lora_dropout=0\.|lit-?gpt", text)),  # 0.05 in LitGPT's scripts
         rank=_rank(row["lora_r"]) if tuning != "full" else 16,
+        kind=_kind(row["method"]),
+        options=_options(row),
         targets=targets,
         dora="dora" in row["method"].lower(),
         quantization=quantization,
         precision="bf16-mixed" if re.search(r"amp_|zero", text) and tuning == "full" else "bf16",
         optimizer=_optimizer(optimizer),
         optimizer_in_backward=bool(re.search(r"in[ _]b(ack)?w", optimizer)),
-        checkpointing=_checkpointing(checkpoint),
-        offload_activations="offload" in checkpoint,
+        checkpointing="offload" if "offload" in checkpoint else _checkpointing(checkpoint),
         world_size=world,
-        strategy=_strategy(row, text) if world > 1 else "ddp",
+        # Qwen's script for GPTQ weights on one device runs them under DeepSpeed's ZeRO-2.
+        strategy=_strategy(row, text) if world > 1 else "zero2" if quantization == "gptq" and "qwen" in text else "ddp",
         offload="parameters" if "cpu param offload" in text else "none",
     )
 
 
 def _tuning(method: str) -> tuple[str, str]:
     name = method.lower()
-    for other in ("oft", "ia3", "vera", "dpo", "grpo", "kto", "orpo", "galore", "prompt", "prefix", "adalora"):
+    for other in ("dpo", "grpo", "kto", "orpo", "galore", "loha", "lokr", "boft"):
         if re.search(rf"\b{other}", name):
             raise Refused(f"method not modelled: {method}")
     if "full" in name or name.startswith("sft"):
@@ -242,9 +251,14 @@ def _tuning(method: str) -> tuple[str, str]:
     if "qlora" in name or "4bit" in name or "nf4" in name:
         double = not re.search(r"nf4$", name.split("(")[0].strip())
         return "qlora", "nf4" if double else "nf4-single"
-    if "lora" in name:
+    if "lora" in name or _kind(name):
         return "lora", "none"
     raise Refused(f"method not modelled: {method}")
+
+
+def _kind(method: str) -> str:
+    """Adapters that are no pairs, by the recipe's name for them."""
+    return next((kind for kind in ("adalora", "ia3", "vera", "oft") if re.search(rf"\b{kind}", method.lower())), "")
 
 
 def _length(text: str, unknown: list[str]) -> int:
@@ -255,7 +269,7 @@ def _length(text: str, unknown: list[str]) -> int:
         raise Refused("how long the rows really were is not stated")
     mean = re.search(r"mean (\d+)", text)
     if mean:  # the widest of many micro-batches, where lengths spread about as widely as their mean
-        numbers[0] = min(numbers[0], 3 * int(mean.group(1)))
+        numbers[0] = min(numbers[0], round(2.75 * int(mean.group(1))))
     unknown.append("length")  # a bound that the longest row of a large set nearly reaches
     return numbers[0]
 
@@ -264,6 +278,14 @@ def _whole(text: str, what: str) -> int:
     if not text.strip().isdigit() or int(text) < 1:
         raise Refused(f"{what} is not one number: {text[:30]!r}")
     return int(text)
+
+
+def _options(row: dict[str, str]) -> TuningOptions:
+    """What PEFT needs beside a rank: OFT's blocks are as wide as a row's rank, AdaLoRA begins with a higher one."""
+    kind, rank = _kind(row["method"]), _rank(row["lora_r"]) if row["lora_r"] else 16
+    if kind == "oft":
+        return TuningOptions(block_size=max(rank, 2))
+    return TuningOptions(initial_rank=round(1.5 * rank)) if kind == "adalora" else TuningOptions()
 
 
 def _rank(text: str) -> int:
@@ -278,7 +300,7 @@ def _accumulation(text: str) -> int:
     found = re.search(r"grad_accum[= ]+(\d+)|\bga(\d+)\b", text)
     if found:
         return max(int(found.group(1) or found.group(2)), 1)
-    return 16 if "lit-gpt" in text else 1  # its scripts' batch of 128 in micro-batches
+    return 16 if "lit-gpt" in text or "litgpt" in text else 1  # its scripts' batches in micro-batches
 
 
 def _optimizer(name: str) -> str:

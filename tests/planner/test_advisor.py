@@ -7,11 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from finetui.planner.advisor import GOALS, WORKFLOWS, advise, kind_of_rows
+from finetui.planner.advisor import GOALS, WORKFLOWS, advise
 from finetui.planner.architecture import Architecture
 from finetui.planner.hardware import PRESETS, find_gpu, load_catalog
 from finetui.planner.hub import find_config
 from finetui.planner.recipe import Recipe
+from finetui.planner.survey import kind_of_rows, survey
 from finetui.tui.cli import main
 
 LLAMA = Architecture.from_config(find_config("meta-llama/Llama-3.1-8B")[1], "Llama-3.1-8B")
@@ -41,9 +42,41 @@ def test_every_advice_names_its_source_and_makes_a_recipe(goal, examples, data):
     for item in advise(goal=goal, data=data, examples=examples):
         assert item.question
         assert item.answer
-        assert "arXiv" in item.source or "surveys" in item.source or "planner" in item.source
+        assert "arXiv:" in item.source or "planner" in item.source
         if item.settings:
             Recipe(model="m").with_overrides(item.settings)
+
+
+@pytest.mark.parametrize(
+    ("rows", "words"),
+    [
+        ([{"chosen": "a", "rejected": "a"}, {"chosen": "a", "rejected": "b"}], ["1 of 2 pairs have the same answer"]),
+        ([{"prompt": "p", "chosen": "long " * 9, "rejected": "short"}], ["times as long", "simpo"]),
+        ([{"prompt": str(i), "completion": "c", "label": i < 3} for i in range(12)], ["3 good and 9 bad", "3.00"]),
+        (
+            [{"prompt": str(i // 2), "completion": "c", "label": i % 2 == 0} for i in range(8)],
+            ["4 of 4 prompts", "dpo"],
+        ),
+        ([{"prompt": "p", "completion": "c", "label": True}], ["no answer is marked bad", "sft"]),
+        ([{"prompt": "p", "chosen": "yes", "rejected": "no"}], []),
+        ([{"messages": []}], []),
+    ],
+)
+def test_rows_of_preferences_are_surveyed(rows, words):
+    remarks = survey(rows)
+    told = " ".join(f"{remark.what} {remark.do}" for remark in remarks)
+    assert bool(remarks) == bool(words)
+    assert all(word in told for word in words)
+    for item in advise(data=kind_of_rows(rows), remarks=remarks):
+        assert "arXiv:" in item.source
+        if item.settings:
+            Recipe(model="m").with_overrides(item.settings)
+
+
+def test_conversations_count_by_their_words():
+    rows = [{"chosen": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a" * 90}],
+             "rejected": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}]  # fmt: skip
+    assert "times as long" in survey(rows)[0].what
 
 
 def test_more_examples_get_a_larger_adapter():
@@ -67,7 +100,7 @@ def test_cards_are_those_that_fit_and_the_cheapest_first():
 
 
 def test_each_workflow_is_a_recipe_that_loads():
-    names = ["first-finetune", "production", "alignment-sft", "alignment-dpo"]
+    names = ["first-finetune", "production", "alignment", "alignment-sft", "alignment-dpo"]
     told = " ".join(item.answer for item in WORKFLOWS)
     for name in names:
         recipe = Recipe.load(PRESETS / f"{name}.yaml")

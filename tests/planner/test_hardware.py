@@ -11,7 +11,7 @@ import pytest
 from finetui.planner import hardware
 from finetui.planner.architecture import Architecture
 from finetui.planner.cgroup import MemoryLimit
-from finetui.planner.cost import cheapest_offers, cost_of, rank_offers
+from finetui.planner.cost import cheapest_offers, cost_of
 from finetui.planner.errors import HardwareError
 from finetui.planner.hardware import (
     PRESETS,
@@ -25,6 +25,7 @@ from finetui.planner.hardware import (
 )
 from finetui.planner.hub import find_config
 from finetui.planner.limits import HardwareRequest
+from finetui.planner.ranking import rank_offers
 from finetui.planner.recipe import Recipe
 
 

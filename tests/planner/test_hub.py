@@ -1,4 +1,4 @@
-"""find_config and weights_size against a local server that answers as the Hub does."""
+"""find_config against a local server that answers as the Hub does."""
 
 from __future__ import annotations
 
@@ -33,15 +33,7 @@ class _Hub(http.server.BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         granted = self.headers.get("Authorization") == "Bearer good-token"
-        if self.path.startswith("/api/models/org/fine"):
-            files = [
-                {"rfilename": "model-1.safetensors", "size": 1000},
-                {"rfilename": "model-2.safetensors", "size": 24},
-            ]
-            self._answer(
-                200, json.dumps({"id": "org/fine", "siblings": [*files, {"rfilename": "a.bin", "size": 7}]}).encode()
-            )
-        elif "/org/gated/" in self.path and not granted:
+        if "/org/gated/" in self.path and not granted:
             self._answer(403, b"{}", X_Error_Code="GatedRepo", X_Error_Message="gated")
         elif "/org/fine/" in self.path or "/org/gated/" in self.path:
             self._answer(200, json.dumps(CONFIG).encode(), ETag='"abc"', X_Repo_Commit="0" * 40)
@@ -88,10 +80,6 @@ def test_a_hub_model_is_fetched_and_then_cached(ask):
     assert ask("find_config('org/fine')", HF_HUB_OFFLINE="1") == str(("org/fine", CONFIG, "hub"))
 
 
-def test_only_safetensors_count_as_weights(ask):
-    assert ask("weights_size('org/fine')") == "1024"
-
-
 @pytest.mark.parametrize(
     ("model", "environment", "words"),
     [
@@ -120,10 +108,8 @@ def test_folder_file_and_preset_need_no_network(tmp_path, monkeypatch):
     folder = tmp_path / "my-model"
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(CONFIG))
-    (folder / "model.safetensors").write_bytes(bytes(10))
     assert hub.find_config(str(folder)) == ("my-model", CONFIG, "folder")
     assert hub.find_config(str(folder / "config.json")) == ("my-model", CONFIG, "file")
-    assert hub.weights_size(str(folder)) == 10
     assert hub.find_config("qwen/qwen3-8b")[::2] == ("Qwen/Qwen3-8B", "preset")
     assert hub.find_config("google/gemma-3-4b-it")[::2] == ("google/gemma-3-4b-it", "preset")
 

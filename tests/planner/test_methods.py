@@ -10,10 +10,11 @@ from finetui.engine.preflight import preflight
 from finetui.planner.architecture import Architecture
 from finetui.planner.hardware import GIB, Node, find_gpu
 from finetui.planner.hub import find_config
-from finetui.planner.memory import Settings, kv_cache_bytes, peak_memory
+from finetui.planner.memory import kv_cache_bytes, peak_memory
 from finetui.planner.methods import METHODS
 from finetui.planner.plan import Memory, Plan, Speed
 from finetui.planner.recipe import RUNNABLE_METHODS, Recipe
+from finetui.planner.settings import Settings
 from finetui.planner.solver import make_plan
 from finetui.planner.speed import step_speed
 from finetui.planner.stacks import STACKS
@@ -35,20 +36,33 @@ def plan(method: str, **keys) -> Plan:
 
 
 @pytest.mark.parametrize("method", sorted(METHODS))
-def test_every_method_is_planned_and_says_whether_it_runs(method):
+def test_every_method_is_planned(method):
     answer = plan(method)
     assert answer.fits
     assert sum(answer.memory.terms.values()) == pytest.approx(answer.memory.device_gib)
     assert sum(answer.speed.terms.values()) == pytest.approx(answer.speed.step_s)
     assert answer.resolved.packing in (False, method == "pretrain")
-    assert any("not yet run" in warning for warning in answer.warnings) == (method not in RUNNABLE_METHODS)
+    assert set(METHODS) == RUNNABLE_METHODS
 
 
-def test_what_can_not_be_run_fails_before_it_starts():
-    recipe = Recipe.build({"model": "m", "method": "dpo"})
-    local = dataclasses.replace(plan("dpo"), hardware=dataclasses.replace(plan("dpo").hardware, local=True))
+def test_a_method_that_needs_a_reward_says_so_before_it_starts():
+    recipe = Recipe.build({"model": "m", "method": "grpo"})
+    local = dataclasses.replace(plan("grpo"), hardware=dataclasses.replace(plan("grpo").hardware, local=True))
     failed = [check for check in preflight(recipe, local) if check.status == "fail"]
-    assert any("method dpo can be planned, not yet run" in check.detail for check in failed)
+    assert any("method grpo needs a reward" in check.detail for check in failed)
+    judged = Recipe.build({"model": "m", "method": "grpo", "rewards": ["numeric"]})
+    assert not any(check.name == "rewards" and check.status == "fail" for check in preflight(judged, local))
+
+
+@pytest.mark.parametrize(
+    ("method", "world"), [("grpo", 1), ("grpo", 2), ("rloo", 2), ("kto", 1), ("kto", 4), ("ppo", 1)]
+)
+def test_batches_hold_whole_groups(method, world):
+    resolved = make_plan(Recipe.build({"model": "m", "method": method}), LLAMA, Node(H200, world)).resolved
+    assert resolved.batch_size % (8 if method in ("grpo", "rloo") else 1) == 0
+    assert resolved.micro_batch >= (2 if method == "kto" else 1)
+    per_row = {"grpo": 8, "rloo": 8, "ppo": 4}.get(method, 1)
+    assert resolved.steps == -(-1000 * per_row // resolved.batch_size)
 
 
 def test_a_pair_is_two_sequences():

@@ -29,7 +29,8 @@ def test_floats_without_a_dot_are_numbers() -> None:
         ("model: m\ntuning:\n  type: lora\n  rnk: 8", "r.yaml:4: tuning.rnk: unknown key 'rnk'. Did you mean 'rank'?"),
         (
             "model: m\ntuning: {type: qlroa}",
-            "r.yaml:2: tuning.type: must be full, lora or qlora (not 'qlroa'). Did you mean 'qlora'?",
+            "r.yaml:2: tuning.type: must be full, freeze, lora, qlora, lora-fp8, adalora, ia3, vera, oft, loha, lokr, "
+            "xlora, prompt or prefix (not 'qlroa'). Did you mean 'qlora'?",
         ),
         ("method: sft", "r.yaml: model is missing. Add 'model: …'."),
         ("model: m\nepochs: many", "r.yaml:2: epochs: must be a number (not 'many')."),
@@ -119,3 +120,61 @@ def test_a_saved_recipe_reads_back_equal(tmp_path: Path) -> None:
 def test_a_missing_file_is_a_users_mistake(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="there is no such recipe"):
         Recipe.load(tmp_path / "none.yaml")
+
+
+@pytest.mark.parametrize(
+    ("tuning", "stands_for"),
+    [
+        ("dora", {"type": "lora", "use_dora": True}),
+        ({"type": "dora", "rank": 8}, {"type": "lora", "use_dora": True, "rank": 8}),
+        ("rslora", {"type": "lora", "rank_stabilized": True}),
+        ("lora+", {"type": "lora", "lora_plus_ratio": 16.0}),
+        ({"type": "lora+", "lora_plus_ratio": 4}, {"type": "lora", "lora_plus_ratio": 4}),
+        ("pissa", {"type": "lora", "init": "pissa"}),
+        ("olora", {"type": "lora", "init": "olora"}),
+        ("eva", {"type": "lora", "init": "eva"}),
+        ("loftq", {"type": "qlora", "init": "loftq"}),
+        ("qdora", {"type": "qlora", "use_dora": True}),
+        ("qoft", {"type": "oft", "quantization": "nf4"}),
+        ("vera", {"type": "vera", "rank": 256}),
+    ],
+)
+def test_names_of_the_literature_are_a_type_with_a_key(tuning: object, stands_for: dict) -> None:
+    recipe = Recipe.build({"model": "m", "tuning": tuning})
+    assert recipe == Recipe.build({"model": "m", "tuning": stands_for})
+    assert Recipe.build(recipe.to_dict()) == recipe
+
+
+@pytest.mark.parametrize(
+    ("recipe", "words"),
+    [
+        ({"tuning": {"type": "full", "rank": 16}}, "rank has no effect when type is full"),
+        ({"tuning": {"type": "ia3", "alpha": 8, "use_dora": True}}, "alpha, use_dora have no effect when type is ia3"),
+        ({"tuning": {"type": "loha", "dropout": 0.1}}, "dropout has no effect"),
+        ({"tuning": {"type": "lora", "block_size": 8}}, "block_size has no effect"),
+        ({"tuning": {"type": "dora", "use_dora": False}}, "type dora is use_dora: True"),
+        ({"tuning": "freeze"}, "freeze trains nothing so far"),
+        ({"tuning": {"type": "qlora", "init": "pissa"}}, "which 4-bit ones don't allow"),
+        ({"tuning": {"type": "lora", "init": "loftq"}}, "makes up for what NF4 loses"),
+        ({"tuning": {"type": "lokr", "quantization": "nf4"}}, "lokr can't be put on NF4 weights"),
+        ({"tuning": {"type": "vera", "quantization": "fp8"}}, "vera can't be put on fp8 weights"),
+        ({"tuning": {"type": "lora", "quantization": "fp8"}}, "called lora-fp8"),
+        ({"tuning": {"type": "adalora", "rank": 16, "initial_rank": 8}}, "initial_rank must be above rank"),
+        ({"tuning": {"type": "lora", "dropout": 0.1, "target_parameters": ["a"]}}, "dropout can't be used"),
+        ({"tuning": {"type": "lora", "new_tokens": ["a", "a"]}}, "an empty or a repeated name"),
+        ({"tuning": {"type": "pissa", "start_from": "x"}}, "no effect on an adapter that goes on"),
+        ({"tuning": "prompt", "packing": True}, "packing can't be used with prompt tuning"),
+        ({"tuning": "prefix", "hardware": {"checkpointing": "full"}}, "prefix tuning feeds layers through a cache"),
+        ({"tuning": "lora", "optimizer": {"name": "galore"}}, "galore keeps states of whole weights"),
+        ({"tuning": "ia3", "optimizer": {"name": "muon"}}, "muon updates matrices"),
+        ({"method": "dpo", "tuning": "pissa"}, "weights below it are no reference"),
+        ({"method": "dpo", "tuning": "eva"}, "eva looks at rows of sft"),
+        ({"optimizer": {"name": "sgd", "betas": [0.9, 0.9]}}, "betas has no effect on sgd"),
+        ({"optimizer": {"decay_ratio": 0.5}}, "decay_ratio has no effect on schedule cosine"),
+        ({"optimizer": {"name": "schedule-free", "schedule": "linear"}}, "schedule-free has no schedule"),
+        ({"optimizer": {"schedule": "wsd", "warmup_ratio": 0.6, "decay_ratio": 0.6}}, "more than all steps"),
+    ],
+)
+def test_a_key_without_effect_or_sense_is_an_error(recipe: dict, words: str) -> None:
+    with pytest.raises(RecipeError, match=words):
+        Recipe.build({"model": "m", **recipe})

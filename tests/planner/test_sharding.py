@@ -12,7 +12,8 @@ from finetui.planner.architecture import Architecture
 from finetui.planner.hardware import GIB, find_gpu
 from finetui.planner.hub import find_config
 from finetui.planner.interval import UNKNOWN, margins
-from finetui.planner.memory import Settings, peak_memory
+from finetui.planner.memory import peak_memory
+from finetui.planner.settings import Settings
 from finetui.planner.sharding import STRATEGIES, sent_bytes
 from finetui.planner.speed import step_speed
 from finetui.planner.stacks import STACKS

@@ -17,13 +17,17 @@ from hypothesis import strategies as st
 
 import finetui.planner.solver as solver_module
 from finetui.planner.architecture import Architecture
+from finetui.planner.ceilings import Ceilings, store
 from finetui.planner.errors import DataError, HardwareError, RecipeError
 from finetui.planner.fit import fit_table
-from finetui.planner.hardware import Gpu, Node, find_gpu, load_catalog
+from finetui.planner.hardware import Gpu, Node, Offer, find_gpu
 from finetui.planner.hub import find_config
-from finetui.planner.memory import Settings, peak_memory
+from finetui.planner.memory import peak_memory
 from finetui.planner.plan import Plan, Workload
+from finetui.planner.ranking import cheapest, fastest, rank_offers
 from finetui.planner.recipe import Recipe
+from finetui.planner.settings import Settings
+from finetui.planner.sharding import STRATEGIES
 from finetui.planner.solver import make_plan
 from finetui.planner.stacks import STACKS, find_stack
 
@@ -98,7 +102,6 @@ def test_what_the_recipe_says_is_kept():
 @pytest.mark.parametrize(
     ("keys", "count", "error", "words"),
     [
-        ({"method": "ppo"}, 1, RecipeError, "ppo can't be planned.*grpo or rloo"),
         ({"batch_size": 6, "micro_batch": 4}, 1, RecipeError, "can't be split.*4 or 8"),
         ({"batch_size": 3, "hardware": {"gpus": 2}}, 2, RecipeError, "over 2 device.*2 or 4"),
         ({"hardware": {"gpus": 4}}, 2, HardwareError, "4 GPUs asked for, 2 GPUs here"),
@@ -126,6 +129,7 @@ def test_sequence_length_and_packing_follow_the_data():
     short = Workload(examples=1000, tokens=100_000, longest=700, basis="counted")
     assert plan(workload=short).resolved.sequence_length == 704
     assert plan(workload=short).resolved.packing
+    assert not plan(gpu="cpu", workload=short).resolved.packing
     assert not plan(workload=Workload(1000, 600_000, 700, basis="counted")).resolved.packing
     assert plan(workload=Workload(1000, 600_000, 9000, basis="counted")).resolved.sequence_length == 2048
     assert plan(method="pretrain").resolved.packing
@@ -231,8 +235,10 @@ _SETTINGS = st.builds(
     rank=st.integers(1, 256),
     precision=st.sampled_from(["bf16", "bf16-mixed", "fp16", "fp32"]),
     optimizer=st.sampled_from(["adamw", "adamw-8bit", "paged-adamw-8bit", "sgd", "adafactor"]),
-    checkpointing=st.sampled_from(["none", "full"]),
+    checkpointing=st.sampled_from(["none", "selective", "offload", "full"]),
+    kept_layers=st.integers(0, 40),
     world_size=st.integers(1, 4),
+    strategy=st.sampled_from(sorted(STRATEGIES)),
     masked=st.booleans(),
 )
 
@@ -248,7 +254,9 @@ def test_memory_never_falls_with_more_tokens_or_rank(base, framework, model, mor
         {"rank": base.rank + more},
     ):
         larger = dataclasses.replace(base, **changes)
-        assert peak_memory(architecture(model), larger, stack, gpu).device_gib >= need - 1e-9
+        memory = peak_memory(architecture(model), larger, stack, gpu)
+        assert memory.device_gib >= need - 1e-9
+        assert min(memory.terms.values()) >= 0
 
 
 @settings(max_examples=60, deadline=None)
@@ -266,11 +274,15 @@ def test_memory_never_falls_with_more_parameters(base, framework, layers, wider)
     assert peak_memory(shape(layers, 128 + wider), base, stack, gpu).device_gib >= need - 1e-9
 
 
-@settings(max_examples=60, deadline=None)
-@given(st.sampled_from(MODELS), st.sampled_from(["full", "lora", "qlora"]), st.sampled_from([512, 2048, 8192]))
-def test_what_fits_on_a_card_fits_on_a_larger_one(model, tuning, length):
-    cards = sorted((gpu for gpu in load_catalog().values() if gpu.bf16), key=lambda gpu: gpu.memory_gib)
-    fits = [plan(model, gpu.name, tuning=tuning, sequence_length=length).fits for gpu in cards]
+@settings(max_examples=40, deadline=None)
+@given(
+    st.sampled_from(MODELS), st.sampled_from(["full", "lora", "qlora"]), st.sampled_from([512, 2048, 8192]),
+    st.sampled_from(["RTX-3090", "A100", "H100", "B200"]), st.lists(st.floats(4, 300), min_size=2, max_size=4),
+)  # fmt: skip
+def test_what_fits_on_a_card_fits_on_a_larger_one(model, tuning, length, gpu, sizes):
+    recipe = Recipe.build({"model": model, "tuning": tuning, "sequence_length": length})
+    cards = [dataclasses.replace(find_gpu(gpu), memory_gib=size) for size in sorted(sizes)]
+    fits = [make_plan(recipe, architecture(model), Node(card)).fits for card in cards]
     assert fits == sorted(fits)
 
 
@@ -308,9 +320,10 @@ def test_all_gpus_tunings_and_policies_within_a_fifth_of_a_second():
 
 
 def _seconds(call) -> float:
-    start = time.perf_counter()
+    """Of this process alone: other tests may keep the machine busy."""
+    start = time.process_time()
     call()
-    return time.perf_counter() - start
+    return time.process_time() - start
 
 
 def test_fit_table_has_a_row_for_each_combination():
@@ -320,3 +333,44 @@ def test_fit_table_has_a_row_for_each_combination():
     ]
     assert [row.fits for row in rows] == [False, False, True, True, True, True]
     assert all(row.usd_per_h and row.usd_per_million_tokens for row in rows)
+
+
+def test_measured_ceilings_of_this_machine_change_its_speed_and_basis(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    recipe, gpu = Recipe.build({"model": "m", "tuning": "lora"}), find_gpu("H200")
+    before = make_plan(recipe, architecture(), Node(gpu, local=True))
+    store(Ceilings(gpu.name, "580.1", "2026-11-22", bf16_tflops=400.0, copy_gb_s=4200.0))
+    after = make_plan(recipe, architecture(), Node(gpu, local=True))
+    assert (before.basis, after.basis) == ("formula", "measured")
+    assert after.speed.tokens_per_s < 0.75 * before.speed.tokens_per_s
+    assert any("finetui bench on 2026-11-22" in reason.why for reason in after.reasons)
+    assert make_plan(recipe, architecture(), Node(gpu)).speed == make_plan(recipe, architecture(), Node(gpu)).speed
+    assert make_plan(recipe, architecture(), Node(gpu)).basis == "formula"
+
+
+def test_a_run_that_its_limits_would_end_is_told_before():
+    assert not any("limits." in warning for warning in plan(gpu="H100").warnings)
+    told = plan(gpu="H100", limits={"hours": 0.01, "cost_usd": 0.01}).warnings
+    assert any("limits.hours ends it after 36 s" in warning for warning in told)
+    assert any("limits.cost_usd ends it at 0.01" in warning for warning in told)
+
+
+def test_offers_that_keep_to_the_limits_come_first():
+    free = rank_offers(Recipe.build({"model": "m", "tuning": "qlora"}), architecture())
+    hours = sorted(entry.time_s for entry in free)[len(free) // 2] / 3600
+    ranked = rank_offers(Recipe.build({"model": "m", "tuning": "qlora", "limits": {"hours": hours}}), architecture())
+    assert [entry.over for entry in ranked] == sorted((entry.over for entry in ranked), key=bool)
+    assert {entry.over for entry in ranked} == {"", "hours"}
+    best, quickest = cheapest(ranked), fastest(ranked)
+    assert best.time_s <= 3600 * hours
+    assert best.offer.as_of != "unknown"
+    assert quickest.time_s <= best.time_s
+    assert cheapest(entry for entry in ranked if entry.over) is None
+
+
+def test_interruptions_make_a_spot_machine_slower_than_its_price_says():
+    recipe = Recipe.build({"model": "m", "tuning": "qlora"})
+    offers = [Offer("x", "H100", 1, 2.0, 1.0, "", "2026-11-01", "s")]
+    firm, spot = (rank_offers(recipe, architecture(), offers=offers, spot=spot)[0] for spot in (False, True))
+    assert firm.time_s < spot.time_s < 1.5 * firm.time_s
+    assert firm.usd / 2 < spot.usd < firm.usd

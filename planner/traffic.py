@@ -1,0 +1,145 @@
+"""What the kernels of a step read and write beside matrix products, and how many of them are launched."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+from .architecture import Architecture
+from .fused import layer_traffic
+from .settings import Settings
+from .stacks import Stack
+from .storage import QUANTIZED_BYTES
+
+#: Kernels of one eager layer's forward: norms, rotary, attention, MLP; and further ones for each LoRA pair.
+KERNELS, _KERNELS_LORA = 42, 5
+#: The same of a layer that runs as one function, and what its backward launches against its forward.
+_KERNELS_WHOLE, _KERNELS_WHOLE_LORA = 14, 2
+#: Series of small operations in fp32 and back reach three quarters of the speed of plain copies.
+_EAGER = 1.3
+#: Seconds in which bitsandbytes' 8-bit AdamW gets a tensor under way, one after the other (448 in 29 ms on an H200).
+_TENSOR_S = 65e-6
+#: Bytes that unpacking a GPTQ weight moves where it is trained on: shifts to int32, masks, casts and scales are torch
+#: operations of their own (auto_gptq's trainable path).
+_GPTQ_BYTES = 20.0
+
+
+@lru_cache(maxsize=4096)
+def _layer_bytes(architecture: Architecture, fused: bool) -> float:
+    """Bytes per token that the elementwise kernels of one forward read and write, in 16 bits, over all layers.
+
+    A norm in fp32 moves about 26 B per feature, a residual 6, rotary embedding 12 per query or key, a gated
+    activation 10 per feature; fused kernels about half of it.
+    """
+    total = 0.0
+    for layer in architecture.layers:
+        norms, residuals = 26 * layer.norm_width, 12 * architecture.hidden
+        rotary = 12 * (architecture.query_width + architecture.kv_width)
+        gate = (10 if architecture.gated else 6) * layer.inner
+        gather = 24 * architecture.hidden if layer.experts else 0
+        total += layer.count * (norms + residuals + rotary + gate + gather)
+    return total * (0.5 if fused else _EAGER)
+
+
+@lru_cache(maxsize=4096)
+def _adapter_bytes(
+    architecture: Architecture, targets: str | tuple[str, ...], width: int, autocast: bool, dropout: bool
+) -> tuple[float, float]:
+    """Bytes per token of what PEFT adds in one forward: casts of the inputs, and adding the scaled result."""
+    each = (0.0 if width == 2 else 8.0 if autocast else 6.0) + (2 * width + 1 if dropout else 0)
+    cast = added = 0.0
+    for layer, modules in architecture.targeted(targets):
+        cast += layer.count * sum(each * module.d_in for module in modules)
+        added += layer.count * sum(10.0 * module.d_out for module in modules)
+    return cast, added
+
+
+def elementwise_bytes(architecture: Architecture, settings: Settings, stack: Stack) -> float:
+    """Bytes per token of all layers and the loss, over all passes."""
+    loss = 30.0 if stack.loss == "logits" else 8.0
+    again = settings.recomputed(architecture.num_layers)
+    if stack.whole_layers:
+        policy = "offload" if settings.checkpointing == "offload" else "full"
+        return _whole_layers_bytes(architecture, settings.targets, policy, again) + loss * architecture.vocab
+    forward = _layer_bytes(architecture, stack.fused_norm)
+    added = 0.0
+    if settings.tuning != "full":
+        width = settings.adapter_bytes(stack) if settings.compute_bytes == 2 and stack.casts_inputs else 2
+        cast, added = _adapter_bytes(architecture, settings.targets, width, stack.autocast, settings.dropout)
+        forward += cast
+    # A backward is about two forwards, but one of a sum, which only scales its gradient.
+    moved = ((3.0 + again) * forward + (2.0 + again) * added) * settings.compute_bytes / 2
+    if settings.quantized and stack.kbit_upcast:
+        moved *= 2  # the residual stream is fp32
+    return moved + loss * architecture.vocab
+
+
+@lru_cache(maxsize=4096)
+def _whole_layers_bytes(architecture: Architecture, targets: str | tuple[str, ...], policy: str, again: float) -> float:
+    total = 0.0
+    for layer, modules in architecture.targeted(targets):
+        moved = layer_traffic(architecture, layer, modules, policy)
+        total += layer.count * (moved.forward + moved.backward + again * moved.again)
+    return total
+
+
+def dequantized_bytes(
+    architecture: Architecture, settings: Settings, stack: Stack, *, in_8_bits: bool = False
+) -> float:
+    """Bytes of all layers in one micro-batch: packed weights are read, and 16-bit ones written and read.
+
+    Args:
+        in_8_bits: products take the packed weights as they are; then it is what they multiply that is quantised, and
+            weights are turned over for the gradients of inputs.
+    """
+    if not settings.quantized:
+        return 0.0
+    if in_8_bits:
+        each = sum(
+            layer.count * (3 * module.d_in + 3 * module.d_out)
+            for layer in architecture.layers
+            for module in layer.linears
+        )
+        return 2.0 * architecture.linear_weights + settings.tokens * each
+    again = settings.recomputed(architecture.num_layers)
+    moved = QUANTIZED_BYTES[settings.quantization] + 2 * settings.compute_bytes
+    if settings.quantization == "gptq" and not stack.unpacks_in_kernel:
+        moved = _GPTQ_BYTES
+    if stack.whole_layers:  # backward unpacks the MLP's weights once, for what is made again and for gradients
+        attention = sum(layer.count * module.weight for layer in architecture.layers for module in layer.attention)
+        return moved * (2.0 * architecture.linear_weights + again * attention)
+    return (2.0 + again) * moved * architecture.linear_weights
+
+
+def launches(architecture: Architecture, settings: Settings, stack: Stack) -> float:
+    """Kernels of one micro-batch."""
+    modules = 0 if settings.tuning == "full" else sum(len(m) for _, m in architecture.targeted(settings.targets))
+    base, pair = (_KERNELS_WHOLE, _KERNELS_WHOLE_LORA) if stack.whole_layers else (KERNELS, _KERNELS_LORA)
+    per_layer = base + pair * modules / max(len(architecture.layers), 1)
+    if settings.quantized:
+        per_layer += 2 if stack.whole_layers else 14
+    return (3.0 + settings.recomputed(architecture.num_layers)) * per_layer * architecture.num_layers
+
+
+def optimizer_traffic(architecture: Architecture, settings: Settings, stack: Stack) -> float:
+    """Read and written by one step: weight, gradient and states, and once more the gradient for clipping."""
+    if settings.tuning == "full":
+        trained, width = architecture.parameters, settings.weight_bytes
+    else:
+        trained = architecture.lora_parameters(settings.rank, settings.targets)
+        width = settings.adapter_bytes(stack)
+    state = {"adamw": 4.0 * width, "adamw-8bit": 4.1, "paged-adamw-8bit": 4.1}.get(settings.optimizer, 0.1)
+    return trained * (5 * width + state)
+
+
+def optimizer_launch_s(architecture: Architecture, settings: Settings, stack: Stack) -> float:
+    """Seconds of a step in which an 8-bit optimiser waits for its own launches, tensor by tensor.
+
+    finetui takes a step over all tensors as over one (``engine/trainers/flat.py``, ``kernels/adamw.py``).
+    """
+    if not settings.optimizer.endswith("8bit") or stack.flat_optimizer:
+        return 0.0
+    if settings.tuning == "full":
+        tensors = sum(layer.count * (len(layer.linears) + 2) for layer in architecture.layers)
+    else:
+        tensors = sum(layer.count * 2 * len(modules) for layer, modules in architecture.targeted(settings.targets))
+    return tensors * _TENSOR_S
