@@ -1,6 +1,7 @@
-"""The readers of file types: JSON lines, JSON, CSV, plain text and Parquet, each a stream of rows.
+"""The readers of file types: JSON lines, JSON, CSV, plain text, Parquet and Arrow, each a stream of rows.
 
-Whatever is wrong is a :class:`DataError` with file and line, and with what to do about it.
+Whatever is wrong is a :class:`DataError` with file and line, and with what to do about it. A single bad row is
+handed to ``refuse``, which raises or takes note of it; a file that can't be read on is an error in any case.
 """
 
 from __future__ import annotations
@@ -9,31 +10,38 @@ import csv
 import json
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from itertools import chain
-from pathlib import Path
-from typing import IO, Any
+from typing import Any, NamedTuple
 
 from ...planner.errors import DataError, MissingExtraError
+from .places import Place, open_bytes, size_of, suffix_of
 
 _MEND = "Mend it there."
 
 
-@dataclass(frozen=True, slots=True)
-class Row:
+class Row(NamedTuple):
     """One record, and its place as ``file:line``."""
 
     values: dict[str, Any]
     where: str
 
 
-def read_file(path: Path) -> Iterator[Row]:
+#: Told of a row that can't be used.
+Refuse = Callable[[DataError], None]
+
+
+def stop(error: DataError) -> None:
+    """The strict :data:`Refuse`: the first bad row ends it all."""
+    raise error
+
+
+def read_file(path: Place, refuse: Refuse = stop) -> Iterator[Row]:
     """Yield the rows of one file, by its suffix."""
-    suffix = path.suffix.lower()
-    if suffix == ".parquet":
-        yield from _read_parquet(path)
+    suffix = suffix_of(path.name)
+    if suffix in (".parquet", ".arrow", ".feather"):
+        yield from _read_arrow(path, _parquet_batches if suffix == ".parquet" else _arrow_batches)
         return
-    reader: Callable[[Path, Iterator[str]], Iterator[Row]] = {
+    reader: Callable[[Place, Iterator[str], Refuse], Iterator[Row]] = {
         ".json": _read_json,
         ".csv": _read_csv,
         ".tsv": _read_csv,
@@ -41,18 +49,19 @@ def read_file(path: Path) -> Iterator[Row]:
     }.get(suffix, _read_jsonl)
     empty = True
     try:
-        with path.open("rb") as file:
-            for row in reader(path, _decoded(path, file)):
+        with open_bytes(path) as file:
+            for row in reader(path, _decoded(path, file, refuse), refuse):
                 empty = False
                 yield row
-    except OSError as error:
-        raise DataError(f"the file can't be read ({error.strerror})", where=str(path)) from None
+    except (OSError, EOFError) as error:
+        what = f"the file can't be read on ({getattr(error, 'strerror', None) or error or type(error).__name__})"
+        raise DataError(what, where=str(path), do="Fetch it again; it may have been cut off.") from None
     if empty:
-        what = "the file is empty" if path.stat().st_size == 0 else "the file holds no row"
+        what = "the file is empty" if size_of(path) == 0 else "the file holds no row"
         raise DataError(what, where=str(path), do="Leave it out, or give it rows.")
 
 
-def _decoded(path: Path, file: IO[bytes]) -> Iterator[str]:
+def _decoded(path: Place, file: Any, refuse: Refuse) -> Iterator[str]:
     """The lines of a UTF-8 file, line ends kept, without the byte order mark."""
     for number, line in enumerate(file, 1):
         if number == 1:
@@ -63,14 +72,15 @@ def _decoded(path: Path, file: IO[bytes]) -> Iterator[str]:
             yield line.decode("utf-8")
         except UnicodeDecodeError as error:
             what = f"byte 0x{line[error.start]:02x} at column {error.start + 1} is not UTF-8"
-            raise DataError(what, where=f"{path}:{number}", do=_convert("LATIN1", path)) from None
+            refuse(DataError(what, where=f"{path}:{number}", do=_convert("LATIN1", path)))
+            yield "\n"  # so that the lines after it keep their numbers
 
 
-def _convert(encoding: str, path: Path) -> str:
-    return f"Convert it, for example: iconv -f {encoding} -t UTF-8 {path.name} > fixed{path.suffix}"
+def _convert(encoding: str, path: Place) -> str:
+    return f"Convert it, for example: iconv -f {encoding} -t UTF-8 {path.name} > fixed{suffix_of(path.name)}"
 
 
-def _read_jsonl(path: Path, lines: Iterator[str]) -> Iterator[Row]:
+def _read_jsonl(path: Place, lines: Iterator[str], refuse: Refuse) -> Iterator[Row]:
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
@@ -80,12 +90,13 @@ def _read_jsonl(path: Path, lines: Iterator[str]) -> Iterator[Row]:
         except json.JSONDecodeError as error:
             if number == 1 and line.lstrip().startswith("["):
                 do = f"This looks like one JSON list; name the file {path.stem}.json."
-            else:
-                do = "Every line must be one whole JSON object."
-            raise DataError(f"the line is not valid JSON: {_explain(error)}", where=where, do=do) from None
+                raise DataError(f"the line is not valid JSON: {_explain(error)}", where=where, do=do) from None
+            do = "Every line must be one whole JSON object."
+            refuse(DataError(f"the line is not valid JSON: {_explain(error)}", where=where, do=do))
         except RecursionError:
-            raise DataError("the line is nested too deeply", where=where) from None
-        yield _row(values, where)
+            refuse(DataError("the line is nested too deeply", where=where))
+        else:
+            yield from _row(values, where, refuse)
 
 
 def _explain(error: json.JSONDecodeError, *, column: bool = True) -> str:
@@ -94,15 +105,16 @@ def _explain(error: json.JSONDecodeError, *, column: bool = True) -> str:
     return what + (f" at column {error.colno}" if column else "") + (f", near {near!r}" if near else "")
 
 
-def _row(values: Any, where: str) -> Row:
-    if not isinstance(values, dict):
-        names = {list: "a list", str: "a string", int: "a number", float: "a number", bool: "true or false"}
-        what = f"the row is {names.get(type(values), 'null')}, not an object"
-        raise DataError(what, where=where, do='A row looks like {"messages": [...]} or {"instruction": "...", ...}.')
-    return Row(values, where)
+def _row(values: Any, where: str, refuse: Refuse) -> Iterator[Row]:
+    if isinstance(values, dict):
+        yield Row(values, where)
+        return
+    names = {list: "a list", str: "a string", int: "a number", float: "a number", bool: "true or false"}
+    what = f"the row is {names.get(type(values), 'null')}, not an object"
+    refuse(DataError(what, where=where, do='A row looks like {"messages": [...]} or {"instruction": "...", ...}.'))
 
 
-def _read_json(path: Path, lines: Iterator[str]) -> Iterator[Row]:
+def _read_json(path: Place, lines: Iterator[str], refuse: Refuse) -> Iterator[Row]:
     """A list of objects; an object in which one value is such a list; or JSON lines under a .json name."""
     read: list[str] = []
     for line in lines:
@@ -112,16 +124,16 @@ def _read_json(path: Path, lines: Iterator[str]) -> Iterator[Row]:
     lead = "".join(read)
     first = lead.lstrip()[:1]
     if first == "[":
-        yield from _JsonList(path, lead, lines).items()
+        yield from _JsonList(path, lead, lines).items(refuse)
     elif first == "{" and _is_json(lead):
         for line in lines:
             read.append(line)
             if line.strip():
-                yield from _read_jsonl(path, chain(read, lines))
+                yield from _read_jsonl(path, chain(read, lines), refuse)
                 return
-        yield from _read_json_object(path, lead)
+        yield from _read_json_object(path, lead, refuse)
     elif first:
-        yield from _read_json_object(path, lead + "".join(lines))
+        yield from _read_json_object(path, lead + "".join(lines), refuse)
 
 
 def _is_json(text: str) -> bool:
@@ -132,7 +144,7 @@ def _is_json(text: str) -> bool:
     return True
 
 
-def _read_json_object(path: Path, text: str) -> Iterator[Row]:
+def _read_json_object(path: Place, text: str, refuse: Refuse) -> Iterator[Row]:
     try:
         tree = json.loads(text)
     except json.JSONDecodeError as error:
@@ -145,23 +157,23 @@ def _read_json_object(path: Path, text: str) -> Iterator[Row]:
         do = "Make it one JSON list of objects."
         raise DataError(f"the file {found}, so its rows are not clear", where=str(path), do=do)
     for index, values in enumerate(tree[tables[0]]):
-        yield _row(values, f"{path}:{tables[0]}[{index}]")
+        yield from _row(values, f"{path}:{tables[0]}[{index}]", refuse)
 
 
 class _JsonList:
     """A JSON list decoded item by item, so that neither the text nor the items need to be whole in memory."""
 
-    def __init__(self, path: Path, text: str, lines: Iterator[str]) -> None:
+    def __init__(self, path: Place, text: str, lines: Iterator[str]) -> None:
         self.path, self.text, self.lines = path, text, lines
         self.pos = text.index("[") + 1
         self.line, self._counted = 1, 0
         self._decode = json.JSONDecoder().raw_decode
 
-    def items(self) -> Iterator[Row]:
+    def items(self, refuse: Refuse) -> Iterator[Row]:
         more = self._peek() != "]"
         while more:
             where = self.where()
-            yield _row(self._value(), where)
+            yield from _row(self._value(), where, refuse)
             follower = self._peek()
             if follower not in (",", "]"):
                 found = repr(follower) if follower else "the end of the file"
@@ -211,10 +223,10 @@ class _JsonList:
             return value
 
 
-def _read_csv(path: Path, lines: Iterator[str]) -> Iterator[Row]:
+def _read_csv(path: Place, lines: Iterator[str], refuse: Refuse) -> Iterator[Row]:
     csv.field_size_limit(sys.maxsize)
     header_line = next((line for line in lines if line.strip()), "")
-    delimiter = "\t" if path.suffix.lower() == ".tsv" else max(",;\t", key=header_line.count)
+    delimiter = "\t" if suffix_of(path.name) == ".tsv" else max(",;\t", key=header_line.count)
     reader = csv.reader(chain([header_line], lines), delimiter=delimiter, strict=True)
     line = 1
     try:
@@ -224,11 +236,12 @@ def _read_csv(path: Path, lines: Iterator[str]) -> Iterator[Row]:
             raise DataError(f"two columns are called {twice!r}", where=f"{path}:1", do="Rename one of them.")
         line = reader.line_num + 1
         for record in reader:
-            if record:
-                if len(record) != len(header):
-                    what = f"the row has {len(record)} fields, but the header has {len(header)}"
-                    raise DataError(what, where=f"{path}:{line}", do='Put text with commas or line breaks in "quotes".')
+            if len(record) == len(header):
                 yield Row(dict(zip(header, record, strict=True)), f"{path}:{line}")
+            elif record:
+                what = f"the row has {len(record)} fields, but the header has {len(header)}"
+                do = 'Put text with commas or line breaks in "quotes".'
+                refuse(DataError(what, where=f"{path}:{line}", do=do))
             line = reader.line_num + 1
     except csv.Error as error:
         raise DataError(
@@ -236,7 +249,7 @@ def _read_csv(path: Path, lines: Iterator[str]) -> Iterator[Row]:
         ) from None
 
 
-def _read_text(path: Path, lines: Iterator[str]) -> Iterator[Row]:
+def _read_text(path: Place, lines: Iterator[str], _refuse: Refuse) -> Iterator[Row]:
     """Documents of plain text: a blank line ends one, as in the text corpora of BERT and its successors."""
     document: list[str] = []
     start = 1
@@ -250,21 +263,42 @@ def _read_text(path: Path, lines: Iterator[str]) -> Iterator[Row]:
             document = []
 
 
-def _read_parquet(path: Path) -> Iterator[Row]:
+def _read_arrow(path: Place, batches: Callable[[Any], Iterator[Any]]) -> Iterator[Row]:
     try:
         import pyarrow as pa
-        import pyarrow.parquet as parquet
     except ImportError:
         raise MissingExtraError(f"reading {path.name}", "train") from None
+    number = 0
     try:
-        with parquet.ParquetFile(path) as file:
-            if file.metadata.num_rows == 0:
-                raise DataError("the file holds no row", where=str(path), do="Leave it out, or give it rows.")
-            number = 0
-            for batch in file.iter_batches(batch_size=1024):
+        with open_bytes(path) as file:
+            for batch in batches(file):
                 for values in batch.to_pylist():
                     number += 1
                     yield Row(values, f"{path}:{number}")
     except (pa.ArrowException, OSError) as error:
-        what = f"the file is not valid Parquet ({str(error).splitlines()[0]})"
-        raise DataError(what, where=str(path), do="Write it again.") from None
+        named = "Parquet" if suffix_of(path.name) == ".parquet" else "Arrow"
+        where = f"{path}:{number}" if number else str(path)
+        what = f"the file is not valid {named}{', or ends too soon' if number else ''} ({str(error).splitlines()[0]})"
+        raise DataError(what, where=where, do="Write it again.") from None
+    if not number:
+        raise DataError("the file holds no row", where=str(path), do="Leave it out, or give it rows.")
+
+
+def _parquet_batches(file: Any) -> Iterator[Any]:
+    import pyarrow.parquet as parquet
+
+    with parquet.ParquetFile(file) as table:
+        yield from table.iter_batches(batch_size=1024)
+
+
+def _arrow_batches(file: Any) -> Iterator[Any]:
+    """Both kinds of Arrow file: the stream that ``datasets`` writes, and the one with a footer (Feather)."""
+    import pyarrow as pa
+
+    head = file.read(6)
+    file.seek(0)
+    if head == b"ARROW1":
+        reader = pa.ipc.open_file(file)
+        yield from (reader.get_batch(index) for index in range(reader.num_record_batches))
+    else:
+        yield from pa.ipc.open_stream(file)

@@ -1,319 +1,326 @@
-"""What the columns of a row mean: five formats, detected over the first rows, read into one :class:`Example`.
+"""What the columns of a row mean: the formats, which methods take which, and how one is detected from the first rows.
 
-============== =====================================================================================
-messages       ``messages`` or ``conversations``: list of ``{role, content}``
-sharegpt       ``conversations``: list of ``{from, value}``
-alpaca         ``instruction``, ``input``, ``output`` or ``response``; optional ``system``, ``history``
-prompt-        ``prompt`` + ``completion`` or ``response``; ``question`` + ``answer``; each a string or
-completion     a list of messages
-text           ``text`` or ``content``
-============== =====================================================================================
+=================== ================================================================================
+messages            ``messages`` or ``conversations``: list of ``{role, content}``; optional ``tools``
+sharegpt            ``conversations``: list of ``{from, value}``; optional ``system``, ``tools``
+alpaca              ``instruction``, ``input``, ``output`` or ``response``; optional ``system``, ``history``
+question-answer     ``question`` + ``answer``, optional ``context``, ``system``: a chat of two turns
+prompt-completion   ``prompt`` + ``completion`` or ``response``; each a string or a list of messages
+text                ``text`` or ``content``
+preference          ``chosen`` + ``rejected``, with or without the prompt; or ranked ``answers``
+unpaired-preference any of the chats or prompts above, with a ``label`` (or ``kto_tag``) that is true or false
+stepwise            ``prompt``, ``completions``, ``labels``: the steps of a solution, each right or wrong
+prompt-only         a prompt; all other columns are kept for rewards
+=================== ================================================================================
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain, islice
 from typing import Any, Literal
 
 from ...planner.datasource import DataSource
 from ...planner.errors import DataError
-from .files import Row
+from .files import Refuse, Row, stop
 from .sources import read_rows
+from .turns import keys_of
 
-Format = Literal["messages", "sharegpt", "alpaca", "prompt-completion", "text"]
-Role = Literal["system", "user", "assistant"]
+Format = Literal[
+    "messages", "sharegpt", "alpaca", "question-answer", "prompt-completion", "text", "preference",
+    "unpaired-preference", "stepwise", "prompt-only",
+]  # fmt: skip
+Columns = dict[str, str]
+_Names = dict[str, tuple[str, ...]]
 
-#: Spellings of the three roles, in messages and in ShareGPT.
-ROLES: dict[str, Role] = {
-    "system": "system",
-    "developer": "system",
-    "user": "user",
-    "human": "user",
-    "assistant": "assistant",
-    "gpt": "assistant",
-    "model": "assistant",
-    "chatgpt": "assistant",
-    "bot": "assistant",
+_LEARNED: tuple[Format, ...] = ("messages", "sharegpt", "alpaca", "question-answer", "prompt-completion", "text")
+_PAIRED: tuple[Format, ...] = ("preference",)
+_ASKED: tuple[Format, ...] = (*_LEARNED[:-1], "prompt-only")
+#: What each method can be trained on. Of equally fitting formats the first is taken.
+ACCEPTS: dict[str, tuple[Format, ...]] = {
+    "sft": _LEARNED,
+    "pretrain": _LEARNED,
+    **dict.fromkeys(("dpo", "ipo", "orpo", "cpo", "simpo", "reward"), _PAIRED),
+    "kto": ("unpaired-preference", "preference", "stepwise"),
+    **dict.fromkeys(("grpo", "rloo", "ppo"), _ASKED),
 }
-_TOOLS = {"tool", "function", "observation", "function_call", "ipython"}
-#: The columns of each format: role of the column -> its accepted names, the usual one first.
-_COLUMNS: dict[Format, dict[str, tuple[str, ...]]] = {
-    "messages": {"messages": ("messages", "conversations", "conversation")},
-    "sharegpt": {"messages": ("conversations", "conversation", "messages")},
-    "alpaca": {"instruction": ("instruction",), "answer": ("output", "response")},
-    "prompt-completion": {
-        "prompt": ("prompt", "question", "query", "input"),
-        "completion": ("completion", "response", "answer", "output"),
-    },
-    "text": {"text": ("text", "content")},
-}
-_OPTIONAL: dict[Format, dict[str, tuple[str, ...]]] = {
-    "sharegpt": {"system": ("system",)},
-    "alpaca": {"input": ("input", "context"), "system": ("system",), "history": ("history",)},
-}
-_WHY = {
-    "messages": "{messages} holds lists of role and content",
-    "sharegpt": "{messages} holds lists of from and value",
-    "alpaca": "{instruction} and {answer} are there",
-    "prompt-completion": "{prompt} and {completion} are there",
-    "text": "{text} is there",
-}
-_PREFERENCE = {"chosen", "rejected"}
+
+
+@dataclass(frozen=True)
+class _Shape:
+    """The columns of a format: what each is to it -> its accepted names, the usual one first."""
+
+    needs: _Names
+    may: _Names
+    why: str
+
+
+_CHAT: _Names = {"system": ("system",), "tools": ("tools",)}
+_ANSWERS = ("answer", "response", "output", "solution")
+_QUESTIONS = ("question", "instruction", "query", "problem", "input")
+_CONTEXT = ("context", "passage", "document")
+_SHAPES: dict[Format, tuple[_Shape, ...]] = {
+    "messages": (
+        _Shape(
+            {"messages": ("messages", "conversations", "conversation")},
+            _CHAT,
+            "{messages} holds lists of {role} and {content}",
+        ),
+    ),
+    "sharegpt": (
+        _Shape(
+            {"messages": ("conversations", "conversation", "messages")},
+            _CHAT,
+            "{messages} holds lists of {role} and {content}",
+        ),
+    ),
+    "alpaca": (
+        _Shape(
+            {"instruction": ("instruction",), "output": ("output", "response", "answer")},
+            {"input": ("input", "context"), "history": ("history",), **_CHAT},
+            "{instruction} and {output} are there",
+        ),
+    ),
+    "question-answer": (
+        _Shape(
+            {"question": ("question", "query", "problem", "input"), "answer": _ANSWERS},
+            {"context": _CONTEXT, **_CHAT},
+            "{question} and {answer} are there",
+        ),
+    ),
+    "prompt-completion": (
+        _Shape(
+            {"prompt": ("prompt",), "completion": ("completion", "response", "answer", "output")},
+            _CHAT,
+            "{prompt} and {completion} are there",
+        ),
+    ),
+    "text": (_Shape({"text": ("text", "content")}, {}, "{text} is there"),),
+    "preference": (
+        _Shape(
+            {"chosen": ("chosen", "chosen_response"), "rejected": ("rejected", "rejected_response")},
+            {
+                "prompt": ("prompt",),
+                "messages": ("conversations", "messages"),
+                "question": _QUESTIONS,
+                "input": ("input",),
+                "context": _CONTEXT,
+                "history": ("history",),
+                "margin": ("margin",),
+                **_CHAT,
+            },
+            "{chosen} and {rejected} are there",
+        ),
+        _Shape(
+            {"prompt": ("prompt", *_QUESTIONS), "answers": ("answers",)}, _CHAT, "{answers} are ranked"
+        ),
+    ),
+    "unpaired-preference": (),
+    "stepwise": (
+        _Shape(
+            {"prompt": ("prompt", *_QUESTIONS), "completions": ("completions",), "labels": ("labels",)},
+            {"system": ("system",)},
+            "{completions} has steps and {labels} judges them",
+        ),
+    ),
+    "prompt-only": (
+        _Shape({"prompt": ("prompt",)}, _CHAT, "{prompt} is there"),
+        _Shape({"question": _QUESTIONS}, {"input": ("input",), "context": _CONTEXT, **_CHAT}, "{question} is there"),
+    ),
+}  # fmt: skip
+#: Names of the column that says whether an answer is good.
+_LABELS = ("label", "kto_tag")
 #: How many rows a format is judged by.
 DETECT_ROWS = 100
 
 
 @dataclass(frozen=True, slots=True)
-class Message:
-    """One turn of a chat."""
-
-    role: Role
-    content: str
-
-
-@dataclass(frozen=True, slots=True)
-class Example:
-    """One row, whatever it was written as: a chat, a prompt with its completion, or a text.
-
-    ``kind`` says which of the fields count. Only assistant turns from index ``train_from`` on are answers.
-    """
-
-    kind: Literal["chat", "completion", "text"]
-    where: str
-    messages: tuple[Message, ...] = ()
-    train_from: int = 0
-    prompt: str = ""
-    completion: str = ""
-    text: str = ""
-
-
-@dataclass(frozen=True, slots=True)
 class Detected:
-    """The format of a source: which columns it reads, how sure that is (share of rows that fit), and why."""
+    """The format of a source: which columns it reads, how sure that is (share of rows that fit), and why.
+
+    ``base`` is the format of judged answers but for their label; ``chat`` says whether plain strings are turns of a
+    chat, ``keys`` what role and text of a message are called where the usual names are not.
+    """
 
     format: Format
-    columns: dict[str, str]
+    columns: Columns
     confidence: float
     why: str
+    base: Format | None = None
+    chat: bool = False
+    keys: tuple[str, str] | None = None
 
 
-def open_source(source: DataSource) -> tuple[Detected, Iterator[Row]]:
-    """The format of a source, and all its rows."""
-    rows = read_rows(source)
+def open_source(source: DataSource, method: str = "sft", refuse: Refuse = stop) -> tuple[Detected, Iterator[Row]]:
+    """The format of a source, and all its rows; ``refuse`` is told of rows that can't be read."""
+    rows = read_rows(source, refuse=refuse)
     first = list(islice(rows, DETECT_ROWS))
-    return detect(first, source.format), chain(first, rows)
+    return detect(first, source, method), chain(first, rows)
 
 
-def detect(rows: Sequence[Row], wanted: str = "auto") -> Detected:
-    """The format of some first rows of a source, or the columns of the ``wanted`` one.
+def detect(rows: Sequence[Row], source: DataSource | str = "auto", method: str = "sft") -> Detected:
+    """The format of some first rows of a source.
+
+    Args:
+        rows: the first rows.
+        source: what the recipe says about them, or just the name of a format.
+        method: what the rows are for.
 
     Raises:
-        DataError: no format fits, naming the columns found and what is accepted.
+        DataError: no format of this method fits, naming the columns found, what is accepted, and the methods that
+            could use the rows as they are.
     """
+    if isinstance(source, str):
+        source = DataSource.model_validate({"path": "rows", "format": source})
     if not rows:
         raise DataError("there are no rows to look at", do="Give a source that has rows.")
-    candidates = [wanted] if wanted != "auto" else list(_COLUMNS)
-    found = [d for name in candidates if (d := _score(name, rows)) is not None]  # type: ignore[arg-type]
-    if found:
-        return max(found, key=lambda d: d.confidence)  # ties go to the more specific format, which is listed first
-    columns = list(dict.fromkeys(key for row in rows for key in row.values))
-    listed = ", ".join(columns) or "none"
-    if wanted != "auto":
-        needed = " and ".join("/".join(names) for names in _COLUMNS[wanted].values())  # type: ignore[index]
-        what = f"the rows are not in {wanted} format: their columns are {listed}"
-        raise DataError(what, where=rows[0].where, do=f"{wanted} needs {needed}; or set format: auto.")
-    if set(columns) >= _PREFERENCE:
-        what = f"the rows are preference pairs (columns {listed}), which method sft can't train on"
-        raise DataError(what, where=rows[0].where, do="Keep the chosen answer, in one of the formats of sft.")
-    raise DataError(
-        f"the format is not recognised: the columns are {listed}",
-        where=rows[0].where,
-        do=(
-            "Accepted: messages [{role, content}]; conversations [{from, value}]; instruction, input, output; "
-            "prompt, completion; question, answer; text."
-        ),
-    )
+    accepted = ACCEPTS[method]
+    if source.format != "auto":
+        if source.format not in accepted:
+            what = f"method {method} can't be trained on format {source.format}"
+            raise DataError(what, where=source.path, do=f"{_serves(source.format)} It takes {', '.join(accepted)}.")
+        found = _best([source.format], rows, source)
+        if found is None:
+            raise _not(source.format, rows, source)
+        return found
+    found = _best(accepted, rows, source)
+    judged = _best(["unpaired-preference"], rows, source) if found and method in ("sft", "pretrain") else None
+    if found is not None and judged is None:
+        return found
+    other = judged or _best([name for name in _SHAPES if name not in accepted], rows, source)
+    if other is None:
+        raise _unknown(rows, accepted)
+    what = f"the rows are in {other.format} format ({other.why}), which method {method} can't train on"
+    do = _serves(other.format)
+    if found is not None:
+        do += f" Or set format: {found.format}, to learn every answer, good or bad."
+    raise DataError(what, where=rows[0].where, do=do)
 
 
-def _score(name: Format, rows: Sequence[Row]) -> Detected | None:
-    """How well a format fits, or None if it does not fit a single row."""
-    columns: dict[str, str] = {}
-    for part, names in _COLUMNS[name].items():
-        counts = {column: sum(_fits(name, part, row.values.get(column)) for row in rows) for column in names}
+def _best(names: Sequence[Format], rows: Sequence[Row], source: DataSource) -> Detected | None:
+    found: list[Detected] = []
+    for name in names:
+        if name == "unpaired-preference":
+            found += [d for d in [_score_judged(rows, source)] if d]
+        found += [d for shape in _SHAPES[name] if (d := _score(name, shape, rows, source)) is not None]
+    return max(found, key=lambda d: d.confidence, default=None)  # ties go to the first, which is the more specific
+
+
+def _score(name: Format, shape: _Shape, rows: Sequence[Row], source: DataSource) -> Detected | None:
+    """How well a format fits, or None if it does not fit a single row or has no use for a column that was named."""
+    given = {part: column for part, column in source.columns.items() if part not in ("role", "content")}
+    if not given.keys() <= shape.needs.keys() | shape.may.keys():
+        return None
+    keys = _keys(name, source)
+    columns: Columns = {}
+    for part, names in shape.needs.items():
+        names = (given[part],) if part in given else names
+        counts = {column: sum(_fits(name, part, row.values.get(column), keys) for row in rows) for column in names}
         best = max(names, key=lambda column: counts[column])
         if not counts[best]:
             return None
         columns[part] = best
-    fitting = sum(all(_fits(name, part, row.values.get(c)) for part, c in columns.items()) for row in rows)
+    fitting = sum(all(_fits(name, part, row.values.get(c), keys) for part, c in columns.items()) for row in rows)
     if not fitting:
         return None
-    why = _WHY[name].format(**columns)
-    for part, names in _OPTIONAL.get(name, {}).items():
-        there = next((column for column in names if any(column in row.values for row in rows)), None)
-        if there is not None:
+    first, second = keys or (("from", "value") if name == "sharegpt" else ("role", "content"))
+    why = shape.why.format(**columns, role=first, content=second)
+    for part, names in shape.may.items():
+        names = (given[part],) if part in given else names
+        there = next((c for c in names if any(row.values.get(c) is not None for row in rows)), None)
+        if there is not None and there not in columns.values():
             columns[part] = there
             why += f", with {there}"
-    return Detected(name, columns, fitting / len(rows), why)
+    chat = source.chat if source.chat != "auto" else ("question" in columns or name == "alpaca")
+    return Detected(name, columns, fitting / len(rows), why, chat=chat, keys=keys)
 
 
-def _fits(name: Format, part: str, value: Any) -> bool:
-    if name in ("messages", "sharegpt"):
-        keys = {"role", "content"} if name == "messages" else {"from", "value"}
-        first = value[0] if isinstance(value, list) and value else None
-        return isinstance(first, dict) and keys <= first.keys()
-    if name == "prompt-completion":
-        return isinstance(value, str) or _fits("messages", "messages", value)
-    return isinstance(value, str)
-
-
-def to_example(row: Row, detected: Detected) -> Example:
-    """Read one row.
-
-    Raises:
-        DataError: with file, line and field: a missing column, a value that is no string, an unknown role, roles out
-            of order, an empty answer.
-    """
-    return _READERS[detected.format](row, detected.columns)
-
-
-def _read_messages(row: Row, columns: dict[str, str]) -> Example:
-    column = columns["messages"]
-    messages = _messages(row, column, "role", "content")
-    return _chat(row, messages, column)
-
-
-def _read_sharegpt(row: Row, columns: dict[str, str]) -> Example:
-    column = columns["messages"]
-    messages = _messages(row, column, "from", "value")
-    system = _string(row, columns["system"], optional=True) if "system" in columns else ""
-    if system and messages and messages[0].role != "system":
-        messages.insert(0, Message("system", system))
-        return _chat(row, messages, column, offset=1)
-    return _chat(row, messages, column)
-
-
-def _read_alpaca(row: Row, columns: dict[str, str]) -> Example:
-    messages: list[Message] = []
-    if "system" in columns and (system := _string(row, columns["system"], optional=True)):
-        messages.append(Message("system", system))
-    history = row.values.get(columns["history"]) if "history" in columns else None
-    for index, pair in enumerate(history or []):
-        if not (isinstance(pair, list | tuple) and len(pair) == 2 and all(isinstance(part, str) for part in pair)):
-            raise _bad(row, f"history[{index}]", "must be a pair [question, answer]")
-        if not pair[1].strip():
-            raise _bad(row, f"history[{index}][1]", "the answer is empty", "Fill it in, or remove the pair.")
-        messages += [Message("user", pair[0]), Message("assistant", pair[1])]
-    question = _string(row, columns["instruction"])
-    if "input" in columns and (more := _string(row, columns["input"], optional=True)):
-        question = f"{question}\n\n{more}" if question else more
-    messages += [Message("user", question), Message("assistant", _answer(row, columns["answer"]))]
-    return Example("chat", row.where, messages=tuple(messages))
-
-
-def _read_prompt_completion(row: Row, columns: dict[str, str]) -> Example:
-    prompt, completion = columns["prompt"], columns["completion"]
-    if isinstance(row.values.get(prompt), list) or isinstance(row.values.get(completion), list):
-        before = _messages(row, prompt, "role", "content")
-        after = _messages(row, completion, "role", "content")
-        return _chat(row, before + after, f"{prompt}+{completion}", train_from=len(before))
-    return Example("completion", row.where, prompt=_string(row, prompt), completion=_answer(row, completion))
-
-
-def _read_text(row: Row, columns: dict[str, str]) -> Example:
-    text = _string(row, columns["text"])
-    if not text.strip():
-        raise _bad(row, columns["text"], "the text is empty", "Remove the row.")
-    return Example("text", row.where, text=text)
-
-
-_READERS: dict[Format, Callable[[Row, dict[str, str]], Example]] = {
-    "messages": _read_messages,
-    "sharegpt": _read_sharegpt,
-    "alpaca": _read_alpaca,
-    "prompt-completion": _read_prompt_completion,
-    "text": _read_text,
-}
-
-
-def _messages(row: Row, column: str, role_key: str, content_key: str) -> list[Message]:
-    value = row.values.get(column)
-    if column not in row.values:
-        raise _missing(row, column)
-    if not isinstance(value, list) or not value:
-        raise _bad(row, column, "must be a list of messages" if value != [] else "the list of messages is empty")
-    messages = []
-    for index, item in enumerate(value):
-        field = f"{column}[{index}]"
-        if not isinstance(item, dict):
-            raise _bad(row, field, f"must be an object with {role_key} and {content_key}")
-        if role_key not in item:
-            raise _bad(row, field, f"{role_key!r} is missing")
-        name = item[role_key]
-        role = ROLES.get(name.strip().lower()) if isinstance(name, str) else None
-        if item.get("tool_calls") or (isinstance(name, str) and name in _TOOLS):
-            raise _bad(row, field, "tool calls can't be trained on yet", "Remove the row.")
-        if role is None:
-            raise _bad(row, f"{field}.{role_key}", f"unknown role {name!r}", "Use system, user or assistant.")
-        content = item.get(content_key)
-        if not isinstance(content, str):
-            problem = f"{content_key!r} is missing" if content is None else f"must be text, not {_kind(content)}"
-            raise _bad(row, f"{field}.{content_key}", problem)
-        messages.append(Message(role, content))
-    return messages
-
-
-def _chat(row: Row, messages: list[Message], column: str, *, train_from: int = 0, offset: int = 0) -> Example:
-    """Check the order of turns: an optional system message, then user and assistant in turn, an answer at the end."""
-    expected: Role = "user"
-    for index, message in enumerate(messages):
-        field = f"{column}[{index - offset}]" if "+" not in column else f"{column}, message {index + 1}"
-        if message.role == "system":
-            if index:
-                raise _bad(row, field, "a system message must come first")
-            continue
-        if message.role != expected:
-            what = f"roles are out of order: {message.role} where {expected} was expected"
-            raise _bad(row, field, what, "After an optional system message, user and assistant take turns.")
-        if message.role == "assistant" and not message.content.strip():
-            raise _bad(row, field, "the answer is empty", "Fill it in, or remove the row.")
-        expected = "assistant" if message.role == "user" else "user"
-    if messages[-1].role != "assistant":
-        what = f"the last message is from {messages[-1].role}, so there is no answer to learn"
-        raise _bad(row, column, what, "End every conversation with an assistant message.")
-    return Example("chat", row.where, messages=tuple(messages), train_from=train_from)
-
-
-def _string(row: Row, column: str, *, optional: bool = False) -> str:
-    value = row.values.get(column)
-    if value is None and optional:
-        return ""
-    if column not in row.values:
-        raise _missing(row, column)
-    if not isinstance(value, str):
-        raise _bad(row, column, f"must be text, not {_kind(value)}")
-    return value
-
-
-def _answer(row: Row, column: str) -> str:
-    answer = _string(row, column)
-    if not answer.strip():
-        raise _bad(row, column, "the answer is empty", "Fill it in, or remove the row.")
-    return answer
-
-
-def _missing(row: Row, column: str) -> DataError:
-    found = ", ".join(row.values) or "none"
-    return DataError(
-        f"column {column!r} is missing; the row has {found}", where=row.where, do="Add it, or remove the row."
+def _score_judged(rows: Sequence[Row], source: DataSource) -> Detected | None:
+    """Any chat or prompt with its answer, beside a column that is true or false."""
+    names = (source.columns["label"],) if "label" in source.columns else _LABELS
+    label = next((name for name in names if all(_is_label(row.values.get(name), name, source) for row in rows)), None)
+    rest = source.model_copy(update={"columns": {k: v for k, v in source.columns.items() if k != "label"}})
+    base = _best(_LEARNED[:-1], rows, rest) if label is not None else None
+    if base is None or label is None:
+        return None
+    columns = {**base.columns, "label": label}
+    why = f"{label} judges them: {base.why}"
+    return Detected(
+        "unpaired-preference", columns, base.confidence, why, base=base.format, chat=base.chat, keys=base.keys
     )
 
 
-def _bad(row: Row, field: str, what: str, do: str = "Mend the row, or remove it.") -> DataError:
-    return DataError(what, where=f"{row.where}: {field}", do=do)
+def _is_label(value: Any, column: str, source: DataSource) -> bool:
+    """A class number of another task is no judgement, unless the recipe says so."""
+    wanted = source.format == "unpaired-preference" or source.columns.get("label") == column
+    if isinstance(value, bool):
+        return True
+    return wanted and str(value).strip().lower() in {"true", "false", "0", "1", "0.0", "1.0", "yes", "no"}
 
 
-def _kind(value: Any) -> str:
-    names = {bool: "true or false", int: "a number", float: "a number", list: "a list", dict: "an object"}
-    return names.get(type(value), "null" if value is None else type(value).__name__)
+def _keys(name: Format, source: DataSource) -> tuple[str, str] | None:
+    if not {"role", "content"} & source.columns.keys():
+        return None
+    usual = ("from", "value") if name == "sharegpt" else ("role", "content")
+    return source.columns.get("role", usual[0]), source.columns.get("content", usual[1])
+
+
+def _fits(name: Format, part: str, value: Any, keys: tuple[str, str] | None) -> bool:
+    if part == "messages":
+        if isinstance(value, str):
+            return name == "messages" and value.lstrip().startswith("[{")
+        usual = ("from", "value") if name == "sharegpt" else ("role", "content")
+        return isinstance(value, list) and keys_of(value, keys) == (keys or usual)
+    if part in ("prompt", "completion", "chosen", "rejected"):
+        return isinstance(value, str) or keys_of(value, keys) is not None
+    if part == "answers":
+        return isinstance(value, list) and bool(value) and isinstance(value[0], dict) and "rank" in value[0]
+    if part in ("completions", "labels"):
+        return isinstance(value, list) and bool(value)
+    return isinstance(value, str)
+
+
+def _serves(name: str) -> str:
+    methods = [method for method, formats in ACCEPTS.items() if name in formats]
+    return f"It serves method {', '.join(methods)}."
+
+
+def _not(name: Format, rows: Sequence[Row], source: DataSource) -> DataError:
+    listed = ", ".join(_columns(rows)) or "none"
+    shapes = _SHAPES[name]
+    parts = {part for shape in shapes for part in (*shape.needs, *shape.may, "role", "content")}
+    if shapes and (useless := [part for part in source.columns if part not in parts]):
+        do = f"{name} has {', '.join(sorted(parts))}."
+        return DataError(f"format {name} has no use for columns.{useless[0]}", where=source.path, do=do)
+    missing = [column for column in source.columns.values() if column not in _columns(rows)]
+    if missing and not {"role", "content"} & source.columns.keys():
+        return DataError(f"there is no column {missing[0]!r}, only {listed}", where=rows[0].where, do="Check columns:.")
+    needed = "; or ".join(" and ".join("/".join(names) for names in shape.needs.values()) for shape in shapes)
+    needed = needed or "label and the columns of a chat or a prompt with its completion"
+    what = f"the rows are not in {name} format: their columns are {listed}"
+    return DataError(what, where=rows[0].where, do=f"{name} needs {needed}; or set format: auto.")
+
+
+def _unknown(rows: Sequence[Row], accepted: Sequence[Format]) -> DataError:
+    listed = ", ".join(_columns(rows)) or "none"
+    do = f"Accepted: {'; '.join(_USUAL[name] for name in accepted)}. Or name them: columns: {{prompt: ..., ...}}."
+    return DataError(f"the format is not recognised: the columns are {listed}", where=rows[0].where, do=do)
+
+
+_USUAL: Mapping[Format, str] = {
+    "messages": "messages [{role, content}]",
+    "sharegpt": "conversations [{from, value}]",
+    "alpaca": "instruction, input, output",
+    "question-answer": "question, answer",
+    "prompt-completion": "prompt, completion",
+    "text": "text",
+    "preference": "prompt, chosen, rejected",
+    "unpaired-preference": "prompt, completion, label",
+    "stepwise": "prompt, completions, labels",
+    "prompt-only": "prompt",
+}
+
+
+def _columns(rows: Sequence[Row]) -> list[str]:
+    return list(dict.fromkeys(key for row in rows for key in row.values))

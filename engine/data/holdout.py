@@ -16,3 +16,13 @@ def choose(rows: int, holdout: float | str, seed: int) -> list[int]:
     import random
 
     return sorted(random.Random(seed).sample(range(rows), holdout_size(rows, holdout)))
+
+
+def times(rows: list[int], weight: float, seed: int) -> list[int]:
+    """Each row ``weight`` times: the whole part of it always, the rest as a random share of them, in order."""
+    import random
+
+    whole = int(weight)
+    extra = random.Random(seed).sample(range(len(rows)), round((weight - whole) * len(rows)))
+    chosen = set(extra)
+    return [row for index, row in enumerate(rows) for _ in range(whole + (index in chosen))]

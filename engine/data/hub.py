@@ -33,6 +33,8 @@ def load_hub(source: DataSource, *, streaming: bool = False) -> Any:
         raise MissingExtraError(f"reading the hub dataset {source.path}", "train") from None
     try:
         _probe(source.path, datasets.config)
+        if source.hub_split is not None:
+            return datasets.load_dataset(source.path, name=source.subset, split=source.hub_split, streaming=streaming)
         splits = datasets.load_dataset(source.path, name=source.subset, streaming=streaming)
     except Exception as error:
         raise explain(error, source.path) from error
@@ -43,6 +45,18 @@ def load_hub(source: DataSource, *, streaming: bool = False) -> Any:
         do = "Choose another dataset for this split." if source.split == "train" else "Leave it out: rows are held out."
         raise DataError(f"the dataset has no {source.split} split, only {found}", where=source.path, do=do)
     return splits[name]
+
+
+def hub_mark(source: DataSource) -> str:
+    """What changes when a hub dataset does: its commit if it is streamed, else the fingerprint of its download."""
+    if not source.streaming:
+        return str(load_hub(source)._fingerprint)
+    from huggingface_hub import HfApi
+
+    try:
+        return str(HfApi().dataset_info(source.path, timeout=15).sha)
+    except Exception as error:
+        raise explain(error, source.path) from error
 
 
 def _probe(path: str, config: Any) -> None:
@@ -86,6 +100,11 @@ def explain(error: Exception, path: str) -> UserError:
     if configs := re.search(r"pick one among the available configs: (\[.*?\])|Available: (\[.*?\])", text):
         named = configs.group(1) or configs.group(2)
         return DataError("a subset of the dataset must be named", where=path, do=f"Set subset: to one of {named}.")
+    if (unknown := re.search(r'Unknown split "(.*?)"\. Should be one of (\[.*?\])', text)) or (
+        unknown := re.search(r"Bad split: (.*?)\. Available splits: (\[.*?\])", text)
+    ):
+        what = f"the dataset has no split {unknown.group(1)!r}"
+        return DataError(what, where=path, do=f"Set hub_split: to one of {unknown.group(2)}.")
     if kinds & {"ConnectionError", "ConnectError", "ConnectTimeout", "ReadTimeout", "Timeout", "TimeoutException"}:
         do = f"There is no such file here; for a hub dataset, check the network and HF_ENDPOINT ({endpoint})."
         return HubError("the hub can't be reached", where=path, do=do)

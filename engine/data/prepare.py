@@ -6,9 +6,12 @@ when whole, so that a reader sees all of it or nothing.
 
 from __future__ import annotations
 
+import gc
 import json
-import math
-from collections.abc import Callable, Iterable, Iterator
+import shutil
+from array import array
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -17,17 +20,25 @@ from typing import TYPE_CHECKING, Any
 from ...planner.errors import DataError
 from ...planner.recipe import Recipe
 from . import cache
-from .files import Row
-from .formats import Detected, open_source, to_example
-from .holdout import choose
-from .labels import IGNORED, Encoded, TrainOn, encode_batch
-from .packing import join, pack
+from .encode import COLUMNS, KINDS, Encoder, Kind, Tally
+from .examples import Record
+from .formats import open_source
+from .holdout import choose, times
+from .labels import TrainOn
+from .packing import pack
+from .prompts import write_prompts
+from .readers import to_records
+from .refuse import Refused
+from .skeleton import Mismatch
+from .tokens import Encoded
 
 if TYPE_CHECKING:
     import datasets
 
-#: How many examples are tokenised in one call.
-_BATCH = 256
+    from ...planner.datasource import DataSource
+
+#: How many rows are tokenised in one call.
+_BATCH = 512
 
 Progress = Callable[[int], None]
 
@@ -39,14 +50,18 @@ class DataSettings:
     Args:
         sequence_length: the longest row, in tokens.
         packing: put several examples into one row.
-        train_on: ``answers``, or ``all`` tokens.
+        train_on: ``answers``, the ``last-answer`` of each conversation, or ``all`` tokens.
         seed: chooses the rows that are held out.
+        method: what the rows are for, which decides on their columns.
+        embeddings: tokens that the model has an embedding for; by default as its config.json says.
     """
 
     sequence_length: int
     packing: bool = False
     train_on: TrainOn = "answers"
     seed: int = 42
+    method: str = "sft"
+    embeddings: int | None = None
 
 
 @dataclass(frozen=True)
@@ -54,8 +69,8 @@ class Facts:
     """What came out. Lengths are in tokens; a trained token is one with loss.
 
     Fields that begin with ``train_`` or ``eval_`` are of that part, the others of both. ``truncated`` examples lost
-    ``cut_tokens`` at their end, ``dropped`` ones lost every answer and are left out, ``split`` texts became several
-    examples. A row is an example, or with packing several.
+    ``cut_tokens`` at their end, ``dropped`` ones lost every answer and are left out, ``skipped`` rows could not be
+    used, ``split`` texts became several examples. A row is an example, or with packing several.
     """
 
     examples: int
@@ -75,19 +90,34 @@ class Facts:
     max_length: int
     formats: dict[str, str] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
+    skipped: int = 0
+    good: int | None = None
+    """How many answers are judged good, where answers are judged."""
 
 
 @dataclass(frozen=True)
 class Prepared:
     """Rows to train on, rows to evaluate on (None without any), and what they hold.
 
-    A row has ``input_ids`` and ``labels``; a packed one also ``seq_lengths``, the tokens of each document in it.
+    Their columns depend on the method, see :mod:`.encode`; a packed row also has ``seq_lengths``, the tokens of each
+    document in it.
     """
 
     train: datasets.Dataset
     evaluation: datasets.Dataset | None
     facts: Facts
     path: Path
+
+    def lengths(self) -> list[int] | None:
+        """Tokens of each training row (all its sequences), or None where rows are packed and so all about as long."""
+        if "seq_lengths" in self.train.column_names:
+            return None
+        import pyarrow.compute as pc
+
+        names = [name for name in self.train.column_names if name.endswith("_ids")]
+        columns = [pc.list_value_length(self.train.data.column(name)).to_numpy() for name in names]
+        lengths: list[int] = sum(columns[1:], columns[0]).tolist()
+        return lengths
 
 
 def prepare(
@@ -111,155 +141,267 @@ def prepare(
     path = Path(cache_dir) / cache.key(tokenizer, recipe.data, asdict(settings), recipe.evaluation.holdout)
     if not path.is_dir():
         with cache.whole_folder(path) as work:
-            facts = _build(recipe, settings, tokenizer, work, progress or (lambda _: None))
+            for fill in (True, False):
+                gc.freeze()  # else each collection goes through all that the libraries have made since their import
+                try:
+                    facts = _Build(recipe, settings, tokenizer, work, progress or (lambda _: None), fill).run()
+                    break
+                except Mismatch:
+                    shutil.rmtree(work)
+                    work.mkdir()
+                finally:
+                    gc.unfreeze()
             (work / "facts.json").write_text(json.dumps(asdict(facts), indent=1), encoding="utf-8")
     return _load(path)
 
 
 @dataclass
-class _Tally:
-    """Counts over the examples of a split."""
+class _Part:
+    """The examples of one split: what they add up to, and where each source begins among them."""
 
-    examples: int = 0
-    tokens: int = 0
-    trained: int = 0
-    truncated: int = 0
-    cut: int = 0
-    split: int = 0
-    dropped: int = 0
-    longest: int = 0
-
-    def add(self, row: Encoded) -> None:
-        self.examples += 1
-        self.tokens += len(row.input_ids)
-        self.trained += _trained(row.labels)
-        self.longest = max(self.longest, len(row.input_ids))
+    tally: Tally = field(default_factory=Tally)
+    refused: list[Refused] = field(default_factory=list)
+    begins: list[int] = field(default_factory=list)
+    trained: array[int] = field(default_factory=lambda: array("i"))
+    lengths: array[int] = field(default_factory=lambda: array("i"))
+    prompts: list[dict[str, Any]] = field(default_factory=list)
+    good: int = 0
 
 
-def _trained(labels: list[int]) -> int:
-    """Tokens with loss: the first token of a row is never predicted."""
-    return sum(label != IGNORED for label in labels[1:])
+class _Build:
+    """One tokenisation of a recipe's data into a folder."""
 
+    def __init__(
+        self, recipe: Recipe, settings: DataSettings, tokenizer: Any, work: Path, progress: Progress, fill: bool
+    ) -> None:
+        self.recipe, self.settings, self.work, self.progress = recipe, settings, work, progress
+        self.kind: Kind = KINDS[settings.method]
+        self.encoder = Encoder(tokenizer, self.kind, settings.sequence_length, settings.train_on, fill)
+        embedded = settings.embeddings or embeddings_of(tokenizer)
+        # Where all its tokens have an embedding, so have those of every text.
+        every = embedded is None or max(tokenizer.get_vocab().values(), default=0) < embedded
+        self.embeddings = None if every else embedded
+        self.formats: dict[str, str] = {}
+        self.read = 0
 
-def _build(recipe: Recipe, settings: DataSettings, tokenizer: Any, work: Path, progress: Progress) -> Facts:
-    formats: dict[str, str] = {}
-    tally = {"train": _Tally(), "eval": _Tally()}
-    for split, counts in tally.items():
-        with cache.RowWriter(work / f"{split}-examples.arrow", packed=False) as writer:
-            for source in (source for source in recipe.data if source.split == split):
-                detected, rows = open_source(source)
-                formats[source.path] = f"{detected.format}: {detected.why}"
-                for encoded in _encode_source(rows, detected, settings, tokenizer, counts):
-                    counts.add(encoded)
-                    writer.write({"input_ids": encoded.input_ids, "labels": encoded.labels})
-                    if counts.examples % _BATCH == 0:
-                        progress(tally["train"].examples + tally["eval"].examples)
-    if not tally["train"].trained:
-        raise _nothing_trained(tally["train"], settings)
-    examples = cache.read_arrow(work / "train-examples.arrow")
-    if any(source.split == "eval" for source in recipe.data):
-        held_out = cache.read_arrow(work / "eval-examples.arrow")
-        kept, out = list(range(len(examples))), list(range(len(held_out)))
-    else:
-        held_out = examples
-        out = choose(len(examples), recipe.evaluation.holdout, settings.seed)
-        kept = sorted(set(range(len(examples))) - set(out))
-    train = _write_rows(work / "train.arrow", examples, kept, settings)
-    evaluation = _write_rows(work / "eval.arrow", held_out, out, settings)
-    for split in tally:
-        (work / f"{split}-examples.arrow").unlink()
-    total = _Tally(*(a + b for a, b in zip(*(asdict(t).values() for t in tally.values()), strict=True)))
-    progress(total.examples)
-    return Facts(
-        examples=total.examples,
-        train_examples=len(kept),
-        eval_examples=len(out),
-        train_rows=train.rows,
-        eval_rows=evaluation.rows,
-        tokens=total.tokens,
-        trained_tokens=total.trained,
-        train_tokens=train.tokens,
-        train_trained_tokens=train.trained,
-        truncated=total.truncated,
-        cut_tokens=total.cut,
-        split=total.split,
-        dropped=total.dropped,
-        mean_length=round(total.tokens / total.examples, 1),
-        max_length=max(counts.longest for counts in tally.values()),
-        formats=formats,
-        warnings=_warnings(total, settings.sequence_length),
-    )
+    def run(self) -> Facts:
+        parts = {split: _Part() for split in ("train", "eval")}
+        stores: dict[str, Any] = {}
+        for split, part in parts.items():
+            if self.kind != "asked":
+                names, values = COLUMNS[self.kind]
+                (self.work / split).mkdir()
+                stores[split] = cache.Gathered(self.work / split, names, values)
+            for source in (source for source in self.recipe.data if source.split == split):
+                part.begins.append(part.tally.examples)
+                self._source(source, part, stores.get(split))
+            if split in stores:
+                stores[split].close()
+        self._check(parts["train"])
+        facts = self._write(parts, stores)
+        for split, store in stores.items():
+            store.remove()
+            (self.work / split).rmdir()
+        self.progress(facts.examples)
+        return facts
 
+    # --- reading
 
-def _encode_source(
-    rows: Iterable[Row], detected: Detected, settings: DataSettings, tokenizer: Any, counts: _Tally
-) -> Iterator[Encoded]:
-    """Encoded examples of one source. Long texts become several; an example without any answer left is dropped."""
-    iterator = iter(rows)
-    limit = settings.sequence_length
-    while batch := [to_example(row, detected) for row in islice(iterator, _BATCH)]:
-        for example, encoded in zip(batch, encode_batch(batch, tokenizer, train_on=settings.train_on), strict=True):
-            if example.kind == "text":
-                pieces = list(_windows(encoded, limit))
-                counts.split += len(pieces) > 1
+    def _source(self, source: DataSource, part: _Part, store: cache.Gathered | None) -> None:
+        refused = Refused(source)
+        part.refused.append(refused)
+        detected, rows = open_source(source, self.settings.method, refused)
+        self.formats[source.path] = f"{detected.format}: {detected.why}"
+
+        def records() -> Iterator[Record]:
+            for row in rows:
+                try:
+                    yield from to_records(row, detected, self.settings.method)
+                except DataError as error:
+                    refused(error)
+
+        for batch, encoded in self._encoded(records(), refused):
+            if self.kind == "learned":
+                assert store is not None
+                for row in self.encoder.learned(batch, encoded, part.tally):
+                    store.learn(row)
+                    part.lengths.append(len(row.input_ids))
+                    part.trained.append(row.trained)
+            elif self.kind == "asked":
+                part.prompts += self.encoder.asked(batch, encoded, part.tally)
             else:
-                cut = max(0, len(encoded.input_ids) - limit)
-                pieces = [Encoded(encoded.input_ids[:limit], encoded.labels[:limit], cut)]
-                counts.truncated += cut > 0
-                counts.cut += cut
-            for piece in pieces:
-                if _trained(piece.labels):
-                    yield piece
-                else:
-                    counts.dropped += 1
+                assert store is not None
+                for columns in self.encoder.answered(batch, encoded, part.tally):
+                    store.add(columns.ids, columns.values)
+                    part.good += bool(columns.values.get("label"))
+            self.progress(part.tally.examples)
+
+    def _encoded(
+        self, records: Iterator[Record], refused: Refused
+    ) -> Iterator[tuple[Sequence[Record], Sequence[Encoded]]]:
+        """Batches of records with their tokens. The next texts are made while the tokenizer, which needs no Python,
+        works on the last ones."""
+        encoder = self.encoder
+        with ThreadPoolExecutor(1) as pool:
+            waiting: Any = None
+            while True:
+                batch = self._marked(list(islice(records, _BATCH)), refused)
+                begun = batch and (batch, pool.submit(encoder.tokens.raw, [item.text for item in batch[1]]))
+                if waiting:
+                    (kept, marked), raw = waiting
+                    encoded = encoder.tokens.finish(marked, raw.result())
+                    self._embedded(kept, encoded)
+                    yield kept, encoded
+                if not begun:
+                    return
+                waiting = begun
+
+    def _marked(self, records: list[Record], refused: Refused) -> Any:
+        """Records with their texts; None at the end. One that the template refuses is left out, or ends it all."""
+        if not records:
+            return None
+        try:
+            return records, self.encoder.marked(records)
+        except DataError:
+            kept: list[Record] = []
+            texts: list[Any] = []
+            for record in records:
+                try:
+                    texts += self.encoder.marked([record])
+                    kept.append(record)
+                except DataError as error:
+                    refused(error)
+            return kept, texts
+
+    def _embedded(self, records: Sequence[Record], encoded: Sequence[Encoded]) -> None:
+        """Refuse a token that the model has no embedding for: it would end training with an error of the device."""
+        if self.embeddings is None or not encoded:
+            return
+        for index, row in enumerate(encoded):
+            if row.input_ids and max(row.input_ids) >= self.embeddings:
+                bad = next(token for token in row.input_ids if token >= self.embeddings)
+                name = self.encoder.tokenizer.convert_ids_to_tokens(bad)
+                what = f"token {name!r} has number {bad}, but the model has embeddings for {self.embeddings} tokens"
+                do = "Use the tokenizer that belongs to the model, or resize the model's embeddings."
+                raise DataError(what, where=records[index * len(records) // len(encoded)].where, do=do)
+
+    # --- judging
+
+    def _check(self, part: _Part) -> None:
+        tally, settings = part.tally, self.settings
+        if not tally.examples or (self.kind != "asked" and not tally.trained):
+            raise _nothing_trained(part, settings)
+        if self.kind == "judged" and part.good in (0, tally.examples):
+            what = f"all {tally.examples:,} answers are judged {'good' if part.good else 'bad'}"
+            raise DataError(what, where="data", do="KTO learns from the difference: give it answers of both kinds.")
+
+    # --- writing
+
+    def _write(self, parts: dict[str, _Part], stores: dict[str, cache.Gathered]) -> Facts:
+        settings, train = self.settings, parts["train"]
+        total = train.tally + parts["eval"].tally
+        count = train.tally.examples
+        if any(source.split == "eval" for source in self.recipe.data):
+            kept, out, held = list(range(count)), list(range(parts["eval"].tally.examples)), "eval"
+        else:
+            out, held = choose(count, self.recipe.evaluation.holdout, settings.seed), "train"
+            chosen = set(out)
+            kept = [index for index in range(count) if index not in chosen]
+        kept = self._weighted(kept, train)
+        rows = {}
+        for name, part, indices in (("train", "train", kept), ("eval", held, out)):
+            if self.kind == "asked":
+                write_prompts(self.work / f"{name}.arrow", [parts[part].prompts[i] for i in indices])
+                rows[name] = len(indices)
+                continue
+            made: Iterable[list[int]] = ([index] for index in indices)
+            rows[name] = len(indices)
+            if settings.packing:
+                lengths = parts[part].lengths
+                packed = pack([lengths[i] for i in indices], settings.sequence_length)
+                made, rows[name] = ([indices[i] for i in row] for row in packed), len(packed)
+            cache.write_rows(self.work / f"{name}.arrow", stores[part], made, packed=settings.packing)
+        tokens, trained = self._sizes(parts["train"], stores.get("train"), kept)
+        return Facts(
+            examples=total.examples,
+            train_examples=len(kept),
+            eval_examples=len(out),
+            train_rows=rows["train"],
+            eval_rows=rows["eval"],
+            tokens=total.tokens,
+            trained_tokens=total.trained,
+            train_tokens=tokens,
+            train_trained_tokens=trained,
+            truncated=total.truncated,
+            cut_tokens=total.cut,
+            split=total.split,
+            dropped=total.dropped,
+            mean_length=round(total.tokens / total.examples, 1),
+            max_length=total.longest,
+            formats=self.formats,
+            warnings=self._warnings(parts, total),
+            skipped=sum(refused.count for part in parts.values() for refused in part.refused),
+            good=train.good if self.kind == "judged" else None,
+        )
+
+    def _weighted(self, kept: list[int], part: _Part) -> list[int]:
+        """Training examples, each as often as the weight of its source says."""
+        sources = [source for source in self.recipe.data if source.split == "train"]
+        if all(source.weight == 1.0 for source in sources):
+            return kept
+        ends = [*part.begins[1:], part.tally.examples]
+        spans = zip(part.begins, ends, sources, strict=True)
+        return [
+            index
+            for number, (begin, end, source) in enumerate(spans)
+            for index in times([i for i in kept if begin <= i < end], source.weight, self.settings.seed + number)
+        ]
+
+    def _sizes(self, part: _Part, store: cache.Gathered | None, kept: list[int]) -> tuple[int, int]:
+        """Tokens of the training examples, and those of them with loss."""
+        if store is None:
+            return sum(len(part.prompts[i]["prompt_ids"]) for i in kept), 0
+        if self.kind == "learned":
+            return sum(part.lengths[i] for i in kept), sum(part.trained[i] for i in kept)
+        sizes = {name: sum(lengths[i] for i in kept) for name, lengths in store.lengths.items()}
+        answers = sum(size for name, size in sizes.items() if name != "prompt_ids")
+        prompts = sizes.get("prompt_ids", 0) * (len(sizes) - 1)
+        return answers + prompts, answers
+
+    def _warnings(self, parts: dict[str, _Part], total: Tally) -> tuple[str, ...]:
+        limit = self.settings.sequence_length
+        warnings = [text for part in parts.values() for refused in part.refused for text in refused.told()]
+        if total.dropped:
+            rows = total.examples + total.dropped
+            warnings.append(f"{total.dropped} of {rows} rows have no answer within {limit} tokens and are left out")
+        cut = total.truncated - total.dropped
+        if cut > 0:
+            warnings.append(f"{cut} of {total.examples} rows are longer than {limit} tokens and lose their end")
+        return tuple(warnings)
 
 
-def _windows(row: Encoded, limit: int) -> Iterator[Encoded]:
-    """A long text in pieces of about equal length, so that no last piece is a stump."""
-    size = math.ceil(len(row.input_ids) / math.ceil(len(row.input_ids) / limit))
-    for start in range(0, len(row.input_ids), size):
-        yield Encoded(row.input_ids[start : start + size], row.labels[start : start + size])
+def embeddings_of(tokenizer: Any) -> int | None:
+    """How many tokens the model has an embedding for, as the config.json beside the tokenizer says."""
+    path = Path(str(tokenizer.name_or_path)) / "config.json"
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    size = config.get("vocab_size") or (config.get("text_config") or {}).get("vocab_size")
+    return size if isinstance(size, int) else None
 
 
-def _nothing_trained(counts: _Tally, settings: DataSettings) -> DataError:
-    if counts.truncated:
+def _nothing_trained(part: _Part, settings: DataSettings) -> DataError:
+    refused = next((item for item in part.refused if item.count), None)
+    if refused is not None and not part.tally.dropped:
+        return DataError(
+            f"every row was refused; the first: {refused.first}", where="data", do="Look at it with 'finetui data'."
+        )
+    if part.tally.truncated or part.tally.dropped:
         what = f"no token would be trained: in every row the answer starts after token {settings.sequence_length}"
         return DataError(what, where="data", do="Raise sequence_length, or shorten the prompts.")
     what = "no token would be trained: no row has an answer that the chat template writes"
     return DataError(what, where="data", do="Look at the rows with 'finetui data', and check chat_template.")
-
-
-def _warnings(total: _Tally, limit: int) -> tuple[str, ...]:
-    warnings = []
-    if total.dropped:
-        rows = total.examples + total.dropped
-        warnings.append(f"{total.dropped} of {rows} rows have no answer within {limit} tokens and are left out")
-    cut = total.truncated - total.dropped
-    if cut > 0:
-        warnings.append(f"{cut} of {total.examples} rows are longer than {limit} tokens and lose their end")
-    return tuple(warnings)
-
-
-@dataclass(frozen=True)
-class _Written:
-    rows: int
-    tokens: int
-    trained: int
-
-
-def _write_rows(path: Path, examples: datasets.Dataset, chosen: list[int], settings: DataSettings) -> _Written:
-    """Write the chosen examples, packed or not."""
-    lengths = cache.lengths(examples)
-    rows = [[index] for index in chosen]
-    if settings.packing:
-        rows = [[chosen[i] for i in row] for row in pack([lengths[i] for i in chosen], settings.sequence_length)]
-    trained = 0
-    with cache.RowWriter(path, packed=settings.packing) as writer:
-        for row in rows:
-            documents = [examples[index] for index in row]
-            trained += sum(_trained(document["labels"]) for document in documents)
-            writer.write(join(documents) if settings.packing else documents[0])
-    return _Written(len(rows), sum(lengths[i] for i in chosen), trained)
 
 
 def _load(path: Path) -> Prepared:

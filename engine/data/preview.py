@@ -17,9 +17,13 @@ from typing import TYPE_CHECKING, Any
 from ...planner.datasource import DataSource
 from ...planner.errors import DataError, MissingExtraError
 from ...planner.recipe import Recipe
+from .examples import Example, Judged, Pair, Prompt, Record, Turns
 from .files import Row
-from .formats import DETECT_ROWS, Example, detect, open_source, to_example
+from .formats import DETECT_ROWS, Detected, detect, open_source
 from .holdout import holdout_size
+from .places import suffix_of
+from .readers import to_records
+from .refuse import Refused
 from .sources import is_local, read_rows, source_files
 
 if TYPE_CHECKING:
@@ -38,8 +42,8 @@ _BASIS = "estimate: characters / 4, from the first rows"
 class SourceSurvey:
     """One source. ``rows`` and what follows are None for a hub dataset, which is not downloaded to be counted.
 
-    ``mean_tokens`` and ``max_tokens`` are per example over the first rows, ``trained_share`` is the share of tokens in
-    answers; all three are estimates.
+    ``mean_tokens`` and ``max_tokens`` are per sequence over the first rows (a pair is two), ``trained_share`` is the
+    share of tokens in answers; all three are estimates. ``examples`` is how many examples an epoch has of this source.
     """
 
     path: str
@@ -52,6 +56,7 @@ class SourceSurvey:
     mean_tokens: float | None
     max_tokens: int | None
     trained_share: float | None
+    examples: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,16 +79,16 @@ def survey(recipe: Recipe) -> Survey:
     Raises:
         DataError: a file is missing, its first rows are broken, or its format is not recognised.
     """
-    found = tuple(_survey(source) for source in recipe.data)
+    found = tuple(_survey(source, recipe.method) for source in recipe.data)
     train = [item for item in found if item.split == "train"]
-    rows = _total(item.rows for item in train)
-    held = _total(item.rows for item in found if item.split == "eval")
+    rows = _total(item.examples for item in train)
+    held = _total(item.examples for item in found if item.split == "eval")
     if rows is not None and not any(item.split == "eval" for item in found):
         held = holdout_size(rows, recipe.evaluation.holdout)
         rows -= held
-    counted = [item for item in train if item.rows and item.mean_tokens is not None]
-    weight = sum(item.rows or 0 for item in counted)
-    sums = [(item, (item.rows or 0) * (item.mean_tokens or 0.0)) for item in counted]
+    counted = [item for item in train if item.examples and item.mean_tokens is not None]
+    weight = sum(item.examples or 0 for item in counted)
+    sums = [(item, (item.examples or 0) * (item.mean_tokens or 0.0)) for item in counted]
     tokens = sum(value for _, value in sums)
     mean = tokens / weight if weight else None
     return Survey(
@@ -114,9 +119,13 @@ def read_through(recipe: Recipe, seconds: float = 20.0) -> tuple[int, bool]:
     for source in recipe.data:
         if not is_local(source.path):
             continue
-        detected, rows = open_source(source)
+        refused = Refused(source)
+        detected, rows = open_source(source, recipe.method, refused)
         for row in rows:
-            to_example(row, detected)
+            try:
+                to_records(row, detected, recipe.method)
+            except DataError as error:
+                refused(error)
             read += 1
             if read % 1024 == 0 and time.monotonic() > until:
                 return read, False
@@ -128,22 +137,26 @@ def _total(values: Iterator[int | None]) -> int | None:
     return None if any(value is None for value in listed) else sum(value or 0 for value in listed)
 
 
-def _survey(source: DataSource) -> SourceSurvey:
+def _survey(source: DataSource, method: str) -> SourceSurvey:
     if not is_local(source.path):
-        why = "a hub dataset, not looked at before it is downloaded"
+        why = "not looked at before it is downloaded"
         wanted = None if source.format == "auto" else source.format
         return SourceSurvey(source.path, source.split, wanted, 0.0, why, None, False, None, None, None)
     stamps = tuple((str(path), path.stat().st_mtime_ns, path.stat().st_size) for path in source_files(source))
-    return _survey_files(source, stamps)
+    return _survey_files(source.model_dump_json(), method, stamps)
 
 
 @lru_cache(maxsize=64)
-def _survey_files(source: DataSource, stamps: tuple[tuple[str, int, int], ...]) -> SourceSurvey:
+def _survey_files(described: str, method: str, stamps: tuple[tuple[str, int, int], ...]) -> SourceSurvey:
     """A local source; ``stamps`` makes a changed file a new question, and an unchanged one is read once per process."""
-    first = list(read_rows(source, limit=DETECT_ROWS))
-    detected = detect(first, source.format)
-    examples = [to_example(row, detected) for row in first]
-    lengths = [_tokens(example) for example in examples]
+    source = DataSource.model_validate_json(described)
+    refused = Refused(source)
+    first = list(read_rows(source, limit=DETECT_ROWS, refuse=refused))
+    detected = detect(first, source, method)
+    records = [record for row in first for record in _records(row, detected, method, refused)]
+    if not records:
+        raise DataError("none of the first rows can be used", where=source.path, do=f"The first: {refused.first}.")
+    lengths = [size for record in records for size in estimate(record)]
     rows, exact = _count(source, first)
     return SourceSurvey(
         path=source.path,
@@ -156,23 +169,48 @@ def _survey_files(source: DataSource, stamps: tuple[tuple[str, int, int], ...]) 
         mean_tokens=round(sum(total for total, _ in lengths) / len(lengths), 1),
         max_tokens=round(max(total for total, _ in lengths)),
         trained_share=round(sum(trained for _, trained in lengths) / sum(total for total, _ in lengths), 3),
+        examples=round(rows * len(records) / len(first) * source.weight),
     )
 
 
-def _tokens(example: Example) -> tuple[float, float]:
-    """Estimated tokens of an example: all, and those of answers."""
-    if example.kind == "text":
-        size = len(example.text) / CHARACTERS_PER_TOKEN + 1
-        return size, size
-    if example.kind == "completion":
-        answer = len(example.completion) / CHARACTERS_PER_TOKEN + 1
-        return len(example.prompt) / CHARACTERS_PER_TOKEN + answer, answer
-    total = trained = 0.0
-    for index, message in enumerate(example.messages):
-        size = len(message.content) / CHARACTERS_PER_TOKEN
-        total += size + TOKENS_PER_MESSAGE
-        trained += size + 1 if message.role == "assistant" and index >= example.train_from else 0.0
-    return total, trained
+def _records(row: Row, detected: Detected, method: str, refused: Refused) -> list[Record]:
+    try:
+        return to_records(row, detected, method)
+    except DataError as error:
+        refused(error)
+        return []
+
+
+def estimate(record: Record) -> list[tuple[float, float]]:
+    """Estimated tokens of each sequence of a record: all, and those of answers."""
+    if isinstance(record, Pair):
+        return [_answered(record.prompt, answer) for answer in (record.chosen, record.rejected)]
+    if isinstance(record, Judged):
+        return [_answered(record.prompt, record.completion)]
+    if isinstance(record, Prompt):
+        return [(_size(record.prompt), 0.0)]
+    if not isinstance(record, Example):
+        return [_answered(record.prompt, "\n".join(record.completions))]
+    if record.kind != "chat":
+        answer = len(record.completion or record.text) / CHARACTERS_PER_TOKEN + 1
+        return [(len(record.prompt) / CHARACTERS_PER_TOKEN + answer, answer)]
+    trained = sum(
+        len(message.content) / CHARACTERS_PER_TOKEN + 1
+        for index, message in enumerate(record.messages)
+        if message.role == "assistant" and message.trained and index >= record.train_from
+    )
+    return [(_size(record.messages), trained)]
+
+
+def _answered(prompt: Turns, answer: Turns) -> tuple[float, float]:
+    trained = _size(answer) - (0 if isinstance(answer, str) else TOKENS_PER_MESSAGE) + 1
+    return _size(prompt) + _size(answer), trained
+
+
+def _size(turns: Turns) -> float:
+    if isinstance(turns, str):
+        return len(turns) / CHARACTERS_PER_TOKEN
+    return sum(len(message.content) / CHARACTERS_PER_TOKEN + TOKENS_PER_MESSAGE for message in turns)
 
 
 def _count(source: DataSource, first: Sequence[Row]) -> tuple[int, bool]:
@@ -189,24 +227,68 @@ def _count(source: DataSource, first: Sequence[Row]) -> tuple[int, bool]:
 
 
 def _count_file(path: Path, source: DataSource) -> tuple[int, bool]:
-    suffix, size = path.suffix.lower(), path.stat().st_size
-    if suffix == ".parquet":
+    suffix, size = suffix_of(path.name), path.stat().st_size
+    if suffix == ".parquet" and suffix == path.suffix.lower():
         try:
             import pyarrow.parquet as parquet
         except ImportError:
             raise MissingExtraError(f"reading {path.name}", "train") from None
         return parquet.read_metadata(path).num_rows, True
-    if suffix in (".jsonl", ".ndjson"):
+    if suffix in (".jsonl", ".ndjson") and suffix == path.suffix.lower():
         with path.open("rb") as file:
             head = file.read(_COUNTED_BYTES)
         lines = sum(1 for line in head.split(b"\n") if line.strip())
         return (lines, True) if size <= len(head) else (round(lines * size / len(head)), False)
-    sample = DataSource(path=str(path), format=source.format)
+    sample = DataSource(path=str(path), format=source.format, on_bad_row=source.on_bad_row)
     if size <= _COUNTED_BYTES // 8:
         return sum(1 for _ in read_rows(sample)), True
     rows = list(read_rows(sample, limit=DETECT_ROWS))
     bytes_per_row = sum(len(repr(row.values).encode()) for row in rows) / len(rows)
     return max(len(rows), round(size / bytes_per_row)), False
+
+
+def trainable(recipe: Recipe, tokenizer_json: Path, length: int, seconds: float = 5.0) -> bool:
+    """Whether any row may have an answer within ``length`` tokens; needs neither a template nor transformers.
+
+    A template only adds to a prompt, so a prompt that alone fills a row leaves no room for its answer. False is
+    certain; the answer is True as soon as one row leaves room, or when time is up.
+    """
+    from tokenizers import Tokenizer
+
+    try:
+        tokenizer = Tokenizer.from_file(str(tokenizer_json))
+    except Exception:  # the library has no other class for a file it can't read; loading the model tells what is wrong
+        return True
+    until = time.monotonic() + seconds
+    for source in recipe.data:
+        if source.split == "eval":
+            continue
+        if not is_local(source.path):
+            return True
+        refused = Refused(source)
+        detected, rows = open_source(source, recipe.method, refused)
+        for row in rows:
+            for record in _records(row, detected, recipe.method, refused):
+                prompt = _before_answer(record)
+                if prompt is not None and len(tokenizer.encode(prompt, add_special_tokens=False).ids) < length:
+                    return True
+            if time.monotonic() > until:
+                return True
+    return False
+
+
+def _before_answer(record: Record) -> str | None:
+    """The text before the first answer with loss, as far as the row has it; None where there is no such answer."""
+    if isinstance(record, Example) and record.kind == "text":
+        return ""
+    turns: Turns = record.prompt
+    if isinstance(record, Example) and record.kind == "chat":
+        numbered = enumerate(record.messages)
+        first = next((i for i, m in numbered if m.role == "assistant" and m.trained and i >= record.train_from), None)
+        if first is None:
+            return None
+        turns = record.messages[:first]
+    return turns if isinstance(turns, str) else "\n".join(message.content for message in turns)
 
 
 @dataclass(frozen=True, slots=True)
@@ -220,11 +302,15 @@ class Piece:
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One example as the model will see it; ``cut`` tokens beyond the sequence length are left out."""
+    """One sequence as the model will see it; ``cut`` tokens beyond the sequence length are left out.
+
+    ``part`` is which answer of a pair it has, ``good`` or ``bad`` for a judged one; '' for what is simply learned.
+    """
 
     where: str
     pieces: tuple[Piece, ...]
     cut: int
+    part: str = ""
 
     @property
     def trained(self) -> int:
@@ -233,7 +319,7 @@ class Sample:
 
 
 def preview(recipe: Recipe, tokenizer: Any, n: int = 3, settings: DataSettings | None = None) -> list[Sample]:
-    """The first ``n`` training examples, token by token.
+    """The first ``n`` training examples, token by token; a pair is two samples.
 
     Args:
         recipe: its training sources are read in order.
@@ -244,22 +330,35 @@ def preview(recipe: Recipe, tokenizer: Any, n: int = 3, settings: DataSettings |
     Raises:
         DataError, HubError, MissingExtraError: as :func:`~finetui.engine.data.prepare.prepare`.
     """
-    from .labels import IGNORED, encode
+    from .encode import KINDS, Encoder
 
+    limit = settings.sequence_length if settings else 1 << 60
+    encoder = Encoder(tokenizer, KINDS[recipe.method], limit, settings.train_on if settings else "answers")
     samples: list[Sample] = []
     for source in (source for source in recipe.data if source.split == "train"):
-        detected, rows = open_source(source)
-        for row in islice(rows, n - len(samples)):
-            example = to_example(row, detected)
-            train_on = settings.train_on if settings else "answers"
-            encoded = encode(
-                example, tokenizer, train_on=train_on, max_length=settings.sequence_length if settings else None
-            )
-            texts = [tokenizer.decode([token]) for token in encoded.input_ids]
-            # The first token of a row is never predicted, whatever its label.
-            trained = [label != IGNORED and index > 0 for index, label in enumerate(encoded.labels)]
-            pieces = tuple(map(Piece, texts, encoded.input_ids, trained))
-            samples.append(Sample(row.where, pieces, encoded.cut))
+        refused = Refused(source)
+        detected, rows = open_source(source, recipe.method, refused)
+        records = (record for row in rows for record in _records(row, detected, recipe.method, refused))
+        for record in islice(records, n):
+            parts = _parts(record)
+            for part, encoded in zip(parts, encoder.tokens.encode(encoder.marked([record])), strict=True):
+                samples.append(_sample(record.where, encoded.window(0, limit), tokenizer, part))
+            n -= 1
     if not samples:
         raise DataError("the recipe names no training data", where="data", do="Add a line 'data: rows.jsonl'.")
     return samples
+
+
+def _parts(record: Record) -> tuple[str, ...]:
+    if isinstance(record, Pair):
+        return "chosen", "rejected"
+    if isinstance(record, Judged):
+        return ("good" if record.label else "bad",)
+    return ("prompt",) if isinstance(record, Prompt) else ("",)
+
+
+def _sample(where: str, encoded: Any, tokenizer: Any, part: str) -> Sample:
+    texts = [tokenizer.decode([token]) for token in encoded.input_ids]
+    # The first token of a row is never predicted, whatever its label.
+    trained = [any(max(start, 1) <= i < stop for start, stop in encoded.spans) for i in range(len(texts))]
+    return Sample(where, tuple(map(Piece, texts, encoded.input_ids, trained)), encoded.cut, part)

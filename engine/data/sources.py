@@ -1,35 +1,41 @@
 """Rows of a dataset, each with the place it came from, read as a stream.
 
-A source is a file (.jsonl .json .csv .tsv .parquet .txt), a folder of such files, or the id of a hub dataset. Whatever
-is wrong with a row is a :class:`DataError` whose ``where`` is ``file:line``. Reading files needs the standard library
-alone; only Parquet (pyarrow) and hub datasets (datasets) need the ``train`` extra.
+A source is a file (.jsonl .json .csv .tsv .parquet .arrow .txt, or one of these compressed), a folder of such files, an
+address of either, or the id of a hub dataset. Whatever is wrong with a row is a :class:`DataError` whose ``where`` is
+``file:line``. Reading local text files needs the standard library alone; Parquet and Arrow need pyarrow, hub datasets
+``datasets`` and addresses fsspec, which all come with the ``train`` extra.
 """
 
 from __future__ import annotations
 
 import difflib
+import hashlib
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import chain, islice
 from pathlib import Path
+from typing import Any
 
 from ...planner.datasource import DataSource
 from ...planner.errors import DataError
-from .files import Row, read_file
-from .hub import read_hub
+from .files import Refuse, Row, read_file, stop
+from .hub import hub_mark, read_hub
+from .places import SUFFIXES, Place, is_address, list_files, suffix_of
 
-#: What :func:`read_rows` reads, by file name.
-SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".txt")
 #: JSON files that lie beside a dataset and describe it.
 _METADATA = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"}
 _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 _ACCEPTED = "finetui reads " + " ".join(SUFFIXES) + "."
+#: Files up to this size are told apart by their content, larger ones by size and time of change.
+_HASHED_BYTES = 64 << 20
 
 
 def is_local(path: str) -> bool:
     """Whether a source's path means a file or folder, rather than a hub dataset."""
+    if is_address(path):
+        return False
     local = Path(path).expanduser()
-    if path.startswith(("/", "./", "../", "~")) or local.exists() or local.suffix.lower() in SUFFIXES:
+    if path.startswith(("/", "./", "../", "~")) or local.exists() or suffix_of(path) in SUFFIXES:
         return True
     return _HUB_ID.fullmatch(path) is None or ("/" not in path and "." in path)
 
@@ -42,43 +48,69 @@ def source_files(source: DataSource) -> list[Path]:
     """
     path = Path(source.path).expanduser()
     if path.is_dir():
-        found = sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
+        found = sorted(p for p in path.rglob("*") if suffix_of(p.name) in SUFFIXES and p.is_file())
         found = [p for p in found if p.name not in _METADATA and not p.relative_to(path).as_posix().startswith(".")]
         if not found:
             raise DataError("the folder holds no dataset file", where=str(path), do=_ACCEPTED)
         return found
     if not path.exists():
         raise DataError("there is no such file", where=str(path), do=_near(path))
-    if path.suffix.lower() not in SUFFIXES:
+    if suffix_of(path.name) not in SUFFIXES:
         raise DataError(
-            f"{path.suffix or 'a file without suffix'} is no known dataset type", where=str(path), do=_ACCEPTED
+            f"{suffix_of(path.name) or 'a file without suffix'} is no known dataset type", where=str(path), do=_ACCEPTED
         )
     return [path]
 
 
-def read_rows(source: DataSource, limit: int | None = None) -> Iterator[Row]:
+def mark_of(source: DataSource) -> list[Any]:
+    """What changes when the content of a source does."""
+    if is_address(source.path):
+        return [[str(file), file.mark] for file in list_files(source.path)]
+    if not is_local(source.path):
+        return [hub_mark(source)]
+    marks: list[Any] = []
+    for path in source_files(source):
+        stat = path.stat()
+        if stat.st_size > _HASHED_BYTES:
+            marks.append([path.name, stat.st_size, stat.st_mtime_ns])
+        else:
+            marks.append([path.name, hashlib.sha256(path.read_bytes()).hexdigest()])
+    return marks
+
+
+def read_rows(source: DataSource, limit: int | None = None, refuse: Refuse = stop) -> Iterator[Row]:
     """Yield the rows of a source in order, never more than ``limit`` or ``source.limit``.
+
+    Args:
+        source: a dataset of the recipe.
+        limit: the most rows to read.
+        refuse: told of rows that can't be read; by default the first of them is an error.
 
     Raises:
         DataError: a missing, empty or unreadable file; a broken row, with file and line.
         HubError: a hub dataset that is gated, not found, or out of reach.
-        MissingExtraError: Parquet or a hub dataset without the ``train`` extra.
+        MissingExtraError: Parquet, Arrow or a hub dataset without the ``train`` extra.
     """
     limits = [n for n in (limit, source.limit) if n is not None]
-    stop = min(limits) if limits else None
-    rows: Iterator[Row]
-    if is_local(source.path):
-        rows = chain.from_iterable(read_file(path) for path in source_files(source))
+    most = min(limits) if limits else None
+    files: Sequence[Place]
+    if is_address(source.path):
+        files = list_files(source.path)
+    elif is_local(source.path):
+        files = source_files(source)
     else:
-        rows = read_hub(source, streaming=stop is not None)
-    return islice(rows, stop)
+        return islice(read_hub(source, streaming=source.streaming or most is not None), most)
+    if source.streaming:
+        do = "Leave it out: files are read row by row in any case, and only their tokens are stored."
+        raise DataError("streaming is for hub datasets", where=source.path, do=do)
+    return islice(chain.from_iterable(read_file(file, refuse) for file in files), most)
 
 
 def _near(path: Path) -> str:
     folder = path.parent
     if not folder.is_dir():
         return f"There is no folder {folder} either; check the path."
-    names = [p.name for p in folder.iterdir() if p.is_dir() or p.suffix.lower() in SUFFIXES]
+    names = [p.name for p in folder.iterdir() if p.is_dir() or suffix_of(p.name) in SUFFIXES]
     close = difflib.get_close_matches(path.name, names, n=3, cutoff=0.5)
     if close:
         return f"Did you mean {' or '.join(close)}?"

@@ -7,11 +7,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from difflib import get_close_matches
+from functools import lru_cache
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from ...planner.errors import DataError, ModelError
-from .formats import Message
+from .examples import Message, Span, Tools
 
 #: ChatML (OpenAI 2023), with markers around what the assistant says. ``END`` is filled in by :func:`_chatml`.
 _CHATML = """\
@@ -32,6 +35,9 @@ _PADS = ("<|pad|>", "<pad>", "[PAD]", "<|finetune_right_pad_id|>", "<|endoftext|
 _RESERVED = re.compile(
     r"<\|reserved_special_token_\d+\|>|<unused\d+>|<\|extra_\d+\|>|<\|placeholder\d+\|>|\[unused\d+\]"
 )
+_TRAINING = "_training.jinja"
+#: A special token as templates write it.
+_TOKEN = re.compile(r"<\|[A-Za-z_]+\|>|<(?:start|end)_of_turn>|<｜[^<>\s]+｜>")
 _ENDS = ("</s>", "<|endoftext|>", "<|end_of_text|>", "<eos>", "<|im_end|>", "<|eot_id|>", "<end_of_turn>", "<|end|>")
 
 
@@ -40,7 +46,7 @@ def prepare_tokenizer(tokenizer: Any, chat_template: str = "auto") -> tuple[str,
 
     Args:
         tokenizer: a transformers tokenizer.
-        chat_template: ``auto`` (the tokenizer's own, else ChatML) or the path of a Jinja file.
+        chat_template: ``auto`` (the tokenizer's own, else ChatML), ``chatml``, a family's name, or a Jinja file.
 
     Raises:
         DataError: the template file can't be read or is not valid Jinja.
@@ -62,25 +68,44 @@ def prepare_tokenizer(tokenizer: Any, chat_template: str = "auto") -> tuple[str,
 
 
 def _set_template(tokenizer: Any, chat_template: str, vocabulary: dict[str, int]) -> list[str]:
-    if chat_template != "auto":
+    if chat_template not in ("auto", "chatml"):
         path = Path(chat_template).expanduser()
-        try:
-            template = path.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise DataError(
-                f"the chat template can't be read ({error})", where=str(path), do="Check chat_template."
-            ) from None
-        tokenizer.chat_template = template
+        named = not path.suffix and not path.is_file()
+        tokenizer.chat_template = _of_family(path.name, vocabulary) if named else _from_file(path)
         try:
             render(tokenizer, [Message("user", "a"), Message("assistant", "b")], str(path))
         except DataError as error:
             raise DataError(error.what, where=str(path), do="Mend the template.") from error
-        return [f"chat template: {path.name}"]
-    if tokenizer.chat_template:
+        return [f"chat template: {'that of ' if named else ''}{path.name}"]
+    if tokenizer.chat_template and chat_template == "auto":
         return ["chat template: the tokenizer's own"]
     end = "<|im_end|>" if "<|im_end|>" in vocabulary else tokenizer.eos_token
     tokenizer.chat_template = _CHATML.replace("END", end)
-    return [f"chat template: ChatML with {end} at the end of a turn, because the tokenizer has none"]
+    why = "as the recipe asks" if chat_template == "chatml" else "because the tokenizer has none"
+    return [f"chat template: ChatML with {end} at the end of a turn, {why}"]
+
+
+def _from_file(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        what = f"the chat template can't be read ({error})"
+        raise DataError(what, where=str(path), do="Check chat_template.") from None
+
+
+def _of_family(name: str, vocabulary: dict[str, int]) -> str:
+    """A family's template, as TRL ships it; the tokenizer must have its special tokens, or it would spell them out."""
+    known = {path.stem: path for path in _shipped("*.jinja") if not path.name.endswith(_TRAINING)}
+    if name not in known:
+        near = get_close_matches(name, known, n=3) or sorted(known)
+        do = f"Use chatml, {', '.join(near)}, or the path of a .jinja file."
+        raise DataError(f"there is no chat template called {name!r}", where="chat_template", do=do)
+    template = known[name].read_text(encoding="utf-8")
+    lacking = sorted({token for token in _TOKEN.findall(template) if token not in vocabulary})
+    if lacking:
+        what = f"the tokenizer has no token {', '.join(lacking[:4])}, which the template of {name} writes"
+        raise DataError(what, where="chat_template", do="Use chatml, or the template of this model's own family.")
+    return template
 
 
 def _set_pad(tokenizer: Any, vocabulary: dict[str, int]) -> list[str]:
@@ -114,47 +139,163 @@ def stop_token_ids(tokenizer: Any) -> list[int]:
     return [i for i in stops if i is not None]
 
 
+def closing_token(tokenizer: Any) -> str | None:
+    """The special token right after an answer that is not the last one, if there is one.
+
+    It is often the end token, but not where the last turn ends differently (gpt-oss), and where turns have no end at
+    all it is what opens the next one (GLM).
+    """
+    if not tokenizer.chat_template:
+        return None
+    turns = [Message("user", "a"), Message("assistant", _PROBE), Message("user", "b")]
+    try:
+        text = render(tokenizer, turns, "chat template")
+    except DataError:
+        return None
+    ids = tokenizer(text.partition(_PROBE)[2].lstrip(), add_special_tokens=False)["input_ids"]
+    added = tokenizer.added_tokens_decoder
+    return str(tokenizer.convert_ids_to_tokens(ids[0])) if ids and ids[0] in added else None
+
+
 #: Stands for an answer; a template can neither change it nor hold it.
 _PROBE = "FinetuiProbe"
 
 
-def has_markers(tokenizer: Any) -> bool:
-    """Whether the chat template marks what the assistant says with ``{% generation %}``."""
-    return isinstance(tokenizer.chat_template, str) and _GENERATION.search(tokenizer.chat_template) is not None
+def has_markers(template: str) -> bool:
+    """Whether a chat template marks what the assistant says with ``{% generation %}``."""
+    return _GENERATION.search(template) is not None
 
 
-def render(tokenizer: Any, messages: Sequence[Message], where: str, *, prompt: bool = False) -> str:
-    """The text of a conversation; with ``prompt``, followed by what asks for the next answer.
+@lru_cache(maxsize=64)
+def training_template(template: str) -> str:
+    """The version of a chat template that conversations are trained with.
+
+    TRL ships such versions for many families: they mark answers, and write each turn as it was when it was the last
+    one, thoughts included. One is taken only if its original is this very template; else the template is its own.
+    """
+    if has_markers(template):
+        return template
+    for marked in _shipped(f"*{_TRAINING}"):
+        original = marked.with_name(marked.name.removesuffix(_TRAINING) + ".jinja")
+        if original.is_file() and original.read_text(encoding="utf-8") == template:
+            return marked.read_text(encoding="utf-8")
+    return template
+
+
+def _shipped(pattern: str) -> list[Path]:
+    """Files among TRL's chat templates; none where it is not installed."""
+    trl = find_spec("trl")
+    roots = trl.submodule_search_locations or () if trl else ()
+    return sorted(path for root in roots for path in Path(root, "chat_templates").glob(pattern))
+
+
+def writes_own_turns(tokenizer: Any) -> bool:
+    """Whether the tokenizer came with a chat template of its own, rather than being given ours."""
+    template = tokenizer.chat_template
+    return bool(template) and not str(template).startswith(_CHATML.partition("END")[0])
+
+
+def render(
+    tokenizer: Any,
+    messages: Sequence[Message],
+    where: str,
+    *,
+    prompt: bool = False,
+    tools: Tools = (),
+    template: str | None = None,
+) -> str:
+    """The text of a conversation.
+
+    Args:
+        tokenizer: its template is used.
+        messages: the turns.
+        where: their row, for errors.
+        prompt: add what asks for the next answer.
+        tools: what the assistant may call.
+        template: another template than the tokenizer's.
 
     Raises:
-        DataError: the template raises, with the row it raised on.
+        DataError: the template raises, with the row it raised on, or leaves out what the row holds.
     """
-    return _render(tokenizer, messages, where, add_generation_prompt=prompt)[0]
+    return _render(tokenizer, messages, where, tools, template, add_generation_prompt=prompt)[0]
 
 
-def render_marked(tokenizer: Any, messages: Sequence[Message], where: str) -> tuple[str, list[tuple[int, int]]]:
+def render_marked(
+    tokenizer: Any, messages: Sequence[Message], where: str, *, tools: Tools = (), template: str | None = None
+) -> tuple[str, list[Span]]:
     """The text of a conversation, and the character spans that its template marks as generated."""
-    return _render(tokenizer, messages, where, return_assistant_tokens_mask=True)
+    return _render(tokenizer, messages, where, tools, template, return_assistant_tokens_mask=True)
+
+
+def own_template(tokenizer: Any, tools: Tools = ()) -> str:
+    """The tokenizer's template; some have another one for conversations with tools."""
+    return str(tokenizer.get_chat_template(tools=list(tools) or None))
+
+
+def as_dict(message: Message, *, parts: bool = False) -> dict[str, Any]:
+    """A message as chat templates take it; with ``parts``, its content is a list of one part."""
+    content = [{"type": "text", "text": message.content}] if parts else message.content
+    made: dict[str, Any] = {"role": message.role, "content": content}
+    if message.reasoning:  # templates know it under either name
+        made |= {"reasoning_content": message.reasoning, "thinking": message.reasoning}
+    if message.tool_calls:
+        made["tool_calls"] = list(message.tool_calls)
+    made |= {key: value for key in ("name", "tool_call_id") if (value := getattr(message, key))}
+    return made
 
 
 def _render(
-    tokenizer: Any, messages: Sequence[Message], where: str, **options: Any
-) -> tuple[str, list[tuple[int, int]]]:
-    from jinja2 import TemplateError
-    from transformers.utils.chat_template_utils import render_jinja_template
-
-    chat = [{"role": message.role, "content": message.content} for message in messages]
+    tokenizer: Any, messages: Sequence[Message], where: str, tools: Tools, template: str | None, **options: Any
+) -> tuple[str, list[Span]]:
+    template = template or own_template(tokenizer, tools)
+    _refuse_silent_loss(template, messages, tools, where)
+    names = tuple(tokenizer.special_tokens_map.items())
+    parts = _wants_parts(template, names)
     try:
-        rendered: Any = render_jinja_template(
-            conversations=[chat],
-            chat_template=tokenizer.get_chat_template(),
-            **options,
-            **tokenizer.special_tokens_map,
-        )
-    except (TemplateError, TypeError, ValueError, KeyError, AttributeError, IndexError) as error:
+        rendered = _jinja(template, names, [as_dict(message, parts=parts) for message in messages], tools, **options)
+    except _errors() as error:
         what = f"the chat template refuses this conversation ({error})"
         do = "Change the row, or set chat_template: to a template that takes it."
         raise DataError(what, where=where, do=do) from error
     texts, spans = rendered
-    marked: list[tuple[int, int]] = list(spans[0]) if spans else []
+    marked: list[Span] = list(spans[0]) if spans else []
     return texts[0], marked
+
+
+def _errors() -> tuple[type[Exception], ...]:
+    """What templates raise of themselves, and by using a value wrongly."""
+    from jinja2 import TemplateError
+
+    return (TemplateError, TypeError, ValueError, KeyError, AttributeError, IndexError)
+
+
+def _jinja(template: str, names: tuple[tuple[str, Any], ...], chat: Any, tools: Tools = (), **options: Any) -> Any:
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    return render_jinja_template(
+        conversations=[chat], tools=list(tools) or None, chat_template=template, **options, **dict(names)
+    )
+
+
+@lru_cache(maxsize=64)
+def _wants_parts(template: str, names: tuple[tuple[str, Any], ...]) -> bool:
+    """Whether a template writes content only if it is a list of parts, as those of models that also see images do."""
+    for parts in (False, True):
+        try:
+            texts, _ = _jinja(template, names, [as_dict(Message("user", _PROBE), parts=parts)])
+        except _errors():
+            continue
+        if _PROBE in texts[0]:
+            return parts
+    return False
+
+
+def _refuse_silent_loss(template: str, messages: Sequence[Message], tools: Tools, where: str) -> None:
+    """A template that does not know of tools or thoughts would leave them out without a word."""
+    do = "Set chat_template: to one that writes them, or write them into the content."
+    if any(m.tool_calls for m in messages) and "tool_calls" not in template:
+        raise DataError("the chat template has no place for tool calls", where=where, do=do)
+    if tools and "tools" not in template:
+        raise DataError("the chat template has no place for tools", where=where, do=do)
+    if any(m.reasoning for m in messages) and "reasoning_content" not in template and "thinking" not in template:
+        raise DataError("the chat template has no place for reasoning_content", where=where, do=do)

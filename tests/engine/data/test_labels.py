@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from finetui.engine.data.formats import Example, Message
+from finetui.engine.data.examples import Example, Message
 from finetui.engine.data.labels import IGNORED, Encoded, encode, encode_batch
 from finetui.engine.data.template import prepare_tokenizer
 from finetui.planner.errors import DataError
@@ -175,3 +175,36 @@ def test_the_shipped_tokenizer() -> None:
         return_assistant_tokens_mask=True,
     )
     assert [int(label != IGNORED) for label in encoded.labels] == masks["assistant_masks"]
+
+
+def test_tokens_are_placed_the_same_with_and_without_offsets(make_tokenizer: Make) -> None:
+    import random
+
+    from finetui.engine.data.tokens import Marked, Tokens
+
+    draw = random.Random(0)
+    words = [
+        "The answer",
+        " is",
+        "\n",
+        "  ",
+        "é",
+        "文字",
+        "🙂",
+        "e\u0301",
+        "<|im_end|>",
+        "</s>",
+        "3.14",
+        "\t",
+        " [INST] ",
+    ]
+    items = []
+    for _ in range(400):
+        text = "".join(draw.choices(words, k=draw.randint(1, 12)))
+        cuts = sorted(draw.sample(range(len(text) + 1), k=min(len(text) + 1, 4)))
+        items.append(Marked(text, tuple(zip(cuts[0::2], cuts[1::2], strict=False))))
+    by_width, by_offset = Tokens(make_tokenizer()), Tokens(make_tokenizer())
+    assert by_width._widths is not None
+    by_offset._widths = None
+    assert by_width.encode(items) == by_offset.encode(items)
+    assert Tokens(make_tokenizer(kind="metaspace"))._widths is None

@@ -138,7 +138,7 @@ def test_a_bad_row_leaves_nothing_behind(run: Callable[..., Prepared], write: An
 def test_the_cache_is_read_again(run: Callable[..., Prepared], write: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     wanted = recipe(write("x.jsonl", chats(30)))
     first = run(wanted)
-    monkeypatch.setattr(module, "encode_batch", None)  # a second tokenisation would raise
+    monkeypatch.setattr(module, "_Build", None)  # a second tokenisation would raise
     again = run(wanted)
     assert (again.facts, again.path) == (first.facts, first.path)
     assert again.train[:] == first.train[:]
@@ -171,10 +171,109 @@ def test_many_processes_may_ask_at_once(run: Callable[..., Prepared], write: Any
 
 def test_progress_ends_at_the_number_of_examples(write: Any, make_tokenizer: Make, tmp_path: Path) -> None:
     seen: list[int] = []
-    prepare(recipe(write("x.jsonl", chats(300))), DataSettings(64), make_tokenizer(), tmp_path / "c", seen.append)
-    assert seen == [256, 300]
+    prepare(recipe(write("x.jsonl", chats(600))), DataSettings(64), make_tokenizer(), tmp_path / "c", seen.append)
+    assert seen == [512, 600, 600]
 
 
 def test_no_data(run: Callable[..., Prepared]) -> None:
     with pytest.raises(DataError, match="the recipe names no data"):
         run(Recipe.build({"model": "m"}))
+
+
+def alpaca(count: int, mark: str = "") -> str:
+    rows = ({"instruction": f"What is {mark}{i}?", "output": f"The answer {i}."} for i in range(count))
+    return "".join(json.dumps(row) + "\n" for row in rows)
+
+
+def test_bad_rows_stop_the_run_or_are_left_out_and_counted(run: Callable[..., Prepared], write: Any) -> None:
+    bad = (
+        '{oops\n[1]\n{"instruction": "q", "output": ""}\n{"instruction": "q"}\n'
+        + json.dumps({"output": "\ud800"})
+        + "\n"
+    )
+    path = write("x.jsonl", alpaca(20) + bad + alpaca(20, "b"))
+    with pytest.raises(DataError, match=r"x\.jsonl:21: the line is not valid JSON"):
+        run(recipe(path))
+    facts = run(Recipe.build({"model": "m", "data": {"path": path, "on_bad_row": "skip"}})).facts
+    assert (facts.examples, facts.skipped) == (40, 5)
+    assert facts.warnings[0].startswith(
+        f"5 rows of {path} can't be used and are left out; the first: {path}:21: the line"
+    )
+
+
+def test_bytes_that_are_no_text_cost_one_row(run: Callable[..., Prepared], write: Any) -> None:
+    path = write("x.jsonl", alpaca(5).encode() + b'{"instruction": "\xff"}\n' + alpaca(5, "b").encode())
+    facts = run(Recipe.build({"model": "m", "data": {"path": path, "on_bad_row": "skip"}})).facts
+    assert (facts.examples, facts.skipped) == (10, 1)
+    assert ":6: byte 0xff" in facts.warnings[0]
+
+
+def test_a_template_that_raises_costs_its_rows(run: Callable[..., Prepared], write: Any, make_tokenizer: Make) -> None:
+    from finetui.engine.data.template import prepare_tokenizer
+
+    strict = (
+        "{% for m in messages %}{% if m['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+        "{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    )
+    tokenizer = make_tokenizer(strict)
+    prepare_tokenizer(tokenizer)
+    rows = alpaca(5) + json.dumps({"system": "s", "instruction": "q", "output": "a"}) + "\n" + alpaca(5, "b")
+    path = write("x.jsonl", rows)
+    with pytest.raises(DataError, match=r"x\.jsonl:6: the chat template refuses this conversation \(no system\)"):
+        run(recipe(path), tokenizer)
+    facts = run(Recipe.build({"model": "m", "data": {"path": path, "on_bad_row": "skip"}}), tokenizer).facts
+    assert (facts.examples, facts.skipped) == (10, 1)
+
+
+def test_when_every_row_is_bad_the_first_is_named(run: Callable[..., Prepared], write: Any) -> None:
+    path = write("x.jsonl", '{"instruction": "q", "output": ""}\n' * 5)
+    with pytest.raises(DataError, match=r"every row was refused; the first: .*x\.jsonl:1: output: the answer is empty"):
+        run(Recipe.build({"model": "m", "data": {"path": path, "on_bad_row": "skip"}}))
+
+
+def test_tokens_without_embedding_are_refused_by_row(
+    run: Callable[..., Prepared], write: Any, make_tokenizer: Make
+) -> None:
+    path = write("x.jsonl", alpaca(3))
+    tokenizer = make_tokenizer()
+    first = tokenizer.convert_tokens_to_ids("system")
+    what = rf"x\.jsonl:1: token 'system' has number {first}, but the model has embeddings for {first} tokens"
+    with pytest.raises(DataError, match=what):
+        run(recipe(path), tokenizer, embeddings=first)
+    assert run(recipe(path), tokenizer, embeddings=len(tokenizer)).facts.examples == 3
+
+
+def test_weights_repeat_and_thin_out_a_source_but_not_what_is_held_out(
+    run: Callable[..., Prepared], write: Any
+) -> None:
+    often, seldom = write("a.jsonl", alpaca(40, "often ")), write("b.jsonl", alpaca(40, "seldom "))
+    data = [{"path": often, "weight": 2.5}, {"path": seldom, "weight": 0.25}]
+    made = run(Recipe.build({"model": "m", "data": data, "evaluation": {"holdout": 0.1}}))
+    rows = [tuple(row["input_ids"]) for row in made.train]
+    assert made.evaluation is not None
+    held = {tuple(row["input_ids"]) for row in made.evaluation}
+    assert len(held) == 8
+    assert not held & set(rows)
+    counts = {row: rows.count(row) for row in rows}
+    assert sorted(counts.values())[-1] == 3
+    assert len(rows) == made.facts.train_examples == pytest.approx(2.5 * 36 + 0.25 * 36, abs=8)
+    assert made.facts.train_tokens == sum(map(len, rows))
+    again = run(Recipe.build({"model": "m", "data": data, "evaluation": {"holdout": 0.1}, "seed": 42}))
+    assert again.path == made.path
+
+
+def test_only_the_last_answer(run: Callable[..., Prepared], write: Any, make_tokenizer: Make) -> None:
+    chat = [
+        {"role": r, "content": c} for r, c in (("user", "q"), ("assistant", "a"), ("user", "r"), ("assistant", "b"))
+    ]
+    path = write("x.jsonl", json.dumps({"messages": chat}) + "\n")
+    row = run(recipe(path), train_on="last-answer").train[0]
+    assert make_tokenizer().decode([label for label in row["labels"] if label != IGNORED]) == "b<|im_end|>"
+
+
+def test_lengths_of_rows_that_are_not_packed(run: Callable[..., Prepared], write: Any) -> None:
+    path = write("x.jsonl", chats(30))
+    plain, packed = run(recipe(path)), run(recipe(path), packing=True)
+    assert plain.lengths() == [len(row["input_ids"]) for row in plain.train]
+    assert packed.lengths() is None

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from finetui.engine.data.formats import Message
+from finetui.engine.data.examples import Message
 from finetui.engine.data.template import has_markers, prepare_tokenizer, render, stop_token_ids
 from finetui.planner.errors import DataError, ModelError
 
@@ -21,7 +22,7 @@ def test_chatml_where_there_is_no_template(make_tokenizer: Make) -> None:
     assert notes == ("chat template: ChatML with <|im_end|> at the end of a turn, because the tokenizer has none",)
     assert render(tokenizer, CHAT, "x") == "<|im_start|>user\nq<|im_end|>\n<|im_start|>assistant\na<|im_end|>\n"
     assert render(tokenizer, CHAT[:1], "x", prompt=True) == "<|im_start|>user\nq<|im_end|>\n<|im_start|>assistant\n"
-    assert has_markers(tokenizer)
+    assert has_markers(tokenizer.chat_template)
 
 
 def test_chatml_ends_with_eos_where_the_vocabulary_lacks_its_end() -> None:
@@ -79,3 +80,25 @@ def test_a_template_that_raises_names_the_row(make_tokenizer: Make) -> None:
     tokenizer = make_tokenizer("{{ raise_exception('no system, please') }}")
     with pytest.raises(DataError, match=r"rows\.jsonl:3: .*no system, please"):
         render(tokenizer, CHAT, "rows.jsonl:3")
+
+
+def test_templates_by_name(make_tokenizer: Make) -> None:
+    tokenizer = make_tokenizer()
+    assert prepare_tokenizer(tokenizer, "chatml")[0].startswith("chat template: ChatML with <|im_end|>")
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|begin_of_text|>"]})
+    assert prepare_tokenizer(tokenizer, "llama3")[0] == "chat template: that of llama3"
+    told = render(tokenizer, [Message("user", "a"), Message("assistant", "b")], "x:1")
+    assert "<|start_header_id|>assistant<|end_header_id|>\n\nb<|eot_id|>" in told
+    with pytest.raises(DataError, match=r"no token <\|CHATBOT_TOKEN\|>.* which the template of cohere writes"):
+        prepare_tokenizer(make_tokenizer(), "cohere")
+    with pytest.raises(DataError, match=r"no chat template called 'llama'\. Use chatml, llama3"):
+        prepare_tokenizer(make_tokenizer(), "llama")
+
+
+def test_a_name_in_a_recipe_is_no_path(tmp_path: Path) -> None:
+    from finetui.planner.recipe import Recipe
+
+    (tmp_path / "r.yaml").write_text("model: m\nchat_template: llama3\n")
+    assert Recipe.load(tmp_path / "r.yaml").chat_template == "llama3"
+    (tmp_path / "r.yaml").write_text("model: m\nchat_template: own.jinja\n")
+    assert Recipe.load(tmp_path / "r.yaml").chat_template == str(tmp_path / "own.jinja")

@@ -1,0 +1,36 @@
+"""Prompts for reinforcement learning on disk: text or messages, their tokens, and every column a reward may ask for."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ...planner.errors import DataError
+
+
+def write_prompts(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+    """Write rows as an Arrow stream; tools are kept as JSON text, which is how TRL reads them.
+
+    Raises:
+        DataError: the values of a column are of different types, so that no reward could rely on them.
+    """
+    import pyarrow as pa
+
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    fields, arrays = [], []
+    for name in names:
+        values = [row.get(name) for row in rows]
+        if name == "tools":
+            values = [None if value is None else json.dumps(value) for value in values]
+        try:
+            array = pa.array(values, type=pa.list_(pa.int32()) if name == "prompt_ids" else None)
+        except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
+            what = f"column {name!r} holds values of different types ({str(error).splitlines()[0]})"
+            raise DataError(what, where="data", do="Make them all of one type, for example text.") from None
+        fields.append(pa.field(name, array.type))
+        arrays.append(array)
+    schema = pa.schema(fields)
+    with pa.ipc.new_stream(str(path), schema) as stream:
+        stream.write_table(pa.Table.from_arrays(arrays, schema=schema), max_chunksize=4096)
