@@ -14,6 +14,7 @@ import torch
 
 from ..planner.errors import HardwareError, RunError
 from ..planner.plan import Resolved
+from .adapt import grow_vocabulary
 from .checkpoint import latest
 from .model import Numerics, load_base, load_tokenizer, locate, stored_dtype
 from .run import Run
@@ -63,7 +64,7 @@ class Tuned:
 
     def context(self) -> torch.autocast:
         """The autocast context that the model was trained in."""
-        numerics = Numerics.of(self.resolved) if self.resolved.tuning != "full" else Numerics(torch.float32, None)
+        numerics = Numerics.of(self.resolved) if not self.resolved.trains_base else Numerics(torch.float32, None)
         return numerics.context(self.device)
 
 
@@ -93,22 +94,28 @@ def load_tuned(run: Run, *, device: str | None = None) -> Tuned:
         device: ``cuda`` or ``cpu``; None is what is there.
 
     Raises:
-        RunError: the run has no model yet.
+        RunError: the run has no model yet, or one that does not talk.
         UserError: its base model is not to be had.
     """
     kind = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if kind == "cuda" and not torch.cuda.is_available():
         raise HardwareError("there is no usable GPU", do="Leave the device out to use the CPU.")
     resolved = _for_inference(run.plan.resolved, kind)
+    if resolved.method == "reward":
+        do = "Load it with AutoModelForSequenceClassification to score answers."
+        raise RunError("a reward model scores answers, it does not write any", where=run.name, do=do)
     folder, place = result_folder(run), torch.device(kind)
     name = run.recipe.model
     tokenizer, _ = load_tokenizer(folder)
-    if resolved.tuning == "full":
+    if resolved.trains_base:
         model = load_base(folder, resolved, place, _say_nothing, dtype=stored_dtype(folder))
     else:
         from peft import PeftModel
 
-        model = PeftModel.from_pretrained(load_base(locate(name), resolved, place, _say_nothing), str(folder))
+        base = load_base(locate(name), resolved, place, _say_nothing)
+        if resolved.options.new_tokens:
+            grow_vocabulary(base, tokenizer, len(resolved.options.new_tokens))
+        model = PeftModel.from_pretrained(base, str(folder))
     model.to(place) if resolved.quantization == "none" else None
     return Tuned(model.eval(), tokenizer, place, folder, name, resolved)
 

@@ -7,6 +7,7 @@ with a label divided by their number, not a mean of the means of batches.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,7 @@ from ..planner.plan import Resolved
 from .data.prepare import DataSettings
 
 if TYPE_CHECKING:
+    from ..planner.recipe import Recipe
     from .run import Run
 
 IGNORED = -100
@@ -55,7 +57,8 @@ def score(model: Any, batch: dict[str, Tensor], *, fused: bool, routed: bool = F
     targets = labels[:, 1:]
     counted = targets != IGNORED
     # A batch without any label still depends on every weight, so that ranks agree on what to reduce.
-    logits = out.logits[:, :-1][counted].float()
+    positions = out.logits[:, -labels.shape[1] :]  # of a learned prompt, those before the words don't count
+    logits = positions[:, :-1][counted].float()
     wanted = targets[counted]
     loss = torch.nn.functional.cross_entropy(logits, wanted, reduction="sum")
     right = (logits.argmax(-1) == wanted).sum()
@@ -109,11 +112,12 @@ def reduce_sum(values: Tensor, device: torch.device) -> Tensor:
     return moved
 
 
-def evaluate_run(run: Run, *, base: bool = False) -> HeldOut:
+def evaluate_run(run: Run, *, base: bool = False, rows_of: Recipe | None = None) -> HeldOut:
     """Loss of a run's model on its own held-out rows.
 
     Args:
         base: score the untouched base model instead.
+        rows_of: the recipe whose held-out rows are meant instead, as rows of sft or pretrain.
 
     Raises:
         RunError: the run holds nothing to evaluate, or no rows were held out.
@@ -124,8 +128,15 @@ def evaluate_run(run: Run, *, base: bool = False) -> HeldOut:
     from .model import Numerics
 
     plan = run.plan
+    if rows_of is None and plan.resolved.method not in ("sft", "pretrain"):
+        what = f"method {plan.resolved.method} has no loss per token to measure"
+        raise RunError(what, where=run.name, do="Its held-out figures are in the run's metrics: see finetui attach.")
     tuned = load_tuned(run)
-    prepared = prepare(run.recipe, data_settings(plan.resolved), tuned.tokenizer, data_cache(run))
+    settings = data_settings(plan.resolved)
+    if rows_of is not None:
+        train_on: Any = "all" if rows_of.method == "pretrain" else "answers"
+        settings = dataclasses.replace(settings, method=rows_of.method, train_on=train_on, packing=False)
+    prepared = prepare(rows_of or run.recipe, settings, tuned.tokenizer, data_cache(run))
     if prepared.evaluation is None:
         raise RunError("no rows were held out", where=run.name, do="Give a source with split: eval.")
     with tuned.voice(base=base) as model:
@@ -146,6 +157,7 @@ def data_settings(resolved: Resolved) -> DataSettings:
         packing=resolved.packing,
         train_on=resolved.train_on,
         seed=resolved.seed,
+        method=resolved.method,
     )
 
 

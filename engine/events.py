@@ -155,13 +155,14 @@ class Phase:
 
 @dataclass(frozen=True)
 class Sample:
-    """What the model answers to a held-out prompt after ``step`` steps."""
+    """What the model answers to a held-out prompt after ``step`` steps; or in a rollout, with the ``reward`` of it."""
 
     type: ClassVar[str] = "sample"
     step: int
     prompt: str
     answer: str
     expected: str = ""
+    reward: float | None = None
 
 
 @dataclass(frozen=True)

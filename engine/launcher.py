@@ -29,13 +29,16 @@ _PACKAGE = (__package__ or "finetui.engine").partition(".")[0]
 
 #: What a rank runs, as arguments of Python; the run directory follows.
 WORKER: tuple[str, ...] = ("-P", "-m", f"{_PACKAGE}.engine.worker")
+#: The same for a run with stages, which has this one process.
+STAGES: tuple[str, ...] = ("-P", "-m", f"{_PACKAGE}.engine.stages")
 
 
-def start(run: Run, *, worker: Sequence[str] = WORKER) -> int:
+def start(run: Run, *, worker: Sequence[str] | None = None) -> int:
     """Start a run in the background; return its supervisor's pid once it is at work.
 
     Args:
-        worker: what each rank runs, as arguments of Python before the run directory.
+        worker: what each rank runs, as arguments of Python before the run directory; by default :data:`WORKER`, or
+            :data:`STAGES` for a run with stages.
 
     Raises:
         RunError: the run is at work already, or has finished, or its supervisor could not start.
@@ -45,6 +48,7 @@ def start(run: Run, *, worker: Sequence[str] = WORKER) -> int:
         raise RunError("is at work already", where=run.name, do=f"Watch it with: finetui attach {run.name}")
     if status.state == "finished":
         raise RunError("has finished already", where=run.name, do="Start a new run with: finetui run RECIPE")
+    worker = worker or (STAGES if run.plan.stages else WORKER)
     ready, told = os.pipe()
     try:
         with open(run.path / "log" / "supervisor.log", "ab") as log:
@@ -129,7 +133,7 @@ def kill(run: Run, *, grace_s: float = 15.0) -> None:
         run.update(state="stopped", cause=None, message=message, do=do, ended=time.time())
 
 
-def resume(run: Run, *, worker: Sequence[str] = WORKER) -> int:
+def resume(run: Run, *, worker: Sequence[str] | None = None) -> int:
     """Continue a run that has ended from its latest complete checkpoint; return its supervisor's pid.
 
     Without a checkpoint the run starts from its beginning, and a warning event says so.

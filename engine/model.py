@@ -1,4 +1,4 @@
-"""Load, quantise and adapt the model of a plan.
+"""Load and quantise the model of a plan, and put its kernels on it; :mod:`.adapt` decides what of it is trained.
 
 What is kept in which number format, by precision and tuning (``planner/stacks.py`` predicts memory from the same
 table; ``autocast`` is the format that matrix products run in when it differs from that of the weights):
@@ -15,7 +15,8 @@ precision      full                       lora                       qlora
 Adapters, their gradients and their optimiser state are fp32 in every column: at a learning rate of 2e-4 an update is
 smaller than half a bf16 step of most weights and would be rounded away. Their matrix products still run in 16 bits,
 because autocast casts the (small) adapter weights instead of the (large) activations. NF4 is double-quantised
-(Dettmers et al. 2023, arXiv:2305.14314); embeddings, norms and the output head stay in the 16-bit or fp32 format.
+(Dettmers et al. 2023, arXiv:2305.14314); lora-fp8 is qlora on e4m3 instead (``quantize.py``); embeddings, norms and
+the output head stay in the 16-bit or fp32 format.
 Nothing is upcast for "k-bit training": gradients reach the adapters without it under non-reentrant checkpointing.
 """
 
@@ -24,7 +25,7 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,8 +33,11 @@ from typing import Any
 import torch
 
 from ..planner.errors import HardwareError, HubError, ModelError, RecipeError
+from ..planner.options import LORA_TYPES
 from ..planner.plan import Resolved
 from .events import Fallback
+from .quantize import fp8_config, not_in_8_bits
+from .weights import Reading, around, stored_tensors
 
 Emit = Callable[[Any], object]
 """Receives event payloads."""
@@ -53,7 +57,7 @@ class Numerics:
         Raises:
             HardwareError: fp16 on the CPU, which has neither its matrix products nor a loss scaler.
         """
-        adapters = resolved.tuning != "full"
+        adapters = not resolved.trains_base
         if resolved.precision == "fp16":
             if resolved.device == "cpu":
                 raise HardwareError("fp16 needs a GPU", where="hardware.precision", do="Use fp32 or bf16 on the CPU.")
@@ -94,11 +98,11 @@ def _make_weights(folder: Path) -> Path:
     from . import tiny
 
     if tiny.is_tiny(folder):
-        return tiny.ensure_tiny_model(_cache())
+        return tiny.ensure_tiny_model(cache_folder())
     raise ModelError("this folder holds no weights", where=str(folder), do="It needs *.safetensors files.")
 
 
-def _cache() -> Path:
+def cache_folder() -> Path:
     """Where made weights are kept: ``$XDG_CACHE_HOME/finetui``, or a temporary folder where that can't be written."""
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "finetui"
     try:
@@ -148,11 +152,17 @@ def stored_dtype(folder: Path) -> torch.dtype:
     return found if isinstance(found, torch.dtype) else torch.float32
 
 
-def load_tokenizer(folder: Path, chat_template: str = "auto") -> tuple[Any, tuple[str, ...]]:
+def load_tokenizer(
+    folder: Path, chat_template: str = "auto", new_tokens: Sequence[str] = ()
+) -> tuple[Any, tuple[str, ...]]:
     """The tokenizer, ready for training, and what had to be decided for that.
+
+    Args:
+        new_tokens: words to add after all others.
 
     Raises:
         ModelError: there is none, or it can't be read.
+        RecipeError: a new token is one already.
         DataError: the chat template of the recipe is not usable.
     """
     from transformers import AutoTokenizer
@@ -165,51 +175,92 @@ def load_tokenizer(folder: Path, chat_template: str = "auto") -> tuple[Any, tupl
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         do = "The folder needs tokenizer.json, or the files that its tokenizer class reads."
         raise ModelError(f"the tokenizer can't be loaded ({first})", where=str(folder), do=do) from error
-    return tokenizer, prepare_tokenizer(tokenizer, chat_template)
+    notes = prepare_tokenizer(tokenizer, chat_template)
+    known = [token for token in new_tokens if token in tokenizer.get_vocab()]
+    if known:
+        do = "Remove it from new_tokens."
+        raise RecipeError(f"{known[0]!r} is a token of this model already", where="tuning.new_tokens", do=do)
+    tokenizer.add_tokens(list(new_tokens))
+    return tokenizer, notes
+
+
+def read_ahead(folder: Path, resolved: Resolved, device: torch.device) -> Reading | None:
+    """Begin to read a checkpoint onto a GPU, if its weights are used as they are stored; see :mod:`.weights`."""
+    if device.type != "cuda" or resolved.quantization != "none" or resolved.method == "reward":
+        return None
+    try:
+        stored = stored_tensors(folder)
+    except (OSError, ValueError, KeyError, TypeError):
+        return None  # loading it will say what is wrong with it
+    wanted = Numerics.of(resolved).weights
+    return Reading(stored, device) if stored and all(t.dtype is wanted for t in stored.values()) else None
 
 
 def load_base(
-    folder: Path, resolved: Resolved, device: torch.device, emit: Emit, *, dtype: torch.dtype | None = None
+    folder: Path,
+    resolved: Resolved,
+    device: torch.device,
+    emit: Emit,
+    *,
+    dtype: torch.dtype | None = None,
+    reading: Reading | None = None,
 ) -> Any:
     """The model itself on ``device``, quantised if the plan says so.
 
     Args:
         dtype: format of the weights; None is what :class:`Numerics` says for training.
+        reading: of :func:`read_ahead`, if the weights of this folder are on their way already.
 
     Raises:
         ModelError: the checkpoint can't be read, or lacks weights that the architecture has.
     """
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
+    scores = resolved.method == "reward"
+    kind: Any = AutoModelForSequenceClassification if scores else AutoModelForCausalLM
     numerics = Numerics.of(resolved)
     dtype = dtype or numerics.weights
     options: dict[str, Any] = {"dtype": dtype, "attn_implementation": resolved.attention}
     if resolved.quantization == "nf4":
         options["quantization_config"] = _nf4(numerics)
         options["device_map"] = {"": device}
+    elif resolved.quantization == "fp8":
+        options["quantization_config"] = fp8_config()
+        options["device_map"] = {"": device}
     elif device.type == "cuda":
         options["device_map"] = {"": device}
+    if scores:
+        options["num_labels"] = 1
+        torch.manual_seed(resolved.seed)  # of the new head
     loaded: Any
     try:
+        read = reading.tensors() if reading is not None else {}
+
+        def load() -> Any:
+            built = around(read, folder, options) if read else None
+            return built or kind.from_pretrained(str(folder), output_loading_info=True, **options)
+
         try:
-            loaded = AutoModelForCausalLM.from_pretrained(str(folder), output_loading_info=True, **options)
+            loaded = load()
         except ValueError as error:
             if "attention" not in str(error) or resolved.attention == "eager":
                 raise
             options["attn_implementation"] = "eager"
-            loaded = AutoModelForCausalLM.from_pretrained(str(folder), output_loading_info=True, **options)
+            loaded = load()
             emit(Fallback("attention: eager instead of sdpa", "the architecture has no scaled-dot-product path"))
     except (OSError, ValueError, KeyError, ImportError, AttributeError) as error:
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ModelError(f"the model can't be loaded ({first})", where=str(folder)) from error
     model, info = loaded
-    missing = sorted(info["missing_keys"])
+    missing = sorted(set(info["missing_keys"]) - ({"score.weight"} if scores else set()))
     if missing:
         shown = ", ".join(missing[:3]) + (" …" if len(missing) > 3 else "")
         what = f"the checkpoint lacks {len(missing)} of the model's weights ({shown})"
         raise ModelError(what, where=str(folder), do="It would be trained from random numbers there. Use a whole one.")
+    if resolved.quantization == "fp8" and (why := not_in_8_bits(model, numerics.autocast or dtype)):
+        emit(Fallback("products of e4m3 weights in their input's format", why))
     model.config.use_cache = False
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
@@ -230,54 +281,6 @@ def _nf4(numerics: Numerics) -> Any:
     )
 
 
-def adapt(model: Any, resolved: Resolved, name: str) -> Any:
-    """Freeze or unfreeze weights and add adapters; returns a ``PeftModel`` unless the tuning is full.
-
-    Args:
-        name: the base model as the adapter will name it: hub id or folder.
-
-    Raises:
-        RecipeError: no module has one of the target names, or nothing would be trained.
-    """
-    if resolved.tuning == "full":
-        model.requires_grad_(True)
-    else:
-        model = _with_adapters(model, resolved, name)
-    if not any(parameter.requires_grad for parameter in model.parameters()):
-        raise RecipeError("no parameter of the model would be trained", where="tuning", do="Choose other targets.")
-    return model
-
-
-def _with_adapters(model: Any, resolved: Resolved, name: str) -> Any:
-    from peft import LoraConfig, get_peft_model
-
-    model.requires_grad_(False)
-    config = LoraConfig(
-        task_type="CAUSAL_LM",
-        r=resolved.rank,
-        lora_alpha=resolved.alpha,
-        lora_dropout=resolved.dropout,
-        target_modules=resolved.targets,
-        bias="none",
-    )
-    torch.manual_seed(resolved.seed)
-    try:
-        adapted: Any = get_peft_model(model, config, autocast_adapter_dtype=True)
-    except ValueError as error:
-        linears = {path.rsplit(".", 1)[-1] for path, m in model.named_modules() if isinstance(m, torch.nn.Linear)}
-        what = f"no adapter can be put on {resolved.targets} ({str(error).splitlines()[0][:200]})"
-        do = f"Linear modules of this model: {', '.join(sorted(linears))}."
-        raise RecipeError(what, where="tuning.targets", do=do) from error
-    adapted.peft_config["default"].base_model_name_or_path = name
-    if Numerics.of(resolved).autocast is not None:
-        # PEFT would cast each adapter's input to fp32 and keep that copy for the backward pass; autocast casts
-        # the adapter's weights to 16 bits instead, with the same result.
-        for module in adapted.modules():
-            if hasattr(module, "cast_input_dtype_enabled"):
-                module.cast_input_dtype_enabled = False
-    return adapted
-
-
 def patch_kernels(model: Any, resolved: Resolved, device: torch.device, emit: Emit) -> bool:
     """Put the fused kernels on a model on CUDA; each kind of module left as it was is a Fallback event.
 
@@ -288,15 +291,14 @@ def patch_kernels(model: Any, resolved: Resolved, device: torch.device, emit: Em
     if device.type != "cuda" or resolved.kernels == "off":
         return False
     from ..kernels.patch import KERNELS, patch_model
+    from .layers import keeping
 
     numerics = Numerics.of(resolved)
-    # Whole layers are for frozen weights with adapters.
-    wanted = [kernel for kernel in KERNELS if resolved.tuning != "full" or kernel != "decoder_layer"]
-    policy: Any = "all-but-elementwise"
-    if resolved.checkpointing == "full":
-        policy = "inputs+attention" if _host_takes_activations(model, resolved, device) else "inputs"
+    # Whole layers are for frozen weights with LoRA pairs, as are products with them.
+    of_pairs = () if resolved.tuning in LORA_TYPES else ("decoder_layer", "lora")
+    wanted = [kernel for kernel in KERNELS if kernel not in of_pairs]
     dtype = numerics.autocast or numerics.weights
-    report = patch_model(model, only=wanted, dtype=dtype, policy=policy, parks=policy == "inputs+attention")
+    report = patch_model(model, only=wanted, dtype=dtype, keeping=keeping(resolved))
     for line in report.summary():
         print(f"kernels: {line}")
     left: dict[tuple[str, str], int] = {}
@@ -306,19 +308,3 @@ def patch_kernels(model: Any, resolved: Resolved, device: torch.device, emit: Em
         emit(Fallback(f"kernel {kernel}: {count} modules run as they were", why))
     layers = {item.replaced for item in report.items if item.kernel == "decoder_layer"}
     return layers == {True}
-
-
-#: Bytes per second to the host below which layers would wait for the bus (PCIe 4 x16 has 25e9 or so).
-_BUS = 15e9
-
-
-def _host_takes_activations(model: Any, resolved: Resolved, device: torch.device) -> bool:
-    """Whether what layers keep can wait in host memory: three rows as wide as the model per token and layer."""
-    import psutil
-
-    from ..kernels.offload import bandwidth
-
-    config = model.config.get_text_config()
-    tokens = resolved.micro_batch * resolved.sequence_length
-    wanted = 3 * 2 * tokens * config.hidden_size * config.num_hidden_layers * resolved.world_size
-    return wanted * 2 < psutil.virtual_memory().available and bandwidth(device) > _BUS

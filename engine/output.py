@@ -41,8 +41,11 @@ def written_whole(target: Path) -> Iterator[Path]:
 def set_generation(model: Any, tokenizer: Any) -> None:
     """Make the model stop where it was trained to stop: at the end token, and at what ends a turn of the template.
 
-    A wrong list here is how a well-trained model comes to talk without end in whatever serves it.
+    A wrong list here is how a well-trained model comes to talk without end in whatever serves it. A model that does not
+    generate, as a reward model, stays as it is.
     """
+    if not model.can_generate():
+        return
     from transformers import GenerationConfig
 
     from .data.template import stop_token_ids
@@ -64,7 +67,8 @@ def set_generation(model: Any, tokenizer: Any) -> None:
 
 
 def write_output(target: Path, save: Callable[[Path], None], model: Any) -> None:
-    """Fill ``target`` with what ``save`` writes and the generation config."""
+    """Fill ``target`` with what ``save`` writes and, of a model that generates, the generation config."""
     with written_whole(target) as partial:
         save(partial)
-        model.generation_config.save_pretrained(str(partial))
+        if model.can_generate():
+            model.generation_config.save_pretrained(str(partial))

@@ -6,16 +6,17 @@ Nothing is downloaded but a ``config.json``, and not even that for a folder or a
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from ..planner.architecture import Architecture
+from ..planner.errors import UserError
 from ..planner.hardware import Node, node_for
 from ..planner.hub import find_config
 from ..planner.plan import Plan, Workload
 from ..planner.recipe import Recipe
 from ..planner.solver import make_plan
 from ..planner.state import state_dir
-from .data.preview import survey
 
 if TYPE_CHECKING:
     from ..planner.calibration import Finished
@@ -32,11 +33,33 @@ def plan_for(recipe: Recipe, *, framework: str = "finetui", node: Node | None = 
     Raises:
         UserError: the model, the data or the hardware of the recipe is not to be had.
     """
-    name, config, _origin = find_config(recipe.model)
+    if recipe.stages:
+        from ..planner.stages import expand, together
+
+        steps = expand(recipe)
+        plans = [plan_for(step.recipe, framework=framework, node=node) if step.recipe else None for step in steps]
+        return together(steps, plans)
+    name, config, origin = find_config(recipe.model)
     architecture = Architecture.from_config(config, name)
+    if not architecture.exact and origin in ("hub", "folder"):
+        architecture = _counted(architecture, recipe.model)
     workload = workload_of(recipe)
     node = node or node_for(recipe.hardware)
     return make_plan(recipe, architecture, node, workload, framework=framework, finished=finished_runs())
+
+
+def _counted(architecture: Architecture, model: str) -> Architecture:
+    """An architecture that was read by its shapes, with what the headers of its weights say beside."""
+    from ..planner.weights import stored_weights
+
+    try:
+        stored = stored_weights(model)
+    except UserError:
+        return architecture
+    if stored is None:
+        return architecture
+    counts = f"{architecture.parameters:,} parameters; its files hold {stored.parameters:,} values"
+    return replace(architecture, note=f"{architecture.note} ({counts})")
 
 
 def finished_runs() -> Sequence[Finished]:
@@ -52,6 +75,8 @@ def workload_of(recipe: Recipe) -> Workload | None:
     """How much there is to train on, as far as files tell; None without data, or with data only on the Hub."""
     if not recipe.data:
         return None
+    from .data.preview import survey  # its readers are a tenth of the time that a plan without data takes
+
     found = survey(recipe)
     if found.train_rows is None or found.tokens is None:
         return None

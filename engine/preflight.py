@@ -14,6 +14,7 @@ import socket
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -22,7 +23,8 @@ import psutil
 from ..planner.cgroup import memory_limit
 from ..planner.errors import UserError
 from ..planner.plan import Plan
-from ..planner.recipe import RUNNABLE_METHODS, Recipe
+from ..planner.recipe import Recipe
+from ..planner.rollout import ROLLOUT_METHODS
 from .run import default_root
 
 GIB = 2**30
@@ -76,8 +78,10 @@ def checks(recipe: Recipe, plan: Plan, root: Path | None = None) -> Iterator[Che
         ("memory", lambda: _host_memory(plan) if plan.resolved.device == "cpu" else []),
         ("shared memory", lambda: _shared_memory(plan)),
         ("run folder", lambda: _writable(folder)),
-        ("data", lambda: _data(recipe)),
+        ("data", lambda: _data(recipe, plan)),
+        ("rewards", lambda: _rewards(recipe)),
         ("model", lambda: _model(recipe.model)),
+        ("adapter", lambda: _adapters(recipe)),
         ("disk", lambda: _disk(recipe, plan, folder)),
         ("logout", _logout),
     ]
@@ -93,9 +97,6 @@ def checks(recipe: Recipe, plan: Plan, root: Path | None = None) -> Iterator[Che
 def _fits(plan: Plan) -> list[Check]:
     need, have, what = plan.memory.device_gib, plan.hardware.memory_gib, plan.hardware.gpu
     told = f"{need:.1f} of {have:.1f} GiB on {what}"
-    if plan.resolved.method not in RUNNABLE_METHODS:
-        do = f"Use method: {' or '.join(sorted(RUNNABLE_METHODS))}."
-        return [Check("plan", "fail", f"method {plan.resolved.method} can be planned, not yet run", do)]
     if not plan.fits:
         return [Check("plan", "fail", f"the plan does not fit: {told}", " ".join(plan.warnings[:1]))]
     if not plan.hardware.local:
@@ -226,10 +227,10 @@ def _writable(folder: Path) -> list[Check]:
     return [Check("run folder", "ok", str(folder))]
 
 
-def _data(recipe: Recipe) -> list[Check]:
+def _data(recipe: Recipe, plan: Plan) -> list[Check]:
     if not recipe.data:
         return [Check("data", "fail", "the recipe names no dataset", "Add a line 'data: rows.jsonl'.")]
-    from .data.preview import read_through, survey
+    from .data.preview import read_through, survey, trainable
 
     found = survey(recipe)
     formats = ", ".join(dict.fromkeys(source.format or "format not known yet" for source in found.sources))
@@ -238,8 +239,37 @@ def _data(recipe: Recipe) -> list[Check]:
     if found.train_rows == 0:
         return [Check("data", "fail", "there is no row to train on", "Add rows, or a source with split: train.")]
     read, whole = read_through(recipe)
+    tokenizer, length = _tokenizer_file(recipe.model), plan.resolved.sequence_length
+    if tokenizer is not None and not trainable(recipe, tokenizer, length):
+        what = f"no token would be trained: no row has an answer with loss that begins within {length} tokens"
+        return [Check("data", "fail", what, "Raise sequence_length, shorten the prompts, or look at finetui data.")]
     told = f"{found.train_rows:,} rows to train on, about {found.tokens:,} tokens; {formats}"
     return [Check("data", "ok", told if whole else f"{told}; the first {read:,} rows were read and are sound")]
+
+
+def _tokenizer_file(model: str) -> Path | None:
+    """The tokenizer of a model that is here already, if it can be read without transformers."""
+    folder = Path(model).expanduser() if Path(model).expanduser().is_dir() else _cached(model)
+    file = folder / "tokenizer.json" if folder is not None else None
+    return file if file is not None and file.is_file() and find_spec("tokenizers") is not None else None
+
+
+def _rewards(recipe: Recipe) -> list[Check]:
+    if recipe.method not in ROLLOUT_METHODS:
+        return []
+    from .rewards.judges import check_rewards
+
+    check_rewards(recipe)
+    return [Check("rewards", "ok", ", ".join(reward.name for reward in recipe.rewards))]
+
+
+def _adapters(recipe: Recipe) -> list[Check]:
+    """Adapters made before that the tuning builds on."""
+    from ..planner.stages import PREVIOUS
+    from .adapter_start import find_adapter
+
+    named = [*recipe.tuning.experts, recipe.tuning.start_from]
+    return [Check("adapter", "ok", str(find_adapter(folder))) for folder in named if folder not in ("", PREVIOUS)]
 
 
 def _model(model: str) -> list[Check]:
@@ -309,7 +339,8 @@ def _cached(model: str) -> Path | None:
 
 def _disk(recipe: Recipe, plan: Plan, folder: Path) -> list[Check]:
     resolved, model = plan.resolved, plan.model
-    weights = model.trainable * _WEIGHT_BYTES[resolved.precision]
+    stored = model.parameters if resolved.trains_base else model.trainable  # frozen layers are part of the result
+    weights = stored * _WEIGHT_BYTES[resolved.precision]
     optimizer = model.trainable * _OPTIMIZER_BYTES.get(resolved.optimizer, 8)
     # A new checkpoint is complete before the oldest one goes.
     need = (weights + optimizer) * (recipe.checkpoint.keep + 1) + weights + 64 * 2**20

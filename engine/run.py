@@ -52,6 +52,8 @@ RESERVE_BYTES = 256 * 1024
 #: A live run samples its machine every few seconds; one that is silent for so long is gone.
 SILENCE_S = 120.0
 
+#: What follows a run's name in that of its stages.
+_STAGE = re.compile(r"\.(\d+)-[A-Za-z0-9_-]+")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
 
@@ -176,6 +178,11 @@ class Run:
     def output_path(self) -> Path:
         """Where the finished adapter or model lies."""
         return self.path / "output"
+
+    @property
+    def best_path(self) -> Path:
+        """Folder of the weights that did best on held-out rows, where the recipe keeps them."""
+        return self.path / "best"
 
     def log_path(self, rank: int = 0) -> Path:
         """What one rank printed."""
@@ -332,6 +339,16 @@ class Run:
     def withdraw(self, what: Request) -> None:
         """Take a request back, or mark it as done."""
         (self.path / "control" / what).unlink(missing_ok=True)
+
+
+def trained(run: Run) -> Run:
+    """The run that holds what was learned: itself, or of a run with stages the last of those that have trained."""
+    stages = [path for path in run.path.parent.glob(f"{run.name}.*") if (path / "run.json").is_file()]
+    numbered = [
+        (int(found[1]), Run(path)) for path in stages if (found := _STAGE.fullmatch(path.name[len(run.name) :]))
+    ]
+    finished = [(number, stage) for number, stage in numbered if stage.recorded.state == "finished"]
+    return max(finished, key=lambda one: one[0])[1] if finished else run
 
 
 def default_root() -> Path:

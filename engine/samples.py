@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from .data.formats import Message
+from .data.examples import Message
 from .data.template import render
 from .evaluate import IGNORED
 from .events import Sample
@@ -29,24 +29,32 @@ class Prompt:
 
 
 def held_out_prompts(rows: Any, count: int = PROMPTS) -> list[Prompt]:
-    """The first ``count`` prompts of tokenised rows: what stands before the first trained span, which is the answer.
+    """The first ``count`` different prompts of tokenised rows, none without rows: what stands before the answer.
 
-    Where everything is trained on (plain text), the first half is the prompt.
+    The answer is the first trained span; of a pair the better one; of judged answers a good one. Where everything is
+    trained on (plain text), the first half is the prompt.
     """
     prompts: list[Prompt] = []
-    for index in range(min(len(rows), 4 * count)):
-        row = rows[index]
-        length = (row.get("seq_lengths") or [len(row["input_ids"])])[0]
-        ids, labels = row["input_ids"][:length], row["labels"][:length]
-        start = next((i for i, label in enumerate(labels) if label != IGNORED), length)
-        if start <= 1:
-            start = length // 2
-        end = next((i for i in range(start, length) if labels[i] == IGNORED), length)
-        if 0 < start < end:
-            prompts.append(Prompt(list(ids[:start]), list(ids[start:end])))
+    for index in range(min(0 if rows is None else len(rows), 4 * count)):
+        prompt = _prompt_of(rows[index])
+        if prompt is not None and all(prompt.ids != other.ids for other in prompts):
+            prompts.append(prompt)
         if len(prompts) == count:
             break
     return prompts
+
+
+def _prompt_of(row: Any) -> Prompt | None:
+    if "prompt_ids" in row:
+        expected = row["chosen_ids"] if "chosen_ids" in row else row.get("completion_ids") or []
+        return Prompt(list(row["prompt_ids"]), list(expected)) if row.get("label", True) else None
+    length = (row.get("seq_lengths") or [len(row["input_ids"])])[0]
+    ids, labels = row["input_ids"][:length], row["labels"][:length]
+    start = next((i for i, label in enumerate(labels) if label != IGNORED), length)
+    if start <= 1:
+        start = length // 2
+    end = next((i for i in range(start, length) if labels[i] == IGNORED), length)
+    return Prompt(list(ids[:start]), list(ids[start:end])) if 0 < start < end else None
 
 
 def answer(model: Any, tokenizer: Any, prompts: list[Prompt], step: int, emit: Emit, context: Any) -> None:

@@ -2,7 +2,7 @@
 
     python -P -m finetui.engine.supervisor RUN_DIR
 
-One per run, in a session of its own, without a terminal. It starts every rank, a single one too, through
+One per run, in a session of its own, without a terminal. Several ranks are started through
 ``torch.distributed.elastic``; that needs PyTorch, which takes seconds to import, so the run is claimed, its state
 written and the first samples taken before. Signals:
 
@@ -17,7 +17,6 @@ import argparse
 import contextlib
 import dataclasses
 import json
-import logging
 import os
 import shutil
 import signal
@@ -37,11 +36,13 @@ from ..planner.errors import FinetuiError, RunError
 from ..planner.limits import Limits
 from ..planner.plan import Plan
 from ..planner.version import VERSION
+from . import bytecode
 from .checkpoint import find
 from .events import Failure, Phase, Warn, parse_line
 from .launcher import WORKER, import_environment
 from .learning import learn_from
 from .outcome import EndReason, Facts, Outcome, decide, first_exit
+from .ranks import launcher
 from .run import LIVE_STATES, Run, Status
 from .telemetry import Sampler
 
@@ -125,7 +126,7 @@ def _attempt(run: Run, plan: Plan, limits: Limits, status: Status, worker: Seque
     sampler = Sampler(run.events_path, resolved.gpus if resolved.device == "cuda" else [])
     sampler.start()
     try:
-        run.append(Phase("starting", "loading PyTorch"))
+        run.append(Phase("starting"))
         exit_codes = _ranks(run, plan, limits, status, worker, orders)
         outcome = decide(
             Facts(
@@ -151,7 +152,7 @@ def _attempt(run: Run, plan: Plan, limits: Limits, status: Status, worker: Seque
     run.withdraw("checkpoint")
     run.update(**dataclasses.asdict(outcome), ended=time.time())
     run.free_reserve()
-    if outcome.state == "finished":
+    if outcome.state == "finished" and not plan.stages:  # its stages have taught already
         try:
             learn_from(run, plan)
         except (OSError, KeyError, TypeError):  # a history that can't be kept costs a correction, not a run
@@ -165,7 +166,7 @@ def _ranks(
     """Start the ranks and wait for their end; the exit code of each rank that failed."""
     os.environ.update(_environment(plan, os.environ))
     budget = _Budget.of(run, plan, limits, status)
-    launch = _elastic(run, plan.resolved.world_size, worker)
+    launch = launcher(run, 1 if plan.stages else plan.resolved.world_size, worker)
     failed: dict[int, int] = {}
     crash: list[BaseException] = []
 
@@ -178,7 +179,7 @@ def _ranks(
     if orders.reason is not None or run.requested("stop"):  # asked to end while PyTorch was loading
         orders.reason, orders.forced = orders.reason or "request", True
         return {}
-    # Elastic's loop blocks; in a thread of its own it leaves signals and deadlines to this one. That thread must
+    # Waiting for ranks blocks; in a thread of its own it leaves signals and deadlines to this one. That thread must
     # outlive the ranks: PR_SET_PDEATHSIG, by which they die with the supervisor, goes by the thread that forked.
     thread = threading.Thread(target=work, name="elastic", daemon=True)
     thread.start()
@@ -201,42 +202,6 @@ def _ranks(
     return failed
 
 
-def _elastic(run: Run, world_size: int, worker: Sequence[str]) -> Callable[[], dict[int, int]]:
-    """A function that runs all ranks to their end and gives the exit codes of those that failed."""
-    try:
-        from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
-        from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-        from torch.distributed.launcher.api import LaunchConfig, elastic_launch
-    except ImportError as error:
-        raise FinetuiError(
-            f"PyTorch can't be imported ({error})", do="Install it with: pip install 'finetui[train]'"
-        ) from error
-    # It warns that signals are not handled in its thread; they are, in ours.
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.ERROR)
-    config = LaunchConfig(
-        min_nodes=1,
-        max_nodes=1,
-        nproc_per_node=world_size,
-        run_id=run.name,
-        rdzv_backend="c10d",
-        rdzv_endpoint="127.0.0.1:0",
-        local_addr="127.0.0.1",  # a container's own host name need not resolve
-        max_restarts=0,
-        monitor_interval=0.2,
-        start_method="spawn",
-        logs_specs=DefaultLogsSpecs(log_dir=os.devnull),  # ranks write their own logs
-    )
-
-    def launch() -> dict[int, int]:
-        try:
-            elastic_launch(config, sys.executable)(*worker, str(run.path))
-        except ChildFailedError as error:
-            return {rank: failure.exitcode for rank, failure in error.failures.items()}
-        return {}
-
-    return launch
-
-
 def _environment(plan: Plan, present: Mapping[str, str]) -> dict[str, str]:
     """What the ranks need in their environment; what the user has set by hand stays."""
     resolved = plan.resolved
@@ -253,7 +218,8 @@ def _environment(plan: Plan, present: Mapping[str, str]) -> dict[str, str]:
         wanted["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
     environment = {key: value for key, value in wanted.items() if key not in present}
     visible = ",".join(map(str, resolved.gpus)) if resolved.device == "cuda" else ""
-    return environment | {"CUDA_DEVICE_ORDER": "PCI_BUS_ID", "CUDA_VISIBLE_DEVICES": visible} | import_environment()
+    devices = {"CUDA_DEVICE_ORDER": "PCI_BUS_ID", "CUDA_VISIBLE_DEVICES": visible}
+    return environment | devices | import_environment() | bytecode.environment(present)
 
 
 def _end_ranks(reason: EndReason | None) -> None:

@@ -9,16 +9,20 @@ alone decides on the final state. Exit codes: 0 (trained, or stopped on request)
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import gc
 import os
 import signal
 import sys
 import time
 import traceback
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from .events import EventLog, LogLine, Phase, Warn
+from ..planner.rollout import ROLLOUT_METHODS
+from .events import EventLog, LogLine, Phase, Warn, read_events
 from .failure import classify
 from .run import Run
 
@@ -98,6 +102,7 @@ def attempt(run: Run, rank: Rank | None = None) -> int:
             return 1
         finally:
             _leave_group()
+            gc.unfreeze()  # or extensions would report all that is still there at the end as leaked
             sys.stdout.flush()
     return 0
 
@@ -109,8 +114,6 @@ def work(run: Run, rank: Rank, log: EventLog) -> None:
         UserError: model, data or settings can't be used.
         TrainingError: training ended badly.
     """
-    from .samples import answer, held_out_prompts
-
     recipe, plan = run.recipe, run.plan
     resolved = plan.resolved
 
@@ -119,42 +122,53 @@ def work(run: Run, rank: Rank, log: EventLog) -> None:
         if rank.rank == 0:
             log.append(payload)
 
-    say(Phase("importing", "torch, transformers, peft and trl"))
+    say(Phase("importing", "torch"))
     import torch
 
     device = _join_group(rank, resolved.device)
-    _silence_libraries()
-    from .model import Numerics, load_tokenizer, locate
-    from .trainers.callbacks import Reporter
-    from .trainers.order import Order
-    from .trainers.sft import TokenMeanTrainer, arguments, length
+    from .model import load_tokenizer, locate, read_ahead
 
-    numerics = Numerics.of(resolved)
-    say(Phase("loading the tokenizer", recipe.model))
+    say(Phase("looking for the model", recipe.model))
     folder = _in_turn(rank, lambda: locate(recipe.model))
-    tokenizer, notes = load_tokenizer(folder, recipe.chat_template)
+    resume = _newest_checkpoint(run, rank, say)
+    source = resume.path if resume is not None and resolved.trains_base else folder
+    reading = read_ahead(source, resolved, device)
+    say(Phase("importing", "transformers, peft and trl"))
+    with _collector_at_rest():
+        _silence_libraries()
+        from .adapt import Ground, first_batches
+        from .baseline import ask, can_wait
+        from .optimizers import averaged
+        from .samples import answer, held_out_prompts
+        from .trainers.build import SHOWS_ITSELF, before_training, order_for, trainer_for, usable_rows
+        from .trainers.callbacks import Reporter
+        from .trainers.job import Job
+        from .trainers.settings import length
+
+    say(Phase("loading the tokenizer", recipe.model))
+    tokenizer, notes = load_tokenizer(folder, recipe.chat_template, resolved.options.new_tokens)
     for note in notes:
         say(LogLine(0, note))
 
     rows = _in_turn(rank, lambda: _rows(run, tokenizer, say))
     for warning in rows.facts.warnings:
-        say(Warn(warning, "data", "Raise sequence_length, or leave those rows out."))
+        say(Warn(warning, "data", "Look at them with 'finetui data'."))
     for path, told in rows.facts.formats.items():
         say(LogLine(0, f"data: {path}: {told}"))
+    rows = usable_rows(recipe, resolved, rows, say)
 
-    resume = _newest_checkpoint(run, rank, say)
     say(Phase("loading the model", recipe.model))
-    model, whole_layers = _trainable_model(run, folder, resume, device, say)
     run_length = length(recipe, resolved, len(rows.train), say)
-    order = Order(
-        rows=len(rows.train),
+    ground = Ground(
+        folder=folder,
+        tokenizer=tokenizer,
         steps=run_length.steps,
-        micro_batch=resolved.micro_batch,
-        accumulation=resolved.accumulation,
-        rank=rank.rank,
-        world=rank.world,
-        seed=resolved.seed,
+        rows=lambda: first_batches(rows.train, tokenizer),
+        resumed=resume.path if resume is not None else None,
     )
+    model, whole_layers = _trainable_model(run, source, device, say, reading, ground)
+    say(Phase("preparing the trainer"))
+    order = order_for(recipe, resolved, rows, run_length.steps, rank.rank, rank.world)
     reporter = Reporter(
         run,
         log.append,
@@ -163,49 +177,56 @@ def work(run: Run, rank: Rank, log: EventLog) -> None:
         rank=rank.rank,
         track="tensorboard" in recipe.track,
     )
-    evaluates = rows.evaluation is not None
-    trainer = TokenMeanTrainer(
-        order=order,
-        held_out=rows.evaluation,
-        collate=_collator(tokenizer, device),
-        keep=recipe.checkpoint.keep,
-        emit=say,
-        numerics=numerics,
+    job = Job(
+        run=run,
+        recipe=recipe,
+        resolved=resolved,
+        folder=folder,
+        tokenizer=tokenizer,
+        rows=rows,
         model=model,
-        args=arguments(
-            resolved,
-            run_length,
-            run.path / "checkpoints",
-            resumed=bool(resume),
-            evaluates=evaluates,
-            checkpointed=resolved.checkpointing == "full" and not whole_layers,
-        ),
-        train_dataset=rows.train,
-        processing_class=tokenizer,
-        callbacks=[reporter],
+        device=device,
+        order=order,
+        length=run_length,
+        reporter=reporter,
+        emit=say,
+        resumed=resume is not None,
+        whole_layers=whole_layers,
     )
+    trainer = trainer_for(job)
     reporter.trainer = trainer
-    if device.type == "cuda" and resolved.kernels != "off":
-        trainer.fuse_loss()
     _drop_printer(trainer)
-    prompts = held_out_prompts(rows.evaluation) if evaluates and rank.rank == 0 else []
+    if not before_training(trainer, job):
+        reporter.stopped = True
+        return
+    prompts = held_out_prompts(rows.evaluation) if rank.rank == 0 and resolved.method not in SHOWS_ITSELF else []
 
     def sample(step: int) -> None:
         if prompts:
             say(Phase("answering held-out prompts"))
-            answer(trainer.model, tokenizer, prompts, step, say, numerics.context(device))
+            answer(trainer.model, tokenizer, prompts, step, say, job.numerics.context(device))
 
-    if resume is None:
+    def ask_base() -> None:
+        ask(trainer, sample)
+        say(Phase("training", total=run_length.steps))
+
+    if resume is None and can_wait(model):
+        trainer.args.eval_on_start = False
+        reporter.after_first_step = ask_base
+    elif resume is None:
         sample(0)
     say(Phase("training", total=run_length.steps))
-    torch.manual_seed(resolved.seed)
+    # Ranks that answer the same prompt must not draw the same answer.
+    torch.manual_seed(resolved.seed + (rank.rank if resolved.method in ROLLOUT_METHODS else 0))
     trainer.train(resume_from_checkpoint=str(resume.path) if resume else None)
     if reporter.stopped:
         return
-    sample(trainer.state.global_step)
-    say(Phase("writing the result", "output"))
-    if rank.rank == 0:
-        _write_result(run, trainer.model, tokenizer, folder)
+    trainer.finish()
+    with averaged(trainer.optimizer):
+        sample(trainer.state.global_step)
+        say(Phase("writing the result", "output"))
+        if rank.rank == 0:
+            _write_result(run, trainer, tokenizer, folder)
     _barrier()
 
 
@@ -227,14 +248,6 @@ def _rows(run: Run, tokenizer: Any, say: Any) -> Any:
     return prepare(recipe, data_settings(resolved), tokenizer, data_cache(run), progress)
 
 
-def _collator(tokenizer: Any, device: Any) -> Any:
-    from .data.packing import Collator
-
-    # Attention is planned and kernels are chosen anew for each length on a GPU, which takes up to two seconds: few
-    # lengths, then.
-    return Collator(tokenizer.pad_token_id, multiple_of=128 if device.type == "cuda" else 1)
-
-
 def _newest_checkpoint(run: Run, rank: Rank, say: Any) -> Any:
     """The checkpoint that rank 0 finds sound, for all ranks."""
     from .checkpoint import latest
@@ -254,20 +267,43 @@ def _newest_checkpoint(run: Run, rank: Rank, say: Any) -> Any:
     return found[0]
 
 
-def _trainable_model(run: Run, folder: Any, resume: Any, device: Any, say: Any) -> tuple[Any, bool]:
-    """A full model is loaded from its checkpoint in the first place; adapters are put on the base and read later.
+def _trainable_model(run: Run, source: Any, device: Any, say: Any, reading: Any, ground: Any) -> tuple[Any, bool]:
+    """The model with its adapters and kernels, and whether its layers recompute by themselves what they do not keep.
 
-    The second answer is whether its layers recompute by themselves what they do not keep.
+    Args:
+        source: the base model, or the checkpoint of a full one; a resumed adapter is read later, by the trainer.
+        ground: what some tunings need beside it.
     """
-    from .model import adapt, load_base, patch_kernels
+    from .adapt import adapt
+    from .layers import checkpoint_layers
+    from .model import load_base, patch_kernels
 
     recipe, resolved = run.recipe, run.plan.resolved
-    source = resume.path if resume is not None and resolved.tuning == "full" else folder
-    model = adapt(load_base(source, resolved, device, say), resolved, recipe.model)
-    return model, patch_kernels(model, resolved, device, say)
+    model = adapt(load_base(source, resolved, device, say, reading=reading), resolved, recipe.model, ground)
+    if device.type == "cuda":
+        say(Phase("putting kernels on the model"))
+    whole = patch_kernels(model, resolved, device, say)
+    if not whole:
+        checkpoint_layers(model, resolved, say)
+    return model, whole
 
 
-def _write_result(run: Run, model: Any, tokenizer: Any, folder: Any) -> None:
+def _write_result(run: Run, trainer: Any, tokenizer: Any, folder: Any) -> None:
+    """The best weights where they were kept and did better, else the last ones; with a note which these are."""
+    from .trainers.best import note, take_best
+
+    losses = [event.data for event in read_events(run.events_path) if event.type == "eval"]
+    step = trainer.state.global_step
+    last = next((float(told["loss"]) for told in reversed(losses) if told["step"] == step), None)
+    best = take_best(run.best_path, run.output_path, last)
+    if best is None:
+        save_result(run, run.output_path, trainer.model, tokenizer, folder)
+        note(run.output_path, step, last)
+    else:
+        run.append(LogLine(0, f"the result is of step {best}, which did best on held-out rows"))
+
+
+def save_result(run: Run, target: Any, model: Any, tokenizer: Any, folder: Any) -> None:
     """An adapter as it is; a full model in the format its base was stored in."""
     from .model import stored_dtype
     from .output import set_generation, write_output
@@ -275,7 +311,7 @@ def _write_result(run: Run, model: Any, tokenizer: Any, folder: Any) -> None:
 
     set_generation(model, tokenizer)
     dtype = stored_dtype(folder)
-    write_output(run.output_path, lambda target: save_weights(model, tokenizer, target, dtype=dtype), model)
+    write_output(target, lambda partial: save_weights(model, tokenizer, partial, dtype=dtype), model)
 
 
 # --- processes
@@ -334,6 +370,17 @@ def _in_turn(rank: Rank, make: Any) -> Any:
     if rank.rank == 0:
         _barrier()
     return made
+
+
+@contextlib.contextmanager
+def _collector_at_rest() -> Iterator[None]:
+    """Modules are imported for good: the collector finds nothing to free in them, now or later."""
+    gc.disable()
+    try:
+        yield
+        gc.freeze()
+    finally:
+        gc.enable()
 
 
 def _silence_libraries() -> None:

@@ -13,6 +13,9 @@ from typing import Any
 
 import torch
 
+from ...planner.errors import RunError
+from ...planner.options import VIRTUAL_TOKENS
+from ..adapt import grow_vocabulary
 from ..chat import result_folder
 from ..model import load_base, load_tokenizer, locate, stored_dtype
 from ..output import set_generation, written_whole
@@ -25,10 +28,16 @@ def export_merged(run: Run, destination: Path) -> Path:
     """Write the merged model and its tokenizer to ``destination``; a full fine-tune is copied as it is.
 
     Raises:
-        RunError: the run has no model yet.
+        RunError: the run has no model yet, or what it learned can't be merged.
         UserError: its base model is not to be had.
     """
     folder = result_folder(run)
+    tuning = run.plan.resolved.tuning
+    if tuning in VIRTUAL_TOKENS or tuning == "xlora":
+        what = f"{tuning} tuning learned virtual tokens, which are no part of any weight"
+        if tuning == "xlora":
+            what = "xlora mixes its adapters anew for each token, so that no one weight holds them"
+        raise RunError(what, where=run.name, do=f"Use: finetui export {run.name} --to adapter")
     if not (folder / "adapter_config.json").is_file():
         with written_whole(destination) as partial:
             copy_model_files(folder, partial)
@@ -46,7 +55,10 @@ def merge(run: Run, folder: Path) -> tuple[Any, torch.dtype]:
     from peft import PeftModel
 
     base = locate(run.recipe.model)
+    words = len(run.plan.resolved.options.new_tokens)
     resolved = dataclasses.replace(run.plan.resolved, quantization="none", device="cpu", precision="fp32")
     model = load_base(base, resolved, torch.device("cpu"), lambda _: None, dtype=torch.float32)
+    if words:
+        grow_vocabulary(model, load_tokenizer(folder)[0], words)
     merged = PeftModel.from_pretrained(model, str(folder)).merge_and_unload(safe_merge=True)
     return merged, stored_dtype(base)

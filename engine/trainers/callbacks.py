@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,8 @@ from ..evaluate import reduce_sum
 from ..events import Eval, Fallback, MemoryUse, Metrics, Step, Warn
 from ..model import Emit
 from ..run import Run
-from .sft import Length, TokenMeanTrainer
+from .base import RunTrainer
+from .settings import Length
 
 _GIB = 2**30
 #: Seconds between memory events of a rank once the first few steps are over.
@@ -40,12 +42,14 @@ class Reporter(TrainerCallback):
 
     def __init__(self, run: Run, emit: Emit, length: Length, *, nan_steps: int, rank: int, track: bool) -> None:
         self.run, self.emit, self.length, self.nan_steps, self.rank = run, emit, length, nan_steps, rank
-        self.trainer: TokenMeanTrainer
+        self.trainer: RunTrainer
         self.stopped = False
         """The run was asked to stop, and did."""
+        self.after_first_step: Callable[[], None] | None = None
+        """Called once, when the first step of this attempt has been told; its time is no step's."""
         self._board = _Board(run.path / "tensorboard", emit) if track and rank == 0 else None
         self._marked = self._memory_told = time.perf_counter()
-        self._totals = (0, 0, 0)
+        self._totals: list[int] = [0]
         self._bad_steps = 0
         self._first_step = 0
         self._asked_checkpoint = False
@@ -78,9 +82,8 @@ class Reporter(TrainerCallback):
             asked = [int(self.run.requested("stop")), int(self.run.requested("checkpoint"))]
         counts = self.trainer.take_counts()
         agreed = reduce_sum(torch.cat([counts, counts.new_tensor(asked)]), args.device).tolist()
-        tokens, trained, right, stop, save = agreed
-        self._totals = (tokens, trained, right)
-        self.trainer.tokens += tokens
+        *self._totals, stop, save = agreed
+        self.trainer.tokens += self._totals[0]
         last = state.global_step >= self.length.steps
         self._asked_checkpoint = bool(save)
         if stop and not last:
@@ -107,7 +110,7 @@ class Reporter(TrainerCallback):
             return
         now = time.perf_counter()
         seconds, self._marked = now - self._marked, now
-        tokens, trained, right = self._totals
+        tokens, figures = self._totals[0], self.trainer.figures(self._totals)
         loss, grad_norm = float(logs["loss"]), float(logs.get("grad_norm", math.nan))
         self._tell_memory(args.device, now, early=state.global_step - self._first_step <= 3)
         if self.rank == 0:
@@ -115,7 +118,7 @@ class Reporter(TrainerCallback):
                 self.run.update(state="stopping" if self.stopped else "running")
             step = Step(
                 step=state.global_step,
-                epoch=round(state.global_step * self.trainer.order.batch_size / self.trainer.order.rows, 4),
+                epoch=round(self.trainer.order.passes(state.global_step), 4),
                 loss=loss,
                 learning_rate=float(logs["learning_rate"]),
                 grad_norm=grad_norm,
@@ -125,12 +128,16 @@ class Reporter(TrainerCallback):
                 steps=self.length.steps,
             )
             self.emit(step)
-            self.emit(Metrics(step.step, {"token_accuracy": round(right / max(trained, 1), 5)}))
+            if figures:
+                self.emit(Metrics(step.step, _short(figures)))
             speed = f"{step.tokens_per_s:.0f} tok/s"
             print(f"step {step.step}/{step.steps}  loss {loss:.4f}  lr {step.learning_rate:.3g}  {speed}", flush=True)
             if self._board is not None:
-                self._board.step(step)
+                self._board.step(step, figures)
         self._judge(state.global_step, loss, grad_norm, control)
+        if self.after_first_step is not None and not self.stopped:
+            self.after_first_step()
+            self.after_first_step, self._marked = None, time.perf_counter()
 
     def on_evaluate(
         self,
@@ -143,10 +150,17 @@ class Reporter(TrainerCallback):
         """Tell of a held-out loss."""
         assert metrics is not None
         if self.rank == 0:
-            self.emit(Eval(state.global_step, metrics["eval_loss"]))
-            print(f"step {state.global_step}  held-out loss {metrics['eval_loss']:.4f}")
+            if "eval_loss" in metrics:  # rewards are measured without one
+                self.emit(Eval(state.global_step, metrics["eval_loss"]))
+            further = {name: value for name, value in metrics.items() if name != "eval_loss"}
+            if further:
+                self.emit(Metrics(state.global_step, _short(further)))
+            head = next((name for name in ("eval_loss", "eval_reward") if name in metrics), None)
+            if head is not None:
+                print(f"step {state.global_step}  held-out {head.removeprefix('eval_')} {metrics[head]:.4f}")
             if self._board is not None:
-                self._board.write("eval/loss", metrics["eval_loss"], state.global_step)
+                for name, value in metrics.items():
+                    self._board.write(name.replace("eval_", "eval/", 1), value, state.global_step)
         self._marked = time.perf_counter()
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
@@ -190,6 +204,8 @@ class Reporter(TrainerCallback):
         gradients = [float(norm) for norm in torch._foreach_norm(zeros)]
         unborn = {name.replace("lora_B", "lora_A") for name, weight in zip(names, weights, strict=True) if weight == 0}
         silent = [name for name, norm in zip(names, gradients, strict=True) if norm == 0 and name not in unborn]
+        if self.trainer.may_rest and not any(gradients):
+            return
         if silent and self.rank == 0:
             shown = ", ".join(silent[:3]) + (" …" if len(silent) > 3 else "")
             what = f"{len(silent)} of {len(named)} trainable tensors get no gradient"
@@ -200,6 +216,11 @@ class Reporter(TrainerCallback):
             return
         self._memory_told = now
         self.emit(memory_use(device, self.rank))
+
+
+def _short(figures: dict[str, float]) -> dict[str, float]:
+    """Six digits, which is more than a single-precision mean is worth."""
+    return {name: float(f"{value:.6g}") for name, value in figures.items()}
 
 
 def memory_use(device: torch.device, rank: int) -> MemoryUse:
@@ -233,9 +254,11 @@ class _Board:
             return
         self._writer = SummaryWriter(str(self.folder), purge_step=step + 1 if step else None, flush_secs=10)
 
-    def step(self, step: Step) -> None:
+    def step(self, step: Step, figures: dict[str, float]) -> None:
         for name in ("loss", "learning_rate", "grad_norm", "tokens_per_s"):
             self.write(f"train/{name}", getattr(step, name), step.step)
+        for name, value in figures.items():
+            self.write(f"train/{name}", value, step.step)
 
     def write(self, name: str, value: float, step: int) -> None:
         if self._writer is not None:

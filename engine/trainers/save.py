@@ -6,6 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
+
+from ..initial import as_on_disk
 
 
 def save_weights(model: Any, tokenizer: Any, folder: Path, *, dtype: torch.dtype | None = None) -> None:
@@ -16,7 +19,11 @@ def save_weights(model: Any, tokenizer: Any, folder: Path, *, dtype: torch.dtype
     """
     if hasattr(model, "peft_config"):
         # Embeddings are not trained, and "auto" would ask the Hub whether their size has changed.
-        model.save_pretrained(str(folder), save_embedding_layers=False)
+        with as_on_disk(model) as state:
+            model.save_pretrained(str(folder), save_embedding_layers=False, state_dict=state)
+        mixer = {name: t.detach().contiguous() for name, t in model.named_parameters() if "xlora_classifier" in name}
+        if mixer:  # PEFT 0.21 takes the number of its first layer for the name of an adapter, and leaves it out
+            save_file(mixer, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     else:
         options: dict[str, Any] = {}
         before = model.config.dtype

@@ -21,6 +21,7 @@ from finetui.engine.run import Run
 from finetui.planner.recipe import Recipe
 from finetui.tui.app import FinetuiApp
 from finetui.tui.backend import Backend
+from finetui.tui.widgets.bars import MODES
 
 RECORDED = Path(__file__).parents[1] / "tui" / "data" / "quickstart"
 
@@ -44,7 +45,7 @@ def main() -> None:
     parser.add_argument("target", type=Path)
     parser.add_argument("--run", type=Path, default=RECORDED)
     parser.add_argument("--recipe", type=Path)
-    parser.add_argument("--screen", choices=["plan", "launch", "monitor", "runs"], default="monitor")
+    parser.add_argument("--screen", choices=[mode for _, mode, _ in MODES], default="monitor")
     parser.add_argument("--size", default="100x30", help="columns x rows")
     parser.add_argument("--keys", nargs="*", default=[], help="keys to press first, by Textual's names")
     arguments = parser.parse_args()

@@ -316,3 +316,22 @@ def test_a_hub_that_does_not_answer_or_is_switched_off(monkeypatch: pytest.Monke
     assert (check.status, "does not answer" in check.detail) == ("fail", True)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     assert "switched off" in module._model("org/open")[0].detail
+
+
+def test_data_in_which_nothing_would_be_trained(make_plan: Callable[..., Plan], tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(Path(finetui.__file__).parent / "presets" / "tiny", model)
+    rows = tmp_path / "rows.jsonl"
+
+    def check(*lines: dict[str, Any]) -> Check:
+        rows.write_text("".join(json.dumps(line) + "\n" for line in lines * 20))
+        return found(preflight(Recipe.build({"model": str(model), "data": str(rows)}), make_plan()), "data")
+
+    length = make_plan().resolved.sequence_length
+    long, short = {"prompt": "word " * length, "completion": "a"}, {"prompt": "word", "completion": "a"}
+    assert check(long).status == "fail"
+    assert f"begins within {length} tokens" in check(long).detail
+    assert check(long, short).status == "ok"
+    chat = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a", "weight": 0}]
+    assert check({"messages": chat}).status == "fail"
+    assert check({"messages": [*chat, chat[0], {**chat[1], "weight": 1}]}).status == "ok"

@@ -49,3 +49,23 @@ def test_more_steps_go_on_where_fewer_ended() -> None:
     short, long = (list(Order(rows=9, steps=n, micro_batch=2, accumulation=2, seed=5)) for n in (3, 7))
     assert long[: len(short)] == short
     assert len(long) == 14
+
+
+def test_rows_of_like_length_share_a_micro_batch_and_steps_stay_as_they_are() -> None:
+    lengths = [(7 * i) % 41 for i in range(40)]
+    plain = Order(rows=40, steps=5, micro_batch=2, accumulation=4, seed=1)
+    ranks = [
+        Order(rows=40, steps=5, micro_batch=2, accumulation=2, rank=r, world=2, seed=1, lengths=lengths) for r in (0, 1)
+    ]
+    one = list(Order(rows=40, steps=5, micro_batch=2, accumulation=4, seed=1, lengths=lengths))
+    batches = list(plain)
+    for step in range(5):
+        wanted = sorted(row for batch in batches[4 * step : 4 * step + 4] for row in batch)
+        mine = one[4 * step : 4 * step + 4]
+        assert sorted(row for batch in mine for row in batch) == wanted
+        flat = [lengths[row] for batch in mine for row in batch]
+        assert flat == sorted(flat, reverse=True)
+        shared = [batch for micro in range(2) for batch in (list(rank)[2 * step + micro] for rank in ranks)]
+        assert shared == mine
+    padding = [sum(max(lengths[r] for r in b) * len(b) for b in order) for order in (batches, one)]
+    assert padding[1] < 0.9 * padding[0]

@@ -1,0 +1,78 @@
+"""The ranks of a run as processes: one as a plain child, several through ``torch.distributed.elastic``.
+
+Elastic needs PyTorch, which takes seconds to import here while no rank has begun to import it for itself. A single
+rank has nobody to meet, so it is spared that, and a process group of one.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+
+from ..planner.errors import FinetuiError
+from .run import Run
+
+Launch = Callable[[], dict[int, int]]
+"""Runs all ranks to their end and gives the exit codes of those that failed; a negative code is a signal."""
+
+
+def launcher(run: Run, world_size: int, worker: Sequence[str]) -> Launch:
+    """What starts the ranks of a run, each a session of its own so that it can be ended with all that it started.
+
+    Args:
+        worker: what each rank runs, as arguments of Python before the run directory.
+
+    Raises:
+        FinetuiError: PyTorch is not installed, or can't be imported.
+    """
+    if importlib.util.find_spec("torch") is None:
+        raise FinetuiError("PyTorch is not installed", do="Install it with: pip install 'finetui[train]'")
+    command = [*worker, str(run.path)]
+    return _several(run.name, world_size, command) if world_size > 1 else lambda: _single(command)
+
+
+def _single(command: Sequence[str]) -> dict[int, int]:
+    # Without LOCAL_RANK: libraries take that for a process group to join.
+    place = {"RANK": "0", "WORLD_SIZE": "1"}
+    rank = subprocess.Popen([sys.executable, *command], env={**os.environ, **place}, start_new_session=True)
+    code = rank.wait()
+    return {0: code} if code else {}
+
+
+def _several(name: str, world_size: int, command: Sequence[str]) -> Launch:
+    try:
+        from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
+        from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+        from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+    except ImportError as error:
+        raise FinetuiError(
+            f"PyTorch can't be imported ({error})", do="Install it with: pip install 'finetui[train]'"
+        ) from error
+    # It warns that signals are not handled in its thread; they are, in the supervisor's main one.
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.ERROR)
+    config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=world_size,
+        run_id=name,
+        rdzv_backend="c10d",
+        rdzv_endpoint="127.0.0.1:0",
+        local_addr="127.0.0.1",  # a container's own host name need not resolve
+        max_restarts=0,
+        monitor_interval=0.2,
+        start_method="spawn",
+        logs_specs=DefaultLogsSpecs(log_dir=os.devnull),  # ranks write their own logs
+    )
+
+    def launch() -> dict[int, int]:
+        try:
+            elastic_launch(config, sys.executable)(*command)
+        except ChildFailedError as error:
+            return {rank: failure.exitcode for rank, failure in error.failures.items()}
+        return {}
+
+    return launch

@@ -1,0 +1,285 @@
+"""What the trainers of all methods have in common, over whichever class of TRL they stand on.
+
+Rows come in the order of ``order.py``, a function of the seed; checkpoints are written whole or not at all
+(``../checkpoint.py``); figures go to callbacks and from there to ``events.jsonl``; the optimiser is the recipe's.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import time
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from accelerate.utils import DistributedType
+from torch.utils.data import DataLoader
+
+from ...planner.plan import Resolved
+from .. import checkpoint
+from ..evaluate import reduce_sum
+from ..events import CheckpointSaved
+from ..initial import as_trained
+from ..model import Emit, Numerics
+from ..optimizers import OWN, averaged, optimizer_for
+from .adalora import TakesRanks, add_penalty, allocates, load_state, save_state
+from .flat import flatten, shorten_walks
+from .fused_adamw import fused_adamw
+from .order import Order
+from .save import save_weights
+
+if TYPE_CHECKING:
+    from transformers import Trainer as _Trainer
+else:
+    _Trainer = object
+
+PROGRESS = "progress.json"
+"""What a checkpoint notes down beside the trainer's own state."""
+
+
+class RunTrainer(_Trainer):
+    """A mixin before a trainer of TRL: data order, optimiser, figures and checkpoints as a run wants them.
+
+    Args:
+        order: rows of this rank, micro-batch by micro-batch.
+        held_out: rows that are never trained on, or None.
+        keep: checkpoints that stay on disk.
+        emit: receives events (of rank 0).
+        resolved: the plan, for an optimiser that the trainer does not have.
+        rest: what the trainer of TRL takes.
+    """
+
+    may_rest = False
+    """A step without any gradient is no mistake: all completions scored alike."""
+
+    def __init__(
+        self,
+        *,
+        order: Order,
+        held_out: Any,
+        keep: int,
+        emit: Emit,
+        numerics: Numerics,
+        resolved: Resolved | None = None,
+        **rest: Any,
+    ) -> None:
+        self.order, self.held_out = order, held_out
+        self.keep, self.emit, self.numerics, self.resolved = keep, emit, numerics, resolved
+        self.tokens = 0
+        """Non-padding tokens processed so far, over all ranks and attempts."""
+        self.grad_norm: torch.Tensor | float = math.nan
+        """Norm of the gradient of the step in progress, before clipping."""
+        self._counts: torch.Tensor | None = None
+        self._trained: list[tuple[str, torch.nn.Parameter]] = []
+        with adapters_kept_in_their_format(rest["model"]):
+            super().__init__(**rest)
+        if allocates(self.model):
+            self.add_callback(TakesRanks(self.model))
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
+        """The recipe's optimiser; over many small tensors it takes its steps as over one."""
+        new = self.optimizer is None
+        if new and self.optimizer_cls_and_kwargs is None:
+            self.optimizer_cls_and_kwargs = self._asked_for() or fused_adamw(self.model, self.args, self.emit)
+        optimizer = super().create_optimizer(*args, **kwargs)
+        own = self.resolved is not None and self.resolved.optimizer in OWN
+        adam = self.args.optim in ("adamw_torch_fused", "adamw_bnb_8bit") and not own
+        # The scaler of fp16 looks for each tensor's gradient in the optimiser.
+        on_gpu = self.args.device.type == "cuda" and self.numerics.autocast is not torch.float16
+        # Adapters are small: one more copy of a whole model, for a moment, would not be.
+        if new and adam and on_gpu and hasattr(self.model, "peft_config"):
+            flatten(optimizer)
+        if new:
+            shorten_walks(self.model, [parameter for _, parameter in self.trained_parameters()])
+        return optimizer
+
+    def _asked_for(self) -> Any:
+        """The plan's optimiser where it is none of the trainer's own, or has groups of its own."""
+        if self.resolved is None:
+            return None
+        model: Any = self.model
+        decayed = set(self.get_decay_parameter_names(model))
+        groups = [
+            {"params": [p for n, p in self.trained_parameters() if (n in decayed) is decays], "weight_decay": decay}
+            for decays, decay in ((True, self.args.weight_decay), (False, 0.0))
+        ]
+        stock = partial(self.get_optimizer_cls_and_kwargs, self.args, model)
+        return optimizer_for(model, self.resolved, groups, stock)
+
+    def trained_parameters(self) -> list[tuple[str, torch.nn.Parameter]]:
+        """What is updated, by name; found once, since a walk over a large model takes as long as a layer."""
+        model: Any = self.model
+        if not self._trained:
+            self._trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+        return self._trained
+
+    def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
+        """Forward and backward of one micro-batch, with what an adapter adds to its loss."""
+        loss: torch.Tensor = super().training_step(model, inputs, num_items_in_batch)
+        if allocates(self.model):
+            scaler = self.accelerator.scaler
+            add_penalty(self.model, (scaler.get_scale() if scaler else 1.0) / self.args.gradient_accumulation_steps)
+        return loss
+
+    # --- data
+
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        """This rank's micro-batches; not prepared by accelerate, which would deal out rows in its own order."""
+        rows: Any = self.train_dataset
+        return DataLoader(
+            rows,
+            batch_sampler=self.order,
+            collate_fn=self.data_collator,
+            pin_memory=self.args.device.type == "cuda",
+            generator=torch.Generator().manual_seed(self.args.seed),
+        )
+
+    # --- figures
+
+    def count(self, counts: torch.Tensor) -> None:
+        """Add what one micro-batch counted to what this rank tells at the end of the step."""
+        self._counts = counts if self._counts is None else self._counts + counts
+
+    def take_counts(self) -> torch.Tensor:
+        """What this rank counted since the last call, tokens first; stays on the device."""
+        assert self._counts is not None, "no micro-batch has been computed"
+        counts, self._counts = self._counts, None
+        return counts
+
+    def figures(self, counts: list[int]) -> dict[str, float]:
+        """Further figures of a step, by name, from the counts of all ranks: those that TRL's trainer has gathered."""
+        gathered: dict[str, list[float]] = getattr(self, "_metrics", {}).get("train", {})
+        told = self.named(gathered)
+        gathered.clear()
+        return told
+
+    def named(self, gathered: dict[str, list[float]]) -> dict[str, float]:
+        """Means of what TRL's trainer gathered, under the names that events have."""
+        return {name: sum(values) / len(values) for name, values in gathered.items() if values and name != "num_tokens"}
+
+    def _clip_grad_norm(self, model: Any) -> Any:
+        """As the trainer does it, but over what has gradients: a walk over all modules takes as long as a layer."""
+        if self.accelerator.distributed_type not in (DistributedType.NO, DistributedType.MULTI_GPU):
+            return super()._clip_grad_norm(model)
+        return self.accelerator.clip_grad_norm_([p for _, p in self.trained_parameters()], self.args.max_grad_norm)
+
+    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
+        self.grad_norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        return self.grad_norm
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        """Not counted here: the planner knows the model's arithmetic better than a parameter count does."""
+        return 0
+
+    def measure(self) -> dict[str, float]:
+        """Figures over the held-out rows now, ``loss`` among them."""
+        raise NotImplementedError
+
+    def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
+        """Held-out figures as the trainer's callbacks expect them."""
+        if self.held_out is None:
+            return {}
+        with averaged(self.optimizer):
+            metrics = {f"eval_{name}": value for name, value in self.measure().items()}
+            self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Hand figures to the callbacks; no history is kept, since events.jsonl is that history."""
+        self.control = self.callback_handler.on_log(self.args, self.state, self.control, logs)
+
+    def _maybe_log_save_evaluate(self, tr_loss: torch.Tensor, *rest: Any, **more: Any) -> None:
+        """The trainer takes the loss that it has told off its sum; what remains of a nan would be nan for good."""
+        super()._maybe_log_save_evaluate(tr_loss, *rest, **more)
+        tr_loss.zero_()
+
+    # --- checkpoints
+
+    def save_model_weights(self, folder: Path) -> None:
+        """Write what ``from_pretrained`` will read."""
+        save_weights(self.model, self.processing_class, folder)
+
+    def finish(self) -> None:
+        """Leave the model as it is to be written out; most have nothing to take off."""
+
+    def save_extra(self, folder: Path) -> None:
+        """Write what this rank of a method needs beside weights, optimiser and random state; most need nothing."""
+
+    def load_extra(self, folder: Path) -> None:
+        """Read back what :meth:`save_extra` wrote."""
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """All ranks write their part into a hidden folder; rank 0 gives it its name when every part is there."""
+        began = time.perf_counter()
+        step = self.state.global_step
+        directory = Path(str(self.args.output_dir))
+        partial = directory / f"{checkpoint.PARTIAL_PREFIX}{checkpoint.folder_name(step)}"
+        with self._all_or_none(partial):
+            if self.args.should_save:
+                checkpoint.begin(directory, step)
+        facts = {"tokens": self.tokens, "rows": self.order.rows, "batch_size": self.order.batch_size}
+        with self._all_or_none(partial):
+            if self.args.should_save:
+                self.save_model_weights(partial)
+            self._save_optimizer_and_scheduler(str(partial))
+            self._save_scaler(str(partial))
+            self._save_rng_state(str(partial))
+            if allocates(self.model) and self.args.should_save:
+                save_state(self.model, partial)
+            self.save_extra(partial)
+            if self.args.should_save:
+                self.state.save_to_json(str(partial / "trainer_state.json"))
+                (partial / PROGRESS).write_text(json.dumps(facts), encoding="utf-8")
+        with self._all_or_none(partial):
+            if self.args.should_save:
+                saved = checkpoint.commit(partial, step, keep=self.keep, facts=facts)
+                seconds = round(time.perf_counter() - began, 3)
+                self.emit(CheckpointSaved(step, f"checkpoints/{saved.path.name}", saved.bytes, seconds))
+
+    @contextlib.contextmanager
+    def _all_or_none(self, partial: Path) -> Iterator[None]:
+        """If a rank fails in the block, every rank fails after it, none waits for ever, and nothing partial stays."""
+        failure: Exception | None = None
+        try:
+            with checkpoint.reported_as_disk_error("the checkpoint can't be written", partial.parent):
+                yield
+        except Exception as error:
+            failure = error
+        failed = reduce_sum(torch.tensor(int(failure is not None)), self.args.device).item()
+        if failed and self.args.should_save:
+            checkpoint.discard(partial)
+        if failure is not None:
+            raise failure
+        if failed:
+            raise RuntimeError("another rank could not write its part of the checkpoint")
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        """Adapters are read back in place; a full model was loaded from the checkpoint in the first place."""
+        folder = Path(resume_from_checkpoint)
+        self.tokens = json.loads((folder / PROGRESS).read_text(encoding="utf-8"))["tokens"]
+        if allocates(self.model):
+            load_state(self.model, folder)
+        elif (folder / "adapter_model.safetensors").is_file():
+            from peft import set_peft_model_state_dict
+            from safetensors.torch import load_file
+
+            result: Any = set_peft_model_state_dict(
+                self.model, as_trained(load_file(folder / "adapter_model.safetensors"), self.model)
+            )
+            strange = set(result.unexpected_keys) - {"prompt_embeddings"}  # read by name into the prompt encoder
+            assert not strange, f"adapter of another shape: {sorted(strange)[:3]}"
+        self.load_extra(folder)
+
+
+@contextlib.contextmanager
+def adapters_kept_in_their_format(model: Any) -> Iterator[None]:
+    """Undo TRL's cast of a quantised model's adapters to bf16, in which small updates are rounded away."""
+    before = {name: parameter.data for name, parameter in model.named_parameters() if parameter.requires_grad}
+    yield
+    for name, parameter in model.named_parameters():
+        if name in before and parameter.dtype != before[name].dtype:
+            parameter.data = before[name].to(parameter.device)

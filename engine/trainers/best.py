@@ -1,0 +1,93 @@
+"""The weights that did best on held-out rows: kept beside the checkpoints, and made the result where training went on
+to something worse. Without an improvement for some evaluations in a row, training ends.
+
+What was measured before is read from the run's own events, so that a run that is resumed judges as one that was not.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from ..events import LogLine, read_events
+from ..output import written_whole
+
+if TYPE_CHECKING:
+    from .job import Job
+
+NOTE = "training.json"
+"""In the folder of a result: the step it is of, and its held-out loss (or reward)."""
+
+
+class KeepsBest(TrainerCallback):
+    """After each evaluation: keep the weights if they are the best so far, and end training that no longer improves."""
+
+    def __init__(self, job: Job) -> None:
+        self.job = job
+        self.patience = job.recipe.evaluation.patience
+        self.measured: dict[int, float] = {}
+        """Loss (the negative of a reward) by step."""
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Evaluations of earlier attempts, as far as this one goes on from."""
+        for event in read_events(self.job.run.events_path):
+            if event.type == "eval" and 0 < event.data["step"] <= state.global_step:
+                self.measured[event.data["step"]] = float(event.data["loss"])
+
+    def on_evaluate(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        metrics: dict[str, float] | None = None,
+        **more: Any,
+    ) -> None:
+        """Judge, of the same figures on every rank."""
+        if not state.global_step or metrics is None:  # step 0 is the model that training began with
+            return
+        loss = metrics["eval_loss"] if "eval_loss" in metrics else -metrics["eval_reward"]
+        before = min(self.measured.values(), default=float("inf"))
+        self.measured[state.global_step] = loss
+        if loss < before and args.should_save:
+            keep(self.job, more["model"], state.global_step, loss)
+        since = self._since()
+        if self.patience is not None and since >= self.patience and state.global_step < state.max_steps:
+            best = min(self.measured, key=lambda step: (self.measured[step], step))
+            words = f"ended early: {since} evaluations without improvement on step {best}"
+            self.job.emit(LogLine(0, words))
+            control.should_training_stop = True
+
+    def _since(self) -> int:
+        """Evaluations since the best one."""
+        steps = sorted(self.measured)
+        best = min(steps, key=lambda step: (self.measured[step], step))
+        return len(steps) - 1 - steps.index(best)
+
+
+def keep(job: Job, model: Any, step: int, loss: float) -> None:
+    """Write the weights as a result is written, with a note of what they are."""
+    from ..worker import save_result
+
+    save_result(job.run, job.run.best_path, model, job.tokenizer, job.folder)
+    note(job.run.best_path, step, loss)
+
+
+def note(folder: Path, step: int, loss: float | None) -> None:
+    """Say in a result's folder what it is."""
+    (folder / NOTE).write_text(json.dumps({"step": step, "held_out_loss": loss}) + "\n", encoding="utf-8")
+
+
+def take_best(best: Path, output: Path, last_loss: float | None) -> int | None:
+    """Make the best weights the result if they did better than the last ones; their step, or None."""
+    if not (best / NOTE).is_file() or last_loss is None:
+        return None
+    told = json.loads((best / NOTE).read_text(encoding="utf-8"))
+    if told["held_out_loss"] >= last_loss:
+        return None
+    with written_whole(output) as partial:
+        shutil.copytree(best, partial, dirs_exist_ok=True)
+    return int(told["step"])

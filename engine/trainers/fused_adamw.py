@@ -1,0 +1,60 @@
+"""The optimiser of weights that are themselves trained in bf16: AdamW in one launch, with stochastic rounding.
+
+A bf16 weight has steps of 1/256 of its size. At the learning rates of full fine-tuning (1e-5) an update is a small
+part of such a step, and rounding to nearest loses it; rounded at random, updates add up to what they should.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from ..events import Fallback
+
+#: How states are stored, by the trainer's own name of the optimiser that this one stands in for.
+_STATES = {"adamw_torch_fused": "bf16", "adamw_bnb_8bit": "8bit"}
+
+
+def fused_adamw(
+    model: Any, args: Any, emit: Callable[[Any], object]
+) -> tuple[type[torch.optim.Optimizer], dict[str, Any]] | None:
+    """The class and its arguments, in the form that a trainer takes; None if the trainer's own optimiser serves.
+
+    Args:
+        args: the trainer's settings.
+        emit: is told where the trainer's own has to serve though this one was due.
+    """
+    optim = str(getattr(args.optim, "value", args.optim))
+    trained = [p for p in model.parameters() if p.requires_grad]
+    if optim not in _STATES or not trained or any(p.dtype != torch.bfloat16 or not p.is_cuda for p in trained):
+        return None
+    why = _unusable(trained)
+    if why:
+        emit(Fallback("optimizer: without stochastic rounding", why))
+        return None
+    from ...kernels.adamw import AdamW
+
+    # Rows of an embedding get gradients of very different sizes, and share scales (arXiv 2110.02861, section 2.3).
+    wide = [m.weight for m in model.modules() if isinstance(m, torch.nn.Embedding)]
+    return AdamW, {
+        "lr": args.learning_rate,
+        "betas": (args.adam_beta1, args.adam_beta2),
+        "eps": args.adam_epsilon,
+        "states": _STATES[optim],
+        "wide": wide,
+        "seed": args.seed,
+    }
+
+
+def _unusable(trained: list[torch.nn.Parameter]) -> str:
+    if any(not p.is_contiguous() or not isinstance(p, torch.nn.Parameter) or hasattr(p, "placements") for p in trained):
+        return "the weights are sharded or not contiguous"
+    try:
+        from ...kernels import adamw
+    except ImportError as error:
+        if (error.name or "").partition(".")[0] != "triton":
+            raise
+        return f"Triton can't be imported ({error})"
+    return adamw.prove(trained[0].device).why

@@ -1,0 +1,67 @@
+"""When full fine-tuning gets the fused optimiser, and with which states."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+from finetui.engine.trainers.fused_adamw import fused_adamw
+
+
+def settings(optim="adamw_bnb_8bit"):
+    return SimpleNamespace(
+        optim=SimpleNamespace(value=optim),
+        learning_rate=1e-5,
+        adam_beta1=0.9,
+        adam_beta2=0.95,
+        adam_epsilon=1e-8,
+        seed=7,
+    )
+
+
+def model(device="cpu", dtype=torch.bfloat16):
+    return nn.Sequential(nn.Embedding(64, 128), nn.Linear(128, 128)).to(device, dtype)
+
+
+def refuse(event):
+    raise AssertionError(event)
+
+
+def test_off_the_gpu_the_trainer_keeps_its_own():
+    assert fused_adamw(model(), settings(), refuse) is None
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize(("optim", "states"), [("adamw_bnb_8bit", "8bit"), ("adamw_torch_fused", "bf16")])
+def test_bf16_weights_on_a_gpu_get_it(optim, states):
+    trained = model("cuda")
+    kind, options = fused_adamw(trained, settings(optim), refuse)
+    optimizer = kind(trained.parameters(), **options)
+    for p in trained.parameters():
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    assert optimizer.defaults["states"] == states
+    assert optimizer.defaults["betas"] == (0.9, 0.95)
+    if states == "8bit":
+        assert optimizer.state[trained[0].weight]["exp_avg"].dtype == torch.float32, "an embedding in 8 bits"
+        assert optimizer.state[trained[1].weight]["exp_avg"].dtype == torch.uint8
+
+
+@pytest.mark.cuda
+def test_other_weights_and_other_optimisers_do_not():
+    assert fused_adamw(model("cuda", torch.float32), settings(), refuse) is None
+    assert fused_adamw(model("cuda"), settings("adafactor"), refuse) is None
+
+
+@pytest.mark.cuda
+def test_where_it_is_due_and_can_not_serve_an_event_says_so(monkeypatch):
+    from finetui.kernels import adamw
+    from finetui.kernels.selfcheck import Verdict
+
+    monkeypatch.setattr(adamw, "prove", lambda device: Verdict(False, "it is wrong here"))
+    told = []
+    assert fused_adamw(model("cuda"), settings(), told.append) is None
+    assert "it is wrong here" in str(told)
