@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from ..engine.run import Run
     from ..planner.recipe import Recipe
 
-Mode = Literal["plan", "launch", "monitor", "runs"]
+Mode = Literal["plan", "gpus", "data", "launch", "monitor", "runs", "compare", "logs"]
 
 #: What is planned when nothing is asked for: a well-known model, on a GPU that many have.
 FIRST_TREE: Tree = {"model": "Qwen/Qwen3-8B", "tuning": {"type": "qlora"}}
@@ -60,6 +60,18 @@ def _plan_screen() -> Screen[Any]:
     return PlanScreen()
 
 
+def _gpus_screen() -> Screen[Any]:
+    from .screens.gpus import GpusScreen
+
+    return GpusScreen()
+
+
+def _data_screen() -> Screen[Any]:
+    from .screens.data import DataScreen
+
+    return DataScreen()
+
+
 def _launch_screen() -> Screen[Any]:
     from .screens.launch import LaunchScreen
 
@@ -76,6 +88,18 @@ def _runs_screen() -> Screen[Any]:
     from .screens.runs import RunsScreen
 
     return RunsScreen()
+
+
+def _compare_screen() -> Screen[Any]:
+    from .screens.compare import CompareScreen
+
+    return CompareScreen()
+
+
+def _logs_screen() -> Screen[Any]:
+    from .screens.logs import LogsScreen
+
+    return LogsScreen()
 
 
 class FinetuiApp(App[None]):
@@ -95,9 +119,13 @@ class FinetuiApp(App[None]):
     BINDINGS = bindings("app")
     MODES: ClassVar[dict[str, str | Callable[[], Screen[Any]]]] = {
         "plan": _plan_screen,
+        "gpus": _gpus_screen,
+        "data": _data_screen,
         "launch": _launch_screen,
         "monitor": _monitor_screen,
         "runs": _runs_screen,
+        "compare": _compare_screen,
+        "logs": _logs_screen,
     }
     PAUSE_GC_ON_SCROLL = True
 
@@ -118,6 +146,8 @@ class FinetuiApp(App[None]):
         self.backend = backend or Backend()
         self.planner = DraftPlanner(self.backend)
         self.watched = run
+        self.marked: list[Run] = []
+        """Runs that are compared; without any, the two newest."""
         self.draft: Tree = recipe.to_dict() if recipe is not None else dict(FIRST_TREE)
         self.recipe_path = recipe_path
         self.recipe: Recipe | None = None
@@ -183,6 +213,11 @@ class FinetuiApp(App[None]):
         self.draft, self.recipe_path, self.edited = recipe.to_dict(), path.resolve(), False
         self.recipe = self.plan = None
 
+    def edit(self, draft: Tree) -> None:
+        """Make a draft the one that is planned; it is not what any file holds."""
+        self.draft, self.recipe_path, self.edited = draft, None, True
+        self.recipe = self.plan = None
+
     # --- keys
 
     def action_mode(self, mode: Mode) -> None:
@@ -241,7 +276,8 @@ def run_app(
     """
     # Textual draws on standard error and reads standard input.
     tty = all(stream is not None and stream.isatty() for stream in (sys.__stdin__, sys.__stdout__, sys.__stderr__))
-    if why := terminal.refusal(os.environ, tty=tty):
+    browser = "TEXTUAL_DRIVER" in os.environ  # textual-serve brings its own, on pipes
+    if not browser and (why := terminal.refusal(os.environ, tty=tty)):
         raise UserError(why, do="Use a verb instead, such as: finetui plan, finetui runs or finetui attach RUN")
     os.environ.setdefault("TEXTUAL_SMOOTH_SCROLL", "0")
     app = FinetuiApp(
@@ -249,9 +285,9 @@ def run_app(
         run,
         recipe,
         recipe_path=recipe_path,
-        ascii_only=terminal.wants_ascii(os.environ),
-        theme=terminal.theme_for(os.environ),
-        driver_class=terminal.forgiving_driver(),
+        ascii_only=not browser and terminal.wants_ascii(os.environ),
+        theme="finetui" if browser else terminal.theme_for(os.environ),
+        driver_class=None if browser else terminal.forgiving_driver(),
     )
     terminal.watch_for_hangup()
     app.run(mouse=os.environ.get("FINETUI_MOUSE", "1") != "0")

@@ -19,9 +19,13 @@ if TYPE_CHECKING:
     from ..engine.run import Run
     from ..planner.plan import Plan
     from ..planner.recipe import Recipe
+    from .data_look import DataLook
+    from .offers import OfferRow
 
 #: Models remembered per user.
 _RECENT = 12
+#: Examples that the Data screen goes through.
+_EXAMPLES = 20
 
 
 def _plan(recipe: Recipe) -> Plan:
@@ -111,6 +115,40 @@ def _remember_model(model: str) -> None:
         return  # a home that can't be written costs a suggestion, not a run
 
 
+def _offers(recipe: Recipe, spot: bool) -> list[OfferRow]:
+    from ..engine.planning import plan_for, workload_of
+    from ..planner.architecture import Architecture
+    from ..planner.hub import find_config
+    from ..planner.limits import HardwareRequest
+    from ..planner.ranking import rank_offers
+    from .offers import OfferRow, with_frontier
+
+    hardware = recipe.hardware.model_dump(exclude={"gpu", "gpus", "device", "strategy", "usd_per_h"})
+    anywhere = recipe.model_copy(update={"hardware": HardwareRequest(**hardware)})
+    name, config, _ = find_config(recipe.model)
+    ranked = rank_offers(
+        anywhere, Architecture.from_config(config, name), workload_of(recipe), spot=spot, everything=True
+    )
+    rows = [
+        OfferRow(
+            entry.offer.provider,
+            entry.offer.gpu,
+            entry.offer.count,
+            entry.plan,
+            (entry.offer.usd_per_h_spot if spot else entry.offer.usd_per_h) or 0.0,
+            entry.usd,
+            entry.offer.as_of,
+            entry.stale,
+            entry.offer.source,
+        )
+        for entry in ranked
+    ]
+    here = plan_for(anywhere)
+    if here.hardware.kind == "cuda":
+        rows.insert(0, OfferRow("this machine", here.hardware.gpu, here.hardware.count, here, 0.0, 0.0))
+    return with_frontier(rows)
+
+
 def _machine() -> str:
     from ..planner.hardware import this_machine
 
@@ -131,6 +169,12 @@ def _data(recipe: Recipe) -> list[str]:
         rows = f", {about}{source.rows:,} rows" if source.rows is not None else ", not downloaded yet"
         found.append(f"{source.format or 'hub dataset'}{rows}")
     return found
+
+
+def _look(recipe: Recipe) -> DataLook:
+    from .data_look import look_at
+
+    return look_at(recipe, _EXAMPLES)
 
 
 def _runs() -> list[Run]:
@@ -160,8 +204,11 @@ class Backend:
     runs: Callable[[], list[Run]] = _runs
     models: Callable[[], list[str]] = _models
     gpus: Callable[[], list[str]] = _gpus
+    offers: Callable[[Recipe, bool], list[OfferRow]] = _offers
+    """Every offer for a recipe, at spot prices if the second argument says so, and this machine's GPUs first."""
     machine: Callable[[], str] = _machine
     data: Callable[[Recipe], list[str]] = _data
     """One line per source that is trained on: its format and how many rows it has."""
+    look: Callable[[Recipe], DataLook] = _look
     root: Callable[[], Path] = _root
     now: Callable[[], float] = time.time

@@ -28,11 +28,16 @@ VERBS: dict[str, str] = {
     "runs": "runs",
     "attach": "attach",
     "logs": "logs",
+    "compare": "compare",
+    "top": "top",
+    "serve": "serve",
     "stop": "stop",
     "resume": "resume",
     "data": "data",
     "chat": "chat",
     "export": "export",
+    "bench": "bench",
+    "doctor": "doctor",
 }
 
 

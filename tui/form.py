@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from ..planner.options import SHORT, TUNING_KEYS
 from ..planner.plan import Plan
 from . import format  # noqa: A004
 
@@ -38,14 +39,24 @@ class FieldSpec:
     resolved: Callable[[Plan], str] | None = None
 
 
+_TUNINGS = (
+    "full", "lora", "qlora", "lora-fp8", "dora", "rslora", "pissa", "loftq", "adalora", "ia3", "vera", "oft", "loha",
+    "lokr", "prompt", "prefix",
+)  # fmt: skip
+_OPTIMIZERS = (
+    "auto", "adamw", "adamw-8bit", "paged-adamw-8bit", "lion", "muon", "adafactor", "galore", "apollo", "schedule-free",
+    "sgd",
+)  # fmt: skip
+_METHODS = ("sft", "pretrain", "dpo", "ipo", "orpo", "kto", "cpo", "simpo", "reward", "grpo", "rloo", "ppo")
+
 FIELDS: tuple[FieldSpec, ...] = (
     FieldSpec("model", "model", "A hub id, a folder or a config.json", auto=False),
-    FieldSpec("method", "method", "What is learned from the data", ("sft", "pretrain"), True, False),
+    FieldSpec("method", "method", "What is learned from the data", _METHODS, True, False),
     FieldSpec(
         "tuning.type",
         "tuning",
         "qlora: adapters on a 4-bit base",
-        ("full", "lora", "qlora"),
+        _TUNINGS,
         True,
         False,
     ),
@@ -87,15 +98,15 @@ FIELDS: tuple[FieldSpec, ...] = (
         "optimizer.name",
         "optimizer",
         "auto: AdamW, in 8 bits if memory is short",
-        ("auto", "adamw", "adamw-8bit", "paged-adamw-8bit", "sgd", "adafactor"),
+        _OPTIMIZERS,
         True,
         resolved=lambda plan: plan.resolved.optimizer,
     ),
     FieldSpec(
         "hardware.checkpointing",
         "checkpointing",
-        "full: recompute activations, keep none",
-        ("auto", "none", "full"),
+        "What layers compute again to save memory",
+        ("auto", "none", "selective", "offload", "full"),
         True,
         resolved=lambda plan: plan.resolved.checkpointing,
     ),
@@ -135,7 +146,6 @@ def _held_out(source: Any) -> bool:
 
 
 _DEFAULTS = {"model": "", "method": "sft", "tuning.type": "lora", "tuning.rank": "16", "epochs": "1"}
-_ADAPTER_KEYS = ("rank", "alpha", "dropout", "targets")
 
 
 def put(tree: Tree, key: str, text: str) -> Tree:
@@ -181,11 +191,10 @@ def _put_value(tree: Tree, key: str, text: str) -> None:
         target.pop(name, None)
     else:
         target[name] = _parsed(text)
-    if key == "tuning.type" and text == "full":
-        for adapter_key in _ADAPTER_KEYS:
-            target.pop(adapter_key, None)
     if key == "tuning.type":
-        target.pop("quantization", None)
+        kept = TUNING_KEYS.get(SHORT.get(text, {"type": text})["type"], set()) - set(SHORT.get(text, ()))
+        for adapter_key in set(target) - kept - {"type"}:
+            target.pop(adapter_key)
     if key == "batch_size" and name in tree:
         tree.pop("batch_tokens", None)
 

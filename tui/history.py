@@ -63,6 +63,8 @@ class History:
     learning_rate: Series = field(default_factory=Series)
     grad_norm: Series = field(default_factory=Series)
     tokens_per_s: Series = field(default_factory=Series)
+    metrics: dict[str, Series] = field(default_factory=dict)
+    """Further figures of the method (rewards, margins, KL) under the trainer's names."""
     gpus: dict[int, dict] = field(default_factory=dict)
     gpu_times: dict[int, float] = field(default_factory=dict)
     host: dict = field(default_factory=dict)
@@ -100,6 +102,15 @@ class History:
         """What was spent so far at the plan's price; 0 on hardware that is already there."""
         return plan.cost.usd_per_h * elapsed_s / 3600 if plan is not None else 0.0
 
+    def median_rate(self) -> float:
+        """Median tokens/s of the newest steps, or NaN."""
+        rates = sorted(bucket.end for bucket in self.tokens_per_s.buckets[-64:] if bucket.count)
+        return rates[len(rates) // 2] if rates else math.nan
+
+    def telling_metrics(self) -> list[str]:
+        """Names of the further figures, those that one looks at first in front."""
+        return sorted(self.metrics, key=lambda name: (_rank(name), name))
+
     def best_evaluation(self) -> float:
         """The lowest held-out loss, or NaN."""
         return self.evaluation.lowest
@@ -128,8 +139,8 @@ class History:
             self._settling -= 1
         else:
             self._pace.append((time, step))
-        loss = _number(data.get("loss"))
-        grad_norm = _number(data.get("grad_norm"))
+        loss = number(data.get("loss"))
+        grad_norm = number(data.get("grad_norm"))
         before = self.average.latest if self.average else math.nan
         self.loss.append(step, loss)
         if math.isfinite(loss):
@@ -138,26 +149,31 @@ class History:
             self.average.append(step, loss if math.isnan(before) else before + weight * (loss - before))
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):
             self.not_finite += 1
-        self.learning_rate.append(step, _number(data.get("learning_rate")))
+        self.learning_rate.append(step, number(data.get("learning_rate")))
         self.grad_norm.append(step, grad_norm)
-        self.tokens_per_s.append(step, _number(data.get("tokens_per_s")))
-        rate = _number(data.get("tokens_per_s"))
+        self.tokens_per_s.append(step, number(data.get("tokens_per_s")))
+        rate = number(data.get("tokens_per_s"))
         self._say(
             time,
             "step",
-            f"step {step}  loss {format.loss(loss)}  lr {_number(data.get('learning_rate')):.2e}"
+            f"step {step}  loss {format.loss(loss)}  lr {number(data.get('learning_rate')):.2e}"
             f"  grad norm {grad_norm:.3g}  {format.rate(rate) if math.isfinite(rate) else '–'} tok/s",
         )
 
     def _on_eval(self, data: dict, time: float) -> None:
-        loss = _number(data.get("loss"))
+        loss = number(data.get("loss"))
         self.evaluation.append(int(data.get("step", 0)), loss)
         self._say(time, "eval", f"held-out loss {format.loss(loss)} after step {data.get('step', 0)}")
 
+    def _on_metrics(self, data: dict, time: float) -> None:
+        step = int(data.get("step", 0))
+        for name, value in (data.get("values") or {}).items():
+            self.metrics.setdefault(name, Series()).append(step, number(value))
+
     def _on_memory(self, data: dict, time: float) -> None:
         rank = int(data.get("rank", 0))
-        self.peak_gib[rank] = max(_number(data.get("peak_gib")), self.peak_gib.get(rank, 0.0))
-        self.reserved_gib[rank] = max(_number(data.get("reserved_gib")), self.reserved_gib.get(rank, 0.0))
+        self.peak_gib[rank] = max(number(data.get("peak_gib")), self.peak_gib.get(rank, 0.0))
+        self.reserved_gib[rank] = max(number(data.get("reserved_gib")), self.reserved_gib.get(rank, 0.0))
 
     def _on_gpu(self, data: dict, time: float) -> None:
         index = int(data.get("index", 0))
@@ -201,6 +217,18 @@ class History:
             known.after, known.step = answer, step
 
 
-def _number(value: object) -> float:
+#: What one looks at first, by what the name holds: whether answers get better, and whether the model drifts away.
+_TELLING = ("accuracies", "reward", "margins", "kl", "accuracy", "entropy")
+
+
+def _rank(name: str) -> int:
+    last = name.rpartition("/")[2]
+    for rank, word in enumerate(_TELLING):
+        if last == word or name == word:
+            return rank
+    return len(_TELLING) + any(part in ("eval", "std") for part in name.replace("_", "/").split("/"))
+
+
+def number(value: object) -> float:
     """A figure of an event; one that is missing or no number is NaN."""
     return float(value) if isinstance(value, int | float) else math.nan

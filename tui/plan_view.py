@@ -6,7 +6,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from ..planner.plan import Plan
+from ..planner.plan import Plan, StagePlan
 from .format import count, duration, gib, rate, usd
 
 _BAR = 32
@@ -33,9 +33,12 @@ def print_plan(plan: Plan, console: Console | None = None) -> None:
     head = Text(f"{glyph} {words}", style=style)
     head.append(f" on {where}: {gib(memory.device_gib)} of {gib(hardware.memory_gib)} ({interval})", style="default")
     console.print(head)
-    adapter = "" if r.tuning == "full" else f" r={r.rank}"
+    if plan.stages:
+        _print_stages(plan, console)
+    adapter = f" r={r.rank}" if r.rank else ""
+    named = f" {largest}" if (largest := _largest(plan)) else ""
     console.print(
-        f"  {plan.model.name}: {count(plan.model.parameters)} parameters, {count(plan.model.trainable)} trained "
+        f"  {plan.model.name}{named}: {count(plan.model.parameters)} parameters, {count(plan.model.trainable)} trained "
         f"({r.method}, {r.tuning}{adapter})"
     )
     console.print()
@@ -70,3 +73,34 @@ def print_plan(plan: Plan, console: Console | None = None) -> None:
         console.print(why)
     for warning in plan.warnings:
         console.print(Text(f"! {warning}", style="yellow"))
+
+
+def _print_stages(plan: Plan, console: Console) -> None:
+    """One line for each stage, and all together."""
+    table = Table(box=None, padding=(0, 2, 0, 2))
+    for heading, justify in (("stage", "left"), ("method", "left"), ("tuning", "left"), ("memory", "right"),
+                             ("steps", "right"), ("time", "right"), ("cost", "right")):  # fmt: skip
+        table.add_column(heading, justify=justify, no_wrap=True)  # type: ignore[arg-type]
+    for stage in plan.stages:
+        table.add_row(*_stage_cells(stage))
+    priced = usd(plan.cost.usd) if plan.cost.usd else ""
+    table.add_row("all", "", "", "", "", duration(plan.time_s), priced, style="bold")
+    console.print()
+    console.print(table)
+    console.print()
+
+
+def _stage_cells(stage: StagePlan) -> list[str]:
+    if stage.do != "train":
+        return [stage.name, stage.do if stage.name != stage.do else ""]
+    memory = gib(stage.device_gib) + ("" if stage.fits else " ✘")
+    priced = usd(stage.usd) if stage.usd else ""
+    return [stage.name, stage.method, stage.tuning, memory, f"{stage.steps:,}", duration(stage.time_s), priced]
+
+
+def _largest(plan: Plan) -> str:
+    """The stage whose memory, speed and settings are shown below the table."""
+    trained = [stage for stage in plan.stages if stage.do == "train"]
+    if len(trained) < 2:
+        return ""
+    return f"in stage {max(trained, key=lambda stage: (not stage.fits, stage.device_gib)).name}"

@@ -14,6 +14,8 @@ from typing import Any
 
 import pytest
 
+from finetui.engine.data.preview import Piece, Sample, SourceSurvey, Survey
+from finetui.engine.data.report import Bin, Problem, Report
 from finetui.engine.events import (
     CheckpointSaved,
     Eval,
@@ -23,10 +25,10 @@ from finetui.engine.events import (
     MemoryUse,
     Payload,
     Phase,
-    Sample,
     State,
     Step,
 )
+from finetui.engine.events import Sample as Answered
 from finetui.engine.run import Run, Status
 from finetui.planner.errors import DataError, ModelError
 from finetui.planner.plan import (
@@ -43,6 +45,8 @@ from finetui.planner.plan import (
 from finetui.planner.recipe import Recipe
 from finetui.tui.app import FinetuiApp
 from finetui.tui.backend import Backend
+from finetui.tui.data_look import DataLook
+from finetui.tui.offers import OfferRow, with_frontier
 
 #: 2026-03-01 12:00:00 UTC: when every test takes place.
 NOW = 1772366400.0
@@ -139,6 +143,46 @@ def make_plan(recipe: Recipe) -> Plan:
     )
 
 
+def make_offers(recipe: Recipe, spot: bool) -> list[OfferRow]:
+    """Eight machines; the T4 is too small for LoRA, and one price is old."""
+    rows = []
+    for provider, gpu, count, per_h, as_of in (
+        ("runpod", "RTX 4090", 1, 0.44, "2026-02-20"),
+        ("vast-ai", "RTX 4090", 1, 0.31, "2025-06-01"),
+        ("lambda", "H100 SXM", 1, 2.49, "2026-02-20"),
+        ("lambda", "H100 SXM", 8, 19.92, "2026-02-20"),
+        ("runpod", "H100 SXM", 2, 4.98, "2026-02-20"),
+        ("aws", "T4", 1, 0.35, "unknown"),
+    ):
+        plan = make_plan(recipe.with_overrides({"hardware.gpu": gpu, "hardware.gpus": count}))
+        price = per_h / 2 if spot else per_h
+        stale = as_of in ("2025-06-01", "unknown")
+        source = f"https://{provider}.example/pricing"
+        rows.append(OfferRow(provider, gpu, count, plan, price, price * plan.time_s / 3600, as_of, stale, source))
+    return with_frontier(rows)
+
+
+def make_look(recipe: Recipe) -> DataLook:
+    """Two examples of a source, one of them cut, and one bad row."""
+    if recipe.data[0].path.endswith("broken.jsonl"):
+        raise DataError("this line is not JSON", where=f"{recipe.data[0].path}:731", do="Correct the line.")
+    source = SourceSurvey(
+        recipe.data[0].path, "train", "messages", 1.0, "messages holds lists of role and content", 41_208, True, 164.0,
+        1900, 0.41,
+    )  # fmt: skip
+    report = Report(
+        "sft", 1024, rows=2000, examples=1999, tokens=327_836, trained_tokens=134_412, trained_share=0.41, mean=164.0,
+        median=120, p95=810, longest=1900, histogram=[Bin(0, 512, 1700), Bin(512, 1024, 280), Bin(1024, 2048, 19)],
+        truncated=19, cut_tokens=4_210, repeated=12, scripts={"Latin": 0.97, "Hangul": 0.03}, bad_rows=1,
+        problems=[Problem(1, "the answer is empty", "support.jsonl:98", "Remove the row.")], planned_tokens=6_750_000,
+    )  # fmt: skip
+    turn = [("<|im_start|>", False), ("user\n", False), ("What uses my GPU?", False), ("<|im_end|>\n", False)]
+    answer = [("Run ", True), ("nvidia-smi.\x1b[2J", True), ("<|im_end|>", True)]
+    pieces = tuple(Piece(text, n, trained) for n, (text, trained) in enumerate([*turn, *answer]))
+    samples = (Sample("support.jsonl:1", pieces, 0), Sample("support.jsonl:2", pieces[:4], 37, "chosen"))
+    return DataLook(Survey((source,), 41_208, 200, 6_750_000, 164.0, 1900, 0.41), report, samples, ("ChatML is used",))
+
+
 CHECKS = [
     FakeCheck("packages", "ok", "torch 2.13.0, transformers 5.23.0, trl 1.16.0"),
     FakeCheck("driver", "ok", "580.65, 1 GPU"),
@@ -179,7 +223,7 @@ def _training(
         (begin + 9, Phase("tokenizing", "", 41_208, 41_208)),
         (begin + 10, Fallback("kernels.rope", "not proven on this GPU; the stock operation is used")),
         (begin + 11, Eval(0, 2.413)),
-        (begin + 12, Sample(0, "How do I see what uses my GPU?", "The the GPU of of", "Run nvidia-smi.")),
+        (begin + 12, Answered(0, "How do I see what uses my GPU?", "The the GPU of of", "Run nvidia-smi.")),
         (begin + 13, State("running", attempt=1)),
     ]
     for step in range(1, done + 1):
@@ -256,6 +300,12 @@ def fleet(make_run: MakeRun) -> list[Run]:
 
 
 @pytest.fixture
+def offers() -> list[OfferRow]:
+    """What is for rent for a LoRA run."""
+    return make_offers(Recipe.build({"model": "Qwen/Qwen3-8B", "tuning": "lora"}), False)
+
+
+@pytest.fixture
 def calls() -> list[tuple[Any, ...]]:
     """What the app asked the backend to do, in order."""
     return []
@@ -284,8 +334,10 @@ def backend(tmp_path: Path, calls: list[tuple[Any, ...]], make_run: MakeRun) -> 
         runs=lambda: list_runs(tmp_path / "runs"),
         models=lambda: ["Qwen/Qwen3-8B", "Qwen/Qwen3-0.6B", "meta-llama/Llama-3.1-8B", "mistralai/Mistral-7B-v0.3"],
         gpus=lambda: ["T4", "RTX 4090", "H100 SXM"],
+        offers=make_offers,
         machine=lambda: "1 × H100 SXM",
         data=lambda recipe: ["messages, 41,208 rows"],
+        look=make_look,
         root=lambda: Path("/home/ada/runs"),
         now=lambda: NOW,
     )

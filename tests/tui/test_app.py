@@ -19,7 +19,7 @@ from finetui.tui.app import FinetuiApp, run_app
 from finetui.tui.backend import Backend
 from finetui.tui.keys import KEYS
 from finetui.tui.screens.help import Help
-from finetui.tui.widgets.bars import TopBar
+from finetui.tui.widgets.bars import MODES, TopBar
 from finetui.tui.widgets.memory_bar import MemoryBar
 
 AppOf = Callable[..., FinetuiApp]
@@ -29,7 +29,7 @@ Settle = Callable[[Any], Awaitable[None]]
 async def test_digits_go_through_the_screens(app_of: AppOf, settle: Settle, fleet: list[Run]) -> None:
     app = app_of()
     async with app.run_test(size=(80, 24)) as pilot:
-        for key, mode in (("2", "launch"), ("3", "monitor"), ("4", "runs"), ("1", "plan"), ("1", "plan")):
+        for key, mode, _ in (*MODES[1:], MODES[0], MODES[0]):
             await pilot.press(key)
             await settle(pilot)
             assert app.current_mode == mode
@@ -136,7 +136,7 @@ async def test_what_is_planned_first_fits_the_machine(
     backend: Backend, settle: Settle, machine: str, gpu: str | None
 ) -> None:
     app = FinetuiApp(backend=replace(backend, machine=lambda: machine))
-    async with app.run_test(size=(80, 24)) as pilot:
+    async with app.run_test(size=(110, 30)) as pilot:
         await settle(pilot)
         assert app.recipe is not None
         assert app.recipe.hardware.gpu == gpu

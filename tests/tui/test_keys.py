@@ -8,14 +8,28 @@ import pytest
 
 from finetui.tui.app import FinetuiApp
 from finetui.tui.keys import KEYS, SCOPES, keys_of
+from finetui.tui.screens.compare import CompareScreen
+from finetui.tui.screens.data import DataScreen
+from finetui.tui.screens.gpus import GpusScreen
 from finetui.tui.screens.launch import LaunchScreen
+from finetui.tui.screens.logs import LogsScreen
 from finetui.tui.screens.monitor import MonitorScreen
 from finetui.tui.screens.plan import PlanScreen
 from finetui.tui.screens.runs import RunsScreen
 from finetui.tui.widgets.field import Field
 
-OWNERS = {"app": FinetuiApp, "plan": PlanScreen, "field": Field, "launch": LaunchScreen, "monitor": MonitorScreen,
-          "runs": RunsScreen}  # fmt: skip
+OWNERS = {
+    "app": FinetuiApp,
+    "plan": PlanScreen,
+    "field": Field,
+    "gpus": GpusScreen,
+    "data": DataScreen,
+    "launch": LaunchScreen,
+    "monitor": MonitorScreen,
+    "runs": RunsScreen,
+    "compare": CompareScreen,
+    "logs": LogsScreen,
+}
 
 
 @pytest.mark.parametrize("scope", SCOPES)

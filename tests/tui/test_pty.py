@@ -23,6 +23,7 @@ import pytest
 
 from finetui.engine.events import EventLog, GpuSample, HostSample, Step
 from finetui.engine.run import Run
+from finetui.tui.keys import key_of
 
 #: Bytes per second that a viewer over SSH may cost at 1 Hz.
 BUDGET = 10_000
@@ -166,7 +167,7 @@ def test_mouse_reports_of_another_age_do_no_harm(terminal: Open, live_run: Run) 
     child.send(b"\x1b[M \xc3\xa0\x1b[M#\xff\xfe\x1b[M@\x80\x90")
     child.read_for(1.0)
     assert child.child.poll() is None
-    child.send(b"4")
+    child.send(key_of("runs").encode())
     child.read_for(5.0, until=b"held-out")
     child.send(b"q")
     assert child.wait(5.0) == 0

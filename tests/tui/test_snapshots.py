@@ -35,7 +35,7 @@ def pressing(settle: Settle, *keys: str) -> Callable[[Any], Awaitable[None]]:
 
 
 @pytest.mark.parametrize("size", SIZES, ids=lambda size: f"{size[0]}x{size[1]}")
-@pytest.mark.parametrize("mode", ["plan", "launch", "monitor", "runs"])
+@pytest.mark.parametrize("mode", ["plan", "gpus", "data", "launch", "monitor", "runs", "compare", "logs"])
 def test_screen(
     snap_compare: Any, app_of: AppOf, settle: Settle, fleet: list[Run], mode: str, size: tuple[int, int]
 ) -> None:

@@ -9,9 +9,10 @@ from typing import Annotated, Any, cast
 
 import typer
 
-from ...planner.advisor import GOALS, Advice, DataKind, Goal, kind_of_rows
+from ...planner.advisor import GOALS, Advice, Goal
 from ...planner.advisor import advise as advise_on
 from ...planner.errors import RecipeError
+from ...planner.survey import DataKind, Remark, kind_of_rows, survey
 from .options import JsonFlag, local_path
 
 ModelArgument = Annotated[str | None, typer.Argument(metavar="[MODEL]", help="Hub id, folder or config.json.")]
@@ -23,6 +24,8 @@ LengthFlag = Annotated[int, typer.Option("--seq-len", min=8, help="Tokens per ro
 
 #: Rules tell apart fewer than a hundred rows, up to a hundred thousand, and more.
 _COUNTED = 100_001
+#: Rows that are looked at for what they say.
+_SURVEYED = 2_000
 
 
 def advise(
@@ -38,8 +41,9 @@ def advise(
     if goal is not None and goal not in GOALS:
         raise RecipeError(f"{goal!r} is no goal", where="--goal", do=f"Use one of: {', '.join(GOALS)}.")
     kind: DataKind = "unknown"
+    remarks: list[Remark] = []
     if data is not None:
-        kind, counted = _look_at(data)
+        kind, counted, remarks = _look_at(data)
         examples = counted if examples is None else examples
     answers = advise_on(
         _architecture(model),
@@ -48,6 +52,7 @@ def advise(
         examples=examples,
         gpu=_gpu(gpu),
         sequence_length=seq_len,
+        remarks=remarks,
     )
     if as_json:
         about = {"model": model, "goal": goal, "data": kind, "examples": examples, "gpu": gpu}
@@ -74,14 +79,15 @@ def _gpu(name: str | None) -> Any:
     return find_gpu(name)
 
 
-def _look_at(path: str) -> tuple[DataKind, int | None]:
-    """What the first rows are, and how many there are; beyond the most that are counted, advice is the same."""
+def _look_at(path: str) -> tuple[DataKind, int | None, list[Remark]]:
+    """What the first rows are and what can be said of them, and how many there are; beyond the most that are counted,
+    advice is the same."""
     from ...engine.data.sources import read_rows
     from ...planner.datasource import DataSource
 
     rows = read_rows(DataSource(path=local_path(path)), limit=_COUNTED)
-    first = list(islice(rows, 20))
-    return kind_of_rows([row.values for row in first]), len(first) + sum(1 for _ in rows)
+    first = [row.values for row in islice(rows, _SURVEYED)]
+    return kind_of_rows(first[:20]), len(first) + sum(1 for _ in rows), survey(first)
 
 
 def _print(answers: list[Advice]) -> None:

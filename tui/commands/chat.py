@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ...engine.run import Run
+from ...engine.run import Run, trained
 from ...planner.errors import MissingExtraError
 from .options import JsonFlag, RunArgument
 
@@ -31,7 +31,7 @@ def chat(
     as_json: JsonFlag = False,
 ) -> None:
     """Talk to the model of a run. /reset forgets the conversation, /quit or Ctrl-D leaves."""
-    found = Run.open(run)
+    found = trained(Run.open(run))
     if find_spec("torch") is None or find_spec("transformers") is None:
         raise MissingExtraError("chat", "train")
     from ...engine.chat import ChatSession, Generation

@@ -5,38 +5,58 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
-from importlib.util import find_spec
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ...engine.data.preview import survey
-from ...engine.planning import plan_for
 from ...planner.errors import DataError
 from ...planner.recipe import Recipe
+from ..data_look import ROWS, look_at, report_facts, troubles
 from .options import JsonFlag, takes_recipe
 
 if TYPE_CHECKING:
-    from ...engine.data.preview import Sample
+    from ...engine.data.preview import Sample, Survey
+    from ...engine.data.report import Report
 
-SamplesFlag = Annotated[int, typer.Option("--samples", "-n", min=0, help="How many examples to show token by token.")]
+SamplesFlag = Annotated[
+    int, typer.Option("--samples", "--sample", "-n", min=0, help="How many examples to show token by token.")
+]
+RowsFlag = Annotated[int, typer.Option("--rows", min=1, help="How many rows of each source to tokenise and count.")]
+#: Columns of a histogram's longest bar.
+_BAR = 40
 
 
 @takes_recipe(without={"tuning", "rank", "targets", "gpu", "gpus", "micro_batch", "checkpointing", "optimizer"})
-def data(recipe: Recipe, samples: SamplesFlag = 2, as_json: JsonFlag = False) -> None:
-    """Formats, rows and lengths of a recipe's data, and the tokens that count for the loss."""
-    if not recipe.data:
-        raise DataError("the recipe names no data", where="data", do="Add 'data: rows.jsonl', or give --data.")
-    found = survey(recipe)
-    shown = _samples(recipe, samples) if samples else []
+def data(recipe: Recipe, samples: SamplesFlag = 2, rows: RowsFlag = ROWS, as_json: JsonFlag = False) -> None:
+    """Formats, rows and lengths of a recipe's data, what is wrong with it, and the tokens that count for the loss."""
+    seen = look_at(recipe, samples, rows)
+    found, report, shown = seen.survey, seen.report, seen.samples
+    for note in seen.notes:
+        print(note, file=sys.stderr)
     if as_json:
-        answer = {**dataclasses.asdict(found), "samples": [dataclasses.asdict(sample) for sample in shown]}
+        answer: dict[str, Any] = dataclasses.asdict(found)
+        answer["report"] = dataclasses.asdict(report) if report else None
+        answer["samples"] = [dataclasses.asdict(sample) for sample in shown]
         print(json.dumps(answer, indent=2, ensure_ascii=False))
-        return
+    else:
+        _sources(found)
+        if report is not None:
+            _report(report)
+        for sample in shown:
+            _show(sample)
+    if report is not None and report.examples and not report.trained_tokens and recipe.method not in _PROMPTS:
+        what = "no token would be trained: no example has an answer with loss"
+        raise DataError(what, where="data", do=f"Rows are cut at {report.sequence_length} tokens; see sequence_length.")
+
+
+#: Methods whose answers are yet to be generated.
+_PROMPTS = ("grpo", "rloo", "ppo")
+
+
+def _sources(found: Survey) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    console = Console(highlight=False)
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     for heading in ("source", "split", "format"):
         table.add_column(heading)
@@ -53,27 +73,25 @@ def data(recipe: Recipe, samples: SamplesFlag = 2, as_json: JsonFlag = False) ->
             "?" if item.mean_tokens is None else f"≈ {item.mean_tokens:,.0f}",
             "?" if item.max_tokens is None else f"≈ {item.max_tokens:,}",
             "?" if item.trained_share is None else f"≈ {item.trained_share:.0%}",
-            item.why,
+            f"{item.confidence:.0%} sure: {item.why}" if item.confidence else item.why,
         )
-    console.print(table)
-    for sample in shown:
-        _show(sample)
+    Console(highlight=False).print(table)
 
 
-def _samples(recipe: Recipe, count: int) -> list[Sample]:
-    if find_spec("transformers") is None:
-        print("Install finetui[train] to see single tokens; counts below are estimates.", file=sys.stderr)
-        return []
-    from ...engine.data.prepare import DataSettings
-    from ...engine.data.preview import preview
-    from ...engine.model import load_tokenizer, locate
+def _report(report: Report) -> None:
+    """The counts in words, the histogram, what is wrong."""
+    from rich.console import Console
 
-    resolved = plan_for(recipe).resolved
-    settings = DataSettings(resolved.sequence_length, train_on=resolved.train_on, seed=resolved.seed)
-    tokenizer, notes = load_tokenizer(locate(recipe.model), recipe.chat_template)
-    for note in notes:
-        print(note, file=sys.stderr)
-    return preview(recipe, tokenizer, count, settings)
+    console = Console(highlight=False)
+    lines = [f"{label:11}{text}" for label, text in report_facts(report)]
+    console.print("\n" + "\n".join(lines) + "\n", soft_wrap=True)
+    most = max((item.count for item in report.histogram), default=0)
+    for item in report.histogram:
+        bar = "█" * round(_BAR * item.count / most) or ("▏" if item.count else "")
+        style = "yellow" if item.start >= report.sequence_length else ""
+        console.print(f"{item.start:>7,} to {item.stop - 1:<7,} {bar} {item.count:,}", style=style)
+    for trouble in troubles(report):
+        console.print(f"! {trouble}", style="yellow", soft_wrap=True)
 
 
 def _show(sample: Sample) -> None:
@@ -83,7 +101,8 @@ def _show(sample: Sample) -> None:
 
     console = Console(highlight=False)
     cut = f", {sample.cut} tokens cut off" if sample.cut else ""
-    console.print(f"\n{sample.where}: {len(sample.pieces)} tokens, {sample.trained} trained{cut}", style="bold")
+    part = f" ({sample.part})" if sample.part else ""
+    console.print(f"\n{sample.where}{part}: {len(sample.pieces)} tokens, {sample.trained} trained{cut}", style="bold")
     text, inside = Text(), False
     for piece in sample.pieces:
         if console.is_terminal:

@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from ...engine.run import Run
+from ...engine.run import Run, trained
 from ...planner.errors import MissingExtraError, RunError
 from .options import JsonFlag, RunArgument
 
@@ -21,7 +21,7 @@ DestinationFlag = Annotated[Path | None, typer.Option("--out", help="Folder to w
 
 def export(run: RunArgument, to: ToFlag = "merged", out: DestinationFlag = None, as_json: JsonFlag = False) -> None:
     """Write the adapter, or the base model with the adapter merged into it."""
-    found = Run.open(run)
+    found = trained(Run.open(run))
     if to not in FORMATS:
         raise RunError(f"{to!r} is not an export format", where="--to", do=f"Use {' or '.join(FORMATS)}.")
     if find_spec("torch") is None or find_spec("transformers") is None:

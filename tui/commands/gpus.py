@@ -4,26 +4,36 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import sys
 from typing import Annotated
 
 import typer
 
 from ...engine.planning import workload_of
 from ...planner.architecture import Architecture
-from ...planner.cost import rank_offers
 from ...planner.hardware import load_catalog
 from ...planner.hub import find_config
 from ...planner.managed import managed_costs
+from ...planner.ranking import rank_offers
 from ...planner.recipe import Recipe
 from .options import JsonFlag, takes_recipe
 
 SpotFlag = Annotated[bool, typer.Option("--spot", help="Interruptible prices instead of on-demand ones.")]
+RefreshFlag = Annotated[bool, typer.Option("--refresh", help="First ask for today's prices, through gpuhunt.")]
 TopFlag = Annotated[int, typer.Option("--top", min=1, help="How many offers to show.")]
 
 
 @takes_recipe(without={"gpu", "gpus"}, optional=True)
-def gpus(recipe: Recipe | None, spot: SpotFlag = False, top: TopFlag = 20, as_json: JsonFlag = False) -> None:
+def gpus(
+    recipe: Recipe | None,
+    spot: SpotFlag = False,
+    top: TopFlag = 20,
+    refresh: RefreshFlag = False,
+    as_json: JsonFlag = False,
+) -> None:
     """The GPUs that can be planned for; with RECIPE or MODEL, where this plan is cheapest."""
+    if refresh:
+        _refresh()
     if recipe is None:
         _catalog(as_json=as_json)
         return
@@ -68,6 +78,16 @@ def gpus(recipe: Recipe | None, spot: SpotFlag = False, top: TopFlag = 20, as_js
 
     print_offers(name, rows, total=len(ranked))
     print_managed(services)
+
+
+def _refresh() -> None:
+    from ...planner import prices
+
+    found = prices.refresh()
+    providers = ", ".join(found.providers)
+    print(f"{found.offers} offers of {providers} ({found.source}), kept in {found.path}", file=sys.stderr)
+    for line in found.failed:
+        print(f"no prices of {line}", file=sys.stderr)
 
 
 def _catalog(*, as_json: bool) -> None:

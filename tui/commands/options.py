@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from ...planner.errors import RecipeError
+from ...planner.options import LORA_TYPES, SHORT
 from ...planner.recipe import Recipe, apply_overrides
 
 JsonFlag = Annotated[bool, typer.Option("--json", help="Answer in JSON.")]
@@ -25,8 +26,15 @@ def recipe_from(
             metavar="RECIPE|MODEL", help="A recipe (.yaml), a checkpoint folder, a config.json or a hub id."
         ),
     ] = None,
-    method: Annotated[str | None, typer.Option("--method", help="sft or pretrain.")] = None,
-    tuning: Annotated[str | None, typer.Option("--tuning", help="full, lora or qlora.")] = None,
+    method: Annotated[
+        str | None, typer.Option("--method", help="sft pretrain dpo ipo orpo kto cpo simpo reward grpo rloo ppo.")
+    ] = None,
+    tuning: Annotated[
+        str | None,
+        typer.Option(
+            "--tuning", help="full freeze lora qlora lora-fp8 dora pissa adalora ia3 vera oft loha lokr prompt prefix …"
+        ),
+    ] = None,
     rank: Annotated[int | None, typer.Option("--rank", help="Rank of the adapters.")] = None,
     targets: Annotated[str | None, typer.Option("--targets", help="all-linear, or module names with commas.")] = None,
     data: Annotated[
@@ -40,7 +48,9 @@ def recipe_from(
     micro_batch: Annotated[
         int | None, typer.Option("--micro-batch", help="Sequences per GPU in one forward pass.")
     ] = None,
-    checkpointing: Annotated[str | None, typer.Option("--checkpointing", help="none or full.")] = None,
+    checkpointing: Annotated[
+        str | None, typer.Option("--checkpointing", help="none, selective, offload or full.")
+    ] = None,
     optimizer: Annotated[str | None, typer.Option("--optimizer", help="adamw, adamw-8bit, …")] = None,
     overrides: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any key of the recipe; may be repeated.")
@@ -72,8 +82,10 @@ def recipe_from(
         "optimizer.name": optimizer,
     }
     settings = {key: value for key, value in flags.items() if value is not None}
-    if tuning == "full":  # replaces the whole section: the rank of a recipe's adapter has no meaning any more
-        settings["tuning"] = {"type": settings.pop("tuning.type")}
+    # Another kind of tuning replaces the whole section: the rank of a recipe's adapter has no meaning any more.
+    if tuning is not None and SHORT.get(tuning, {"type": tuning})["type"] not in LORA_TYPES:
+        section = {key: settings.pop(f"tuning.{key}", None) for key in ("type", "rank", "targets")}
+        settings["tuning"] = {key: value for key, value in section.items() if value is not None}
     path = find_recipe(target)
     if path is None:
         recipe = Recipe.build(apply_overrides({"model": local_path(target)}, settings), source="command line")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
 from pathlib import Path
@@ -52,12 +53,28 @@ def launch(recipe: Recipe, plan: Plan, *, name: str | None = None, out: Path | N
     Raises:
         HardwareError: the plan does not fit, or a check failed, and ``force`` is not set.
     """
-    bad = [check for check in preflight(recipe, plan, root=out) if check.status == "fail"]
+    bad = [check for check in checks(recipe, plan, out) if check.status == "fail"]
     if bad and not force:
         raise _refusal(bad)
     started = Run.create(recipe, plan, root=out.resolve() if out else None, name=name)
     start(started)
     return started
+
+
+def checks(recipe: Recipe, plan: Plan, root: Path | None = None) -> list[Check]:
+    """Every check before a run, of each stage if it has some."""
+    if not recipe.stages:
+        return preflight(recipe, plan, root=root)
+    from ...planner.stages import expand
+
+    found: list[Check] = []
+    for step in expand(recipe):
+        if step.recipe is not None:
+            found += [
+                dataclasses.replace(check, name=f"{step.name}: {check.name}")
+                for check in preflight(step.recipe, plan_for(step.recipe), root=root)
+            ]
+    return found
 
 
 def _refusal(bad: list[Check]) -> HardwareError:

@@ -18,7 +18,7 @@ from ...planner.recipe import Recipe
 from .. import format  # noqa: A004
 from ..command_line import as_shell, command_for
 from ..form import FieldSpec, Tree
-from ..keys import bindings
+from ..keys import bindings, key_of
 from ..plan_view import verdict
 from ..planning import Planned
 from ..widgets.check_list import CheckList
@@ -160,7 +160,7 @@ class LaunchScreen(BaseScreen):
         )
         start = self.query_one(StartRow)
         if recipe is None or plan is None:
-            start.show("nothing to start: the plan (1) is not right yet", "dim")
+            start.show(f"nothing to start: the plan ({key_of('plan')}) is not right yet", "dim")
             for name in ("summary", "command-text", "recipe-text"):
                 self.query_one(f"#{name}", TextBlock).show("")
             return

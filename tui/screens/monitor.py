@@ -17,7 +17,7 @@ from ...planner.plan import Plan
 from .. import format  # noqa: A004
 from ..follower import Follower, Update
 from ..history import History
-from ..keys import Key, bindings
+from ..keys import Key, bindings, key_of
 from ..widgets.gpu_panel import GpuPanel
 from ..widgets.line_chart import Curve, LineChart
 from ..widgets.lines import Line
@@ -30,6 +30,7 @@ from .base import BaseScreen
 FRAME_S = 1.0
 #: Messages waiting for this screen above which the reader pauses.
 _BACKLOG = 10
+_LEARNING_RATE = "learning rate"
 
 
 class MonitorScreen(BaseScreen):
@@ -61,6 +62,7 @@ class MonitorScreen(BaseScreen):
         self._changed = False
         self._seen = False
         self._runs: list[Run] = []
+        self._figure = 0
 
     def body(self) -> ComposeResult:
         """Header, charts, GPUs, words."""
@@ -70,7 +72,7 @@ class MonitorScreen(BaseScreen):
             with Vertical(id="small-charts"):
                 yield LineChart("tokens/s", axis=False, id="rate")
                 yield LineChart("grad norm", axis=False, id="grad-norm")
-                yield LineChart("learning rate", axis=False, id="learning-rate")
+                yield LineChart(_LEARNING_RATE, axis=False, id="figure")
         yield GpuPanel()
         yield LogPane()
 
@@ -153,6 +155,7 @@ class MonitorScreen(BaseScreen):
         resumable = self._status.state in ("stopped", "failed", "lost")
         fitting = {"stop": live, "checkpoint": live, "app.leave": live, "resume": resumable}
         fitting["switch(1)"] = len(self._runs) > 1
+        fitting["figure"] = len(self._figures()) > 1
         return [key for key in super().keys_shown() if key.scope == "app" or fitting.get(key.action, True)]
 
     # --- drawing
@@ -168,7 +171,7 @@ class MonitorScreen(BaseScreen):
         live = self._status.state in LIVE_STATES
         total = float(history.steps)
         self.set_class(self._run is None, "-none")
-        name = self._run.name if self._run else "no runs yet: start one from Launch (2)"
+        name = self._run.name if self._run else f"no runs yet: start one from Launch ({key_of('launch')})"
         at = next((n for n, run in enumerate(self._runs, 1) if self._run and run.path == self._run.path), 0)
         place = f"{at} of {len(self._runs)}" if at and len(self._runs) > 1 else ""
         with self.app.batch_update():
@@ -182,18 +185,30 @@ class MonitorScreen(BaseScreen):
                 self._loss_figures(),
                 total,
             )
-            rate, norm, learning = history.tokens_per_s, history.grad_norm, history.learning_rate
+            rate, norm = history.tokens_per_s, history.grad_norm
             self._chart("rate").show([Curve(rate)], _latest(rate.latest, format.rate, bool(rate)), total)
             self._chart("grad-norm").show([Curve(norm)], _latest(norm.latest, "{:.3g}".format, bool(norm)), total)
-            self._chart("learning-rate").show(
-                [Curve(learning)], _latest(learning.latest, "{:.2e}".format, bool(learning)), total
-            )
+            self._show_figure(total)
             gpus = [
                 (gpu, now - history.gpu_times[index] if live else 0.0) for index, gpu in sorted(history.gpus.items())
             ]
             self.query_one(GpuPanel).show(gpus, history.host)
             self.query_one(LogPane).show(history, self._plan)
             self.refresh_bars()
+
+    def _figures(self) -> list[str]:
+        """What the last small chart can show: the method's own figures first, where it has any."""
+        return [*self._history.telling_metrics(), _LEARNING_RATE]
+
+    def _show_figure(self, total: float) -> None:
+        names, history = self._figures(), self._history
+        name = names[self._figure % len(names)]
+        series = history.learning_rate if name == _LEARNING_RATE else history.metrics[name]
+        show = "{:.2e}".format if name == _LEARNING_RATE else "{:.4g}".format
+        chart = self._chart("figure")
+        chart.label = name
+        more: Line = [(f"({self._figure % len(names) + 1} of {len(names)})", "dim")] if len(names) > 1 else []
+        chart.show([Curve(series)] if series else [], [*_latest(series.latest, show, bool(series)), *more], total)
 
     def _chart(self, name: str) -> LineChart:
         return self.query_one(f"#{name}", LineChart)
@@ -240,6 +255,11 @@ class MonitorScreen(BaseScreen):
         chart = self._chart("loss")
         chart.log_scale = not chart.log_scale
         chart.redraw()
+
+    def action_figure(self) -> None:
+        """The method's next figure in the last small chart."""
+        self._figure += 1
+        self._show()
 
     def action_view(self) -> None:
         """Next view of the pane below the charts."""

@@ -179,8 +179,9 @@ class PlanScreen(BaseScreen):
 
     def set_value(self, key: str, text: str) -> None:
         """Change one field and plan again."""
-        self.owner.draft = form.put(self.owner.draft, key, text)
-        self.owner.recipe_path, self.owner.edited = None, True
+        shown = self.owner.recipe, self.owner.plan
+        self.owner.edit(form.put(self.owner.draft, key, text))
+        self.owner.recipe, self.owner.plan = shown  # until the next one is there
         self._show_fields()
         self.plan_again()
 

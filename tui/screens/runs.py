@@ -46,13 +46,13 @@ _WIDTHS = {
 }  # fmt: skip
 
 
-def cells(row: RunRow, now: float) -> dict[str, str]:
+def cells(row: RunRow, now: float, marked: bool = False) -> dict[str, str]:
     """One run as the text of its columns."""
     state, _ = state_span(row.state, row.cause)
     when = "now" if row.live else format.ago(row.when, now).removesuffix(" ago")
     return {
         "state": state,
-        "name": row.run.name,
+        "name": f"* {row.run.name}" if marked else row.run.name,
         "step": f"{row.step:,}/{row.steps:,}" if row.steps else f"{row.step:,}",
         "loss": format.loss(row.loss) if row.step else "–",
         "held-out": _figure(row.best, "{:.4f}".format),
@@ -151,7 +151,8 @@ class RunsScreen(BaseScreen):
         """Bring the table up to date: only cells that differ are touched."""
         table: DataTable[object] = self.query_one(DataTable)
         now = self.owner.backend.now()
-        wanted = {key: cells(row, now) for key, row in self._rows.items()}
+        marked = {str(run.path) for run in self.owner.marked}
+        wanted = {key: cells(row, now, key in marked) for key, row in self._rows.items()}
         order, at = list(wanted), self._current_key()
         for key in [key for key in self._shown if key not in wanted]:
             table.remove_row(key)
@@ -217,6 +218,28 @@ class RunsScreen(BaseScreen):
         """Move the cursor."""
         table = self.query_one(DataTable)
         table.move_cursor(row=table.cursor_row + direction)
+
+    def action_mark(self) -> None:
+        """Mark the run, or not, and go to the next."""
+        if (row := self._current()) is None:
+            return
+        path, marked = row.run.path, self.owner.marked
+        kept = [run for run in marked if run.path != path]
+        self.owner.marked = kept if len(kept) < len(marked) else [*marked, row.run]
+        self._fill()
+        self.action_move(1)
+
+    def action_compare(self) -> None:
+        """Compare the marked runs."""
+        if len(self.owner.marked) == 1 and (row := self._current()) is not None:
+            self.owner.marked = [*self.owner.marked, *([row.run] if row.run.path != self.owner.marked[0].path else [])]
+        self.owner.action_mode("compare")
+
+    def action_logs(self) -> None:
+        """Read the run's logs."""
+        if (row := self._current()) is not None:
+            self.owner.watched = row.run
+            self.owner.action_mode("logs")
 
     def action_stop(self) -> None:
         """Write a checkpoint and end the run."""

@@ -4,10 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ..keys import Key
+from ..keys import KEYS, Key
 from .lines import Line, Lines, fitted, length, spread
 
-MODES = (("1", "plan", "Plan"), ("2", "launch", "Launch"), ("3", "monitor", "Monitor"), ("4", "runs", "Runs"))
+#: Key, mode and title of each screen, from the table of keys.
+MODES = [
+    (key.keys, key.action.split("'")[1], key.help.partition(":")[0])
+    for key in KEYS
+    if key.action.startswith("app.mode(")
+]
 
 
 class TopBar(Lines):
@@ -28,6 +33,8 @@ class TopBar(Lines):
         left: Line = [(" finetui ", "accent")]
         for key, mode, label in MODES:
             left += [(f" {key} {label} ", "cursor")] if mode == self._mode else [(f" {key} ", "key"), (f"{label} ", "")]
+        if length(left) > width:
+            left = left[1:]
         right: Line = [(f"{self._machine} ", "dim")]
         if length(left) + length(right) + 2 > width:
             room = width - length(left) - 2

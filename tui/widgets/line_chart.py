@@ -8,25 +8,31 @@ by a power of two: it stands still while the run grows into it, and so do the co
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 
 from ..series import Bucket, Series
-from .lines import Line, Lines
+from .lines import Line, Lines, Span
 
 #: Bit of each dot in a braille cell, by column (0, 1) and row from the top (0 to 3): Unicode block U+2800.
-_DOTS = ((0x01, 0x02, 0x04, 0x40), (0x08, 0x10, 0x20, 0x80))
+DOTS = ((0x01, 0x02, 0x04, 0x40), (0x08, 0x10, 0x20, 0x80))
 #: The fewest x units an axis spans.
-_SHORTEST_AXIS = 16
+SHORTEST_AXIS = 16.0
 
 
 @dataclass(frozen=True)
 class Curve:
-    """A series and how it is drawn: ``role`` is its colour; ``points`` draws a mark per value instead of a line."""
+    """A series and how it is drawn.
+
+    ``role`` is its colour; ``points`` draws a mark per value instead of a line; ``label``, one character, stands at
+    its newest value, so that curves can be told apart without colours.
+    """
 
     series: Series
     role: str = "accent"
     points: bool = False
+    label: str = ""
 
 
 @dataclass(frozen=True)
@@ -75,15 +81,15 @@ def nice_step(rough: float) -> float:
     return next(factor * power for factor in (1, 2, 2.5, 5, 10) if factor * power >= rough * (1 - 1e-9))
 
 
-def axis_end(last: float, total: float) -> float:
+def axis_end(last: float, total: float, shortest: float = SHORTEST_AXIS) -> float:
     """The right end of the x axis for curves that reach ``last`` of a run of ``total``: total / 2**n, or more."""
-    end = max(total, _SHORTEST_AXIS)
+    end = max(total, shortest)
     if total <= 0 or last > end:
-        end = _SHORTEST_AXIS
+        end = shortest
         while end < last:
             end *= 2
         return end
-    while end / 2 >= max(last, _SHORTEST_AXIS):
+    while end / 2 >= max(last, shortest):
         end /= 2
     return end
 
@@ -119,11 +125,12 @@ def plot(curves: Sequence[Curve], width: int, height: int, scale: Scale, end: fl
     rows = height * 4
 
     owners: list[list[Curve | None]] = [[None] * width for _ in range(height)]
+    labels: list[dict[int, Span]] = [{} for _ in range(height)]
 
     def dot(x: int, y: int, curve: Curve, role: str = "") -> None:
         if owners[y // 4][x // 2] is not curve:  # a thin line stays thin inside the band of an earlier curve
             cells[y // 4][x // 2], owners[y // 4][x // 2] = 0, curve
-        cells[y // 4][x // 2] |= _DOTS[x % 2][y % 4]
+        cells[y // 4][x // 2] |= DOTS[x % 2][y % 4]
         roles[y // 4][x // 2] = role or curve.role
 
     def row(value: float) -> int:
@@ -149,7 +156,9 @@ def plot(curves: Sequence[Curve], width: int, height: int, scale: Scale, end: fl
                     if 0 <= x + dx < width * 2 and 0 <= row(bucket.end) + dy < rows:
                         dot(x + dx, row(bucket.end) + dy, curve)
             before = None if bucket.broken else (x, row(bucket.end))
-    return [_runs(cells[y], roles[y]) for y in range(height)]
+        if curve.label and before is not None:
+            labels[before[1] // 4][before[0] // 2] = (curve.label, curve.role)
+    return [runs_of_one_style(cells[y], roles[y], labels[y]) for y in range(height)]
 
 
 def _entry(bucket: Bucket) -> float:
@@ -164,16 +173,19 @@ def _between(start: tuple[int, int], end: tuple[int, int]) -> Iterator[tuple[int
         yield round(x0 + (x1 - x0) * n / steps), round(y0 + (y1 - y0) * n / steps)
 
 
-def _runs(cells: list[int], roles: list[str]) -> Line:
-    """One row as few runs of one style; empty cells join the run before them."""
+def runs_of_one_style(cells: list[int], roles: list[str], labels: Mapping[int, Span] = MappingProxyType({})) -> Line:
+    """One row as few runs of one style; empty cells join the run before them, ``labels`` replace single cells."""
     line: Line = []
     text, role = "", ""
-    for cell, wanted in zip(cells, roles, strict=True):
+    for x, (cell, wanted) in enumerate(zip(cells, roles, strict=True)):
         character = chr(0x2800 + cell) if cell else " "
-        if cell and wanted != role and text:
+        if x in labels:
+            character, wanted = labels[x]
+        drawn = character != " "
+        if drawn and wanted != role and text:
             line.append((text, role))
             text = ""
-        if cell:
+        if drawn:
             role = wanted
         text += character
     return [*line, (text, role)]
@@ -185,13 +197,24 @@ class LineChart(Lines):
     Args:
         label: what is drawn, for the title and for when there is nothing yet.
         axis: whether to label the y axis, which costs six columns.
+        shortest: the fewest x units that the axis spans.
     """
 
     TITLED = True
 
-    def __init__(self, label: str, *, axis: bool = True, id: str | None = None) -> None:  # noqa: A002
+    def __init__(
+        self,
+        label: str,
+        *,
+        axis: bool = True,
+        shortest: float = SHORTEST_AXIS,
+        id: str | None = None,  # noqa: A002
+    ) -> None:
         super().__init__(id=id)
-        self._label = label
+        self.label = label
+        self.end_label: Callable[[float], str] = lambda end: f"step {end:,.0f}"
+        """What stands at the right end of the x axis."""
+        self._shortest = shortest
         self._axis = axis
         self._curves: Sequence[Curve] = ()
         self._figures: Line = []
@@ -205,8 +228,8 @@ class LineChart(Lines):
 
     def title(self, width: int) -> Line:
         """The name and the latest figures, as many as fit."""
-        line: Line = [(self._label, "bold")]
-        room = width - len(self._label)
+        line: Line = [(self.label, "bold")]
+        room = width - len(self.label)
         for text, role in self._figures:
             if len(text) + 1 > room:
                 break
@@ -221,7 +244,7 @@ class LineChart(Lines):
             return []
         if scale is None:
             return [[] for _ in range((height - 1) // 2)] + [[("no steps yet".center(width)[:width], "dim")]]
-        end = axis_end(max(curve.series.last_x for curve in self._curves), self._total)
+        end = axis_end(max(curve.series.last_x for curve in self._curves), self._total, self._shortest)
         labels = 7 if self._axis and width >= 30 and height >= 3 else 0
         axis = 1 if labels and height >= 6 else 0
         rows = plot(self._curves, width - labels, height - axis, scale, end)
@@ -233,6 +256,6 @@ class LineChart(Lines):
             label = tick(named[y])[:6].rjust(6) if y in named else " " * 6
             lines.append([(f"{label}{'┤' if y in named else '│'}", "dim"), *row])
         if axis:
-            right = f"step {end:,.0f}" + (" (log)" if scale.log else "")
+            right = self.end_label(end) + (" (log)" if scale.log else "")
             lines.append([(" " * labels + "0".ljust(width - labels - len(right)) + right, "dim")])
         return lines

@@ -19,7 +19,21 @@ Span = tuple[str, str]
 Line = list[Span]
 
 #: What a colour is for. The theme decides which colour that is.
-ROLES = ("dim", "good", "warn", "bad", "accent", "second", "bold", "border", "key", "cursor", "trace", "empty")
+ROLES = (
+    "dim",
+    "good",
+    "warn",
+    "bad",
+    "accent",
+    "second",
+    "bold",
+    "border",
+    "key",
+    "cursor",
+    "trace",
+    "empty",
+    "trained",
+)
 
 
 class Lines(Widget):

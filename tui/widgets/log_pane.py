@@ -112,7 +112,7 @@ def _comparison(history: History, plan: Plan | None, width: int) -> list[Line]:
             ("peak reserved", memory.reserved_gib, reserved, format.gib),
             ("device, now", memory.device_gib, max(used, default=math.nan), format.gib),
         ]
-    rows.append(("tokens/s", plan.speed.tokens_per_s, _median_rate(history), format.rate))
+    rows.append(("tokens/s", plan.speed.tokens_per_s, history.median_rate(), format.rate))
     lines: list[Line] = [[(f"{'':16}{'predicted':>14}{'measured':>14}{'off by':>9}", "dim")]]
     for label, predicted, measured, show in rows:
         known = math.isfinite(measured) and measured > 0
@@ -120,8 +120,3 @@ def _comparison(history: History, plan: Plan | None, width: int) -> list[Line]:
         lines.append([(f"{label:16}{show(predicted):>14}{show(measured) if known else '–':>14}{off:>9}", "")])
     lines.append([(f"predicted by {plan.basis}", "dim")])
     return lines
-
-
-def _median_rate(history: History) -> float:
-    rates = sorted(bucket.end for bucket in history.tokens_per_s.buckets[-64:] if bucket.count)
-    return rates[len(rates) // 2] if rates else math.nan

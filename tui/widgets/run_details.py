@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 from .. import format  # noqa: A004
+from ..keys import key_of
 from ..run_table import RunRow
 from .lines import Line, Lines, wrapped
 from .run_header import STATE_ROLES
@@ -28,7 +29,7 @@ class RunDetails(Lines):
         """See :class:`Lines`."""
         row = self._row
         if row is None:
-            return [[("no runs yet: plan one (1), then launch it (2)", "dim")]]
+            return [[(f"no runs yet: plan one ({key_of('plan')}), then launch it ({key_of('launch')})", "dim")]]
         lines: list[Line] = []
         if row.message:
             lines += wrapped(row.message, width, STATE_ROLES.get(row.state, ""))

@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 
-from finetui.engine.events import EventLog, Step, Warn
+from finetui.engine.events import EventLog, Metrics, Step, Warn
 from finetui.engine.run import Run
 from finetui.tui.app import FinetuiApp
+from finetui.tui.keys import key_of
 from finetui.tui.screens.base import StatusLine
 from finetui.tui.screens.monitor import MonitorScreen
 from finetui.tui.widgets.bars import KeyBar
@@ -137,9 +138,9 @@ async def test_leaving_the_screen_and_coming_back_loses_nothing(
     async with app.run_test(size=(80, 24)) as pilot:
         await settle(pilot)
         for _ in range(3):
-            await pilot.press("4")
+            await pilot.press(key_of("runs"))
             await settle(pilot)
-            await pilot.press("3")
+            await pilot.press(key_of("monitor"))
             await settle(pilot)
         assert isinstance(app.screen, MonitorScreen)
         history = app.screen._history
@@ -172,3 +173,18 @@ async def test_below_sixty_by_eighteen_there_is_one_line(app_of: AppOf, settle: 
             await settle(pilot)
             assert not app.screen.query_one("#body").display
             assert "running"[: max(size[0] - 5, 0)] in app.screen.query_one(StatusLine).text
+
+
+async def test_the_figures_of_the_method(app_of: AppOf, settle: Settle, fleet: list[Run]) -> None:
+    with EventLog(fleet[0].events_path) as log:
+        log.append(Metrics(241, {"rewards/margins": 0.75, "rewards/accuracies": 0.625, "logps/chosen": -80.0}))
+    app = app_of("monitor", fleet[0])
+    async with app.run_test(size=(120, 40)) as pilot:
+        await settle(pilot)
+        titles = []
+        for _ in range(4):
+            titles.append(app.screen.query_one("#figure", LineChart).text.splitlines()[0].strip("╭╮─ "))
+            await pilot.press("t")
+        assert titles[0].startswith("rewards/accuracies 0.625 (1 of 4)")
+        assert titles[1].startswith("rewards/margins 0.75")
+        assert titles[3].startswith("learning rate")

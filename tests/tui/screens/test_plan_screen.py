@@ -137,7 +137,7 @@ async def test_a_closed_choice_takes_nothing_else(app_of: AppOf, settle: Settle)
     async with app.run_test(size=(80, 24)) as pilot:
         await settle(pilot)
         field(app, "tuning-type").focus()
-        await pilot.press("enter", *"dora", "enter", "escape")
+        await pilot.press("enter", *"nosuch", "enter", "escape")
         await settle(pilot)
         assert app.recipe is not None
         assert app.recipe.tuning.type == "qlora"

@@ -1,0 +1,81 @@
+"""``compare`` and ``top``: what the command line says of runs and of this machine."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+from typer.testing import CliRunner
+
+from finetui.engine.events import GpuSample, HostSample, Warn
+from finetui.engine.run import Run
+from finetui.tui.cli import _build
+from finetui.tui.commands import top as top_verb
+from finetui.tui.commands.top import Machine, picture
+
+
+def run_verb(*words: str) -> str:
+    result = CliRunner().invoke(_build([words[0]]), list(words), catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+def test_compare_prints_and_answers_in_json(fleet: list[Run]) -> None:
+    paths = [str(run.path) for run in (fleet[0], fleet[3])]
+    text = run_verb("compare", *paths)
+    assert all(run.name in text for run in (fleet[0], fleet[3]))
+    assert "held-out, best" in text
+    tree = json.loads(run_verb("compare", *paths, "--json"))
+    assert [row["name"] for row in tree["runs"]] == [fleet[0].name, fleet[3].name]
+    assert tree["runs"][0]["held_out"] == pytest.approx(1.3492, abs=1e-3)
+    assert tree["settings"] == {}
+
+
+class FakeGpus:
+    """Two GPUs, one of which is lost; its trouble is told once."""
+
+    def __init__(self) -> None:
+        self.told = [Warn("GPU 1 does not answer", do="Restart the machine.")]
+
+    def sample(self) -> list[GpuSample]:
+        good = GpuSample(0, "NVIDIA H100", 40.0, 80.0, 97.0, 642.0, 67.0, 1755.0, ["power cap"])
+        return [good, GpuSample(1, "NVIDIA H100", None, None, None, None, None, None, [])]
+
+    def take_warnings(self) -> list[Warn]:
+        told, self.told = self.told, []
+        return told
+
+
+class FakeHost:
+    def sample(self) -> HostSample:
+        return HostSample(38.0, 41.5, 310.0, 251.5)
+
+
+def drawn(machine: Machine) -> str:
+    console = Console(width=160, record=True, file=open("/dev/null", "w", encoding="utf-8"))  # noqa: SIM115
+    console.print(picture(machine.reading()))
+    return console.export_text()
+
+
+def test_top_names_the_run_on_each_gpu_and_keeps_a_warning(fleet: list[Run], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(top_verb, "list_runs", lambda: fleet)
+    machine: Any = Machine(FakeGpus(), FakeHost())  # type: ignore[arg-type]
+    for _ in range(2):
+        text = drawn(machine)
+        assert "40.0/80.0 GiB" in text
+        assert "██████████░░░░░░░░░░" in text
+        assert "power cap" in text
+        assert "! GPU 1 does not answer. Restart the machine." in text
+        assert "RAM 42/252 GiB" in text
+    rows = [line for line in text.splitlines() if "H100" in line]
+    assert fleet[0].name in rows[0]
+    assert fleet[0].name not in rows[1]
+
+
+def test_top_on_a_machine_without_gpus(tmp_path: Path) -> None:
+    tree = json.loads(run_verb("top", "--json"))
+    assert set(tree) == {"gpus", "host", "warnings"}
+    assert tree["host"]["memory_total_gib"] > 0

@@ -1,0 +1,135 @@
+"""GPUs: offers for the plan that stands in the form, and the way back into it."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from dataclasses import replace
+from typing import Any
+
+from textual.widgets import DataTable
+
+from finetui.planner.errors import ModelError
+from finetui.planner.recipe import Recipe
+from finetui.tui.app import FinetuiApp
+from finetui.tui.backend import Backend
+from finetui.tui.form import get
+from finetui.tui.widgets.offer_details import OfferDetails
+from finetui.tui.widgets.scatter import Scatter
+
+AppOf = Callable[..., FinetuiApp]
+Settle = Callable[[Any], Awaitable[None]]
+LORA = Recipe.build({"model": "Qwen/Qwen3-8B", "tuning": "lora"})
+
+
+def table(app: FinetuiApp) -> list[list[str]]:
+    widget = app.screen.query_one(DataTable)
+    return [[str(cell) for cell in widget.get_row_at(index)] for index in range(widget.row_count)]
+
+
+async def test_offers_cheapest_first_with_the_best_marked(app_of: AppOf, settle: Settle) -> None:
+    app = app_of("gpus", recipe=LORA)
+    async with app.run_test(size=(130, 36)) as pilot:
+        await settle(pilot)
+        rows = table(app)
+        assert len(rows) == 5
+        assert [row[1] for row in rows[:2]] == ["RTX 4090", "RTX 4090"]
+        assert rows[0][0].strip() == "◆"
+        assert rows[0][-1] == "2025-06-01 old"
+        assert "1 do not fit" in str(app.screen.query_one(DataTable).border_title)
+        details = app.screen.query_one(OfferDetails).text
+        assert "$0.31/h of 2025-06-01  old" in details
+        assert "https://vast-ai.example/pricing" in details
+        assert "◆" in app.screen.query_one(Scatter).text
+
+
+async def test_sorting_filtering_and_showing_what_does_not_fit(app_of: AppOf, settle: Settle) -> None:
+    app = app_of("gpus", recipe=LORA)
+    async with app.run_test(size=(130, 36)) as pilot:
+        await settle(pilot)
+        await pilot.press("s")
+        assert (table(app)[0][1], table(app)[0][2]) == ("H100 SXM", "8")
+        await pilot.press("f")
+        assert table(app)[-1][1] == "T4"
+        assert table(app)[-1][4].startswith("✘")
+        await pilot.press("slash", *"lambda", "enter")
+        await settle(pilot)
+        assert {row[-2] for row in table(app)} == {"lambda"}
+
+
+async def test_spot_prices(app_of: AppOf, settle: Settle) -> None:
+    app = app_of("gpus", recipe=LORA)
+    async with app.run_test(size=(130, 36)) as pilot:
+        await settle(pilot)
+        before = table(app)[0][7]
+        await pilot.press("i")
+        await settle(pilot)
+        assert (before, table(app)[0][7]) == ("$0.31", "$0.15")
+
+
+async def test_marked_offers_side_by_side(app_of: AppOf, settle: Settle) -> None:
+    app = app_of("gpus", recipe=LORA)
+    async with app.run_test(size=(130, 36)) as pilot:
+        await settle(pilot)
+        await pilot.press("v")
+        assert len(table(app)) == 5
+        await pilot.press("space", "j", "space", "v")
+        assert len(table(app)) == 2
+        assert all(row[0].startswith("*") for row in table(app))
+
+
+async def test_enter_plans_for_the_machine(app_of: AppOf, settle: Settle) -> None:
+    app = app_of("gpus", recipe=LORA)
+    async with app.run_test(size=(130, 36)) as pilot:
+        await settle(pilot)
+        await pilot.press("s", "k", "k", "k", "k", "enter")
+        await settle(pilot)
+        assert app.current_mode == "plan"
+        assert (get(app.draft, "hardware.gpu"), get(app.draft, "hardware.gpus")) == ("H100 SXM", "8")
+        assert app.edited
+
+
+async def test_a_change_is_taken_with_one_key(app_of: AppOf, settle: Settle) -> None:
+    app = app_of("gpus", recipe=LORA)
+    async with app.run_test(size=(130, 36)) as pilot:
+        await settle(pilot)
+        await pilot.press("f", "slash", *"t4", "enter")
+        await settle(pilot)
+        assert "a  tuning.type: qlora" in app.screen.query_one(OfferDetails).text
+        await pilot.press("a")
+        await settle(pilot)
+        assert app.current_mode == "plan"
+        assert (get(app.draft, "tuning.type"), get(app.draft, "hardware.gpu")) == ("qlora", "T4")
+
+
+async def test_an_edited_plan_is_priced_anew(app_of: AppOf, settle: Settle, backend: Backend) -> None:
+    asked: list[str] = []
+
+    def offers(recipe: Recipe, spot: bool) -> Any:
+        asked.append(recipe.tuning.type)
+        return backend.offers(recipe, spot)
+
+    app = app_of("gpus", recipe=LORA, backend=replace(backend, offers=offers))
+    async with app.run_test(size=(100, 30)) as pilot:
+        await settle(pilot)
+        await pilot.press("1")
+        await settle(pilot)
+        await pilot.press("2")
+        await settle(pilot)
+        assert asked == ["lora"]
+        await pilot.press("1", "down", "down", "right")
+        await settle(pilot)
+        await pilot.press("2")
+        await settle(pilot)
+        assert asked == ["lora", "qlora"]
+
+
+async def test_a_recipe_that_can_not_be_planned(app_of: AppOf, settle: Settle, backend: Backend) -> None:
+    def offers(recipe: Recipe, spot: bool) -> Any:
+        raise ModelError("there is no model 'x/y'")
+
+    app = app_of("gpus", recipe=LORA, backend=replace(backend, offers=offers))
+    async with app.run_test(size=(100, 30)) as pilot:
+        await settle(pilot)
+        assert "there is no model" in str(app.screen.query_one("#offer").border_title)
+        await pilot.press("enter", "a", "space", "k")
+        assert app.current_mode == "gpus"

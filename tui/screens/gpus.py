@@ -1,0 +1,306 @@
+"""GPUs: every offer for this plan: whether it fits, how fast, how long, for how much, and how old the price is."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from rich.text import Text
+from textual import on, work
+from textual.app import ComposeResult
+from textual.containers import Horizontal, VerticalScroll
+from textual.coordinate import Coordinate
+from textual.message import Message
+from textual.widgets import DataTable
+
+from ...planner.errors import FinetuiError
+from ...planner.plan import Plan
+from .. import format  # noqa: A004
+from ..form import Tree, put, recipe_of
+from ..keys import bindings
+from ..offers import SORTS, Alternative, OfferRow, alternatives, arranged, on_machine
+from ..plan_view import verdict
+from ..widgets.lines import Line
+from ..widgets.offer_details import OfferDetails
+from ..widgets.scatter import Scatter
+from .base import BaseScreen
+from .editor import Editor
+
+#: Heading, whether right-aligned, cells, and the least width of the terminal at which the column is shown.
+_COLUMNS = (
+    ("", False, 2, 0),
+    ("GPU", False, 14, 0),
+    ("n", True, 2, 0),
+    ("GiB", True, 9, 0),
+    ("fit", False, 7, 0),
+    ("tok/s", True, 8, 0),
+    ("time", True, 10, 96),
+    ("$/h", True, 7, 0),
+    ("$ run", True, 8, 0),
+    ("provider", False, 16, 112),
+    ("price of", False, 16, 122),
+)
+_ROLES = {"✔": "good", "!": "warn", "✘": "bad"}
+
+
+def cells(row: OfferRow, marked: bool) -> dict[str, str]:
+    """One offer as the text of its columns."""
+    plan = row.plan
+    glyph, _ = verdict(plan)
+    share = plan.memory.device_gib / max(plan.hardware.memory_gib, 1e-9)
+    as_of = "undated" if row.as_of in ("", "unknown") else row.as_of
+    return {
+        "": ("*" if marked else " ") + ("◆" if row.best else " "),
+        "GPU": row.gpu,
+        "n": str(row.count),
+        "GiB": f"{plan.memory.device_gib:.1f}/{plan.hardware.memory_gib:.0f}",
+        "fit": f"{glyph} {share:.0%}",
+        "tok/s": format.rate(plan.speed.tokens_per_s) if plan.fits else "–",
+        "time": format.duration(plan.time_s) if plan.fits else "–",
+        "$/h": format.usd(row.usd_per_h),
+        "$ run": format.usd(row.usd) if plan.fits else "–",
+        "provider": row.provider,
+        "price of": "now" if row.local else f"{as_of}{' old' if row.stale and as_of != 'undated' else ''}",
+    }
+
+
+class GpusScreen(BaseScreen):
+    """The table, the offer under the cursor in words, and all of them by time and money."""
+
+    SCOPE = "gpus"
+    BINDINGS = bindings("gpus")
+
+    @dataclass
+    class Found(Message):
+        """The offers for a draft, or why there are none."""
+
+        draft: Tree
+        rows: list[OfferRow]
+        error: FinetuiError | None = None
+
+    @dataclass
+    class Weighed(Message):
+        """What else could be done on one machine."""
+
+        key: str
+        others: list[Alternative]
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._asked: tuple[Tree, bool] | None = None
+        self._rows: list[OfferRow] = []
+        self._shown: list[OfferRow] = []
+        self._others: dict[str, list[Alternative]] = {}
+        self._marked: set[str] = set()
+        self._columns: list[str] = []
+        self._sort, self._words = next(iter(SORTS)), ""
+        self._everything = self._spot = self._only_marked = False
+        self._error: FinetuiError | None = None
+
+    def body(self) -> ComposeResult:
+        """Table above; details and picture below."""
+        table: DataTable[object] = DataTable(cursor_type="row", zebra_stripes=False, id="offers")
+        yield table
+        with Horizontal(id="below"):
+            with VerticalScroll(id="offer", can_focus=False):
+                yield OfferDetails()
+            yield Scatter(id="scatter")
+
+    def on_mount(self) -> None:
+        """Lay out the columns for this width."""
+        self._lay_out()
+        self.query_one(DataTable).focus()
+
+    def on_screen_resume(self) -> None:
+        """The plan may be another one now."""
+        super().on_screen_resume()
+        self.query_one(DataTable).focus()
+        self._ask()
+
+    def on_resize(self) -> None:
+        """Other columns may fit now."""
+        if [name for name, _, _, least in _COLUMNS if self.size.width >= least] != self._columns:
+            self._lay_out()
+            self._fill()
+
+    def _lay_out(self) -> None:
+        table = self.query_one(DataTable)
+        table.clear(columns=True)
+        self._columns = [name for name, _, _, least in _COLUMNS if self.size.width >= least]
+        for name, right, width, least in _COLUMNS:
+            if self.size.width >= least:
+                table.add_column(Text(name, justify="right" if right else "left"), key=name or "marks", width=width)
+
+    # --- finding
+
+    def _ask(self) -> None:
+        wanted = (self.owner.draft, self._spot)
+        if wanted != self._asked:
+            self._asked, self._others = wanted, {}
+            self._find(*wanted)
+
+    @work(thread=True, exclusive=True, group="offers", exit_on_error=False)
+    def _find(self, draft: Tree, spot: bool) -> None:
+        try:
+            rows, error = self.owner.backend.offers(recipe_of(draft), spot), None
+        except FinetuiError as caught:
+            rows, error = [], caught
+        self.post_message(self.Found(draft, rows, error))
+
+    @on(Found)
+    def _found(self, message: Found) -> None:
+        self._rows, self._error = message.rows, message.error
+        self._marked &= {row.key for row in self._rows}
+        self._fill()
+
+    @work(thread=True, exclusive=True, group="alternatives", exit_on_error=False)
+    def _weigh(self, draft: Tree, row: OfferRow) -> None:
+        def plan_of(tree: Tree) -> Plan:
+            return self.owner.backend.plan(recipe_of(tree))
+
+        self.post_message(self.Weighed(row.key, alternatives(draft, row, plan_of)))
+
+    @on(Weighed)
+    def _weighed(self, message: Weighed) -> None:
+        self._others[message.key] = message.others
+        self._show_offer()
+
+    # --- showing
+
+    def _fill(self) -> None:
+        table: DataTable[object] = self.query_one(DataTable)
+        at = self._current()
+        shown = arranged(self._rows, sort=self._sort, everything=self._everything, words=self._words)
+        self._shown = [row for row in shown if row.key in self._marked] if self._only_marked else shown
+        table.clear()
+        for row in self._shown:
+            table.add_row(*self._styled(row), key=row.key)
+        keys = [row.key for row in self._shown]
+        if at is not None and at.key in keys:
+            table.move_cursor(row=keys.index(at.key))
+        table.border_title = self._title()
+        self._show_offer()
+        self.refresh_bars()
+
+    def _title(self) -> str:
+        if self._error is not None:
+            return "offers: none, the plan is not right yet"
+        parts = [f"offers: {len(self._shown)} of {len(self._rows)}", f"by {self._sort}"]
+        parts += ["spot prices"] * self._spot + ["marked"] * self._only_marked
+        parts += [f"filter {self._words!r}"] * bool(self._words)
+        fitting = sum(row.plan.fits for row in self._rows)
+        parts += [f"{len(self._rows) - fitting} do not fit"] * (fitting < len(self._rows) and not self._everything)
+        return ", ".join(parts)
+
+    def _styled(self, row: OfferRow) -> list[Text]:
+        texts, row_cells = [], cells(row, row.key in self._marked)
+        for name, right, _, least in _COLUMNS:
+            if self.size.width < least:
+                continue
+            text = Text(row_cells[name], justify="right" if right else "left", no_wrap=True, overflow="ellipsis")
+            if name == "fit":
+                text.stylize(self.owner.role_style(_ROLES[row_cells[name][0]]))
+            elif name == "":
+                text.stylize(self.owner.role_style("accent"))
+            elif row.stale and name == "price of":
+                text.stylize("dim")
+            texts.append(text)
+        return texts
+
+    def _current(self) -> OfferRow | None:
+        table = self.query_one(DataTable)
+        if not table.row_count:
+            return None
+        key = table.coordinate_to_cell_key(Coordinate(table.cursor_row, 0)).row_key.value
+        return next((row for row in self._shown if row.key == key), None)
+
+    @on(DataTable.RowHighlighted)
+    def _highlighted(self) -> None:
+        self._show_offer()
+
+    def _show_offer(self) -> None:
+        row = self._current()
+        others: Sequence[Alternative] = self._others.get(row.key, ()) if row else ()
+        self.query_one(OfferDetails).show(row, others)
+        self.query_one(Scatter).show(self._rows, row)
+        panel = self.query_one("#offer")
+        panel.border_title = f"{row.count} × {row.gpu}, {row.provider}" if row else "offer"
+        if self._error is not None:
+            panel.border_title = self._error.what
+        if row is not None and row.key not in self._others and self._asked is not None:
+            self._others[row.key] = []
+            self._weigh(self._asked[0], row)
+
+    def status_line(self) -> Line:
+        """The best offer in one line."""
+        row = next(iter(self._shown), None)
+        if row is None:
+            return [(" no offers", "dim")]
+        figures = f"{format.usd(row.usd)}, {format.duration(row.plan.time_s)}"
+        return [(f" {row.count} × {row.gpu} at {row.provider}: {figures}", "")]
+
+    # --- keys
+
+    @on(DataTable.RowSelected)
+    def action_use(self) -> None:
+        """Plan for this machine."""
+        if (row := self._current()) is not None:
+            self._take(on_machine(self.owner.draft, row))
+
+    def action_apply(self, number: int) -> None:
+        """Take one of the alternatives, on this machine."""
+        row = self._current()
+        others = self._others.get(row.key, []) if row else []
+        if row is not None and number < len(others):
+            chosen = others[number]
+            self._take(on_machine(put(self.owner.draft, chosen.key, chosen.value), row))
+
+    def _take(self, draft: Tree) -> None:
+        self.owner.edit(draft)
+        self.owner.action_mode("plan")
+
+    def action_sort(self) -> None:
+        """Sort by the next figure."""
+        names = list(SORTS)
+        self._sort = names[(names.index(self._sort) + 1) % len(names)]
+        self._fill()
+
+    def action_everything(self) -> None:
+        """Show those that do not fit, or hide them."""
+        self._everything = not self._everything
+        self._fill()
+
+    def action_spot(self) -> None:
+        """Interruptible prices, or those on demand."""
+        self._spot = not self._spot
+        self._ask()
+
+    def action_mark(self) -> None:
+        """Mark the offer, and go to the next."""
+        if (row := self._current()) is not None:
+            self._marked ^= {row.key}
+            self._fill()
+            self.action_move(1)
+
+    def action_marked(self) -> None:
+        """Only the marked offers, or all of them."""
+        if not self._marked:
+            self.notify("Mark some offers with space first.", severity="warning")
+            return
+        self._only_marked = not self._only_marked
+        self._fill()
+
+    def action_filter(self) -> None:
+        """Ask for words that provider or GPU must hold."""
+
+        def done(text: str | None) -> None:
+            if text is not None:
+                self._words = text.strip()
+                self._fill()
+
+        self.app.push_screen(Editor("filter", self._words, hint="Words of provider or GPU; empty shows all"), done)
+
+    def action_move(self, direction: int) -> None:
+        """Move the cursor."""
+        table = self.query_one(DataTable)
+        table.move_cursor(row=table.cursor_row + direction)

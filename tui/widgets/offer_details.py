@@ -1,0 +1,58 @@
+"""OfferDetails: one offer in words, and the changes to the plan that are worth a look there."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from .. import format  # noqa: A004
+from ..offers import Alternative, OfferRow
+from ..plan_view import verdict
+from .lines import Line, Lines, wrapped
+
+#: The keys that apply an alternative, in order.
+APPLY_KEYS = "abc"
+_ROLES = {"✔": "good", "!": "warn", "✘": "bad"}
+
+
+class OfferDetails(Lines):
+    """The offer under the cursor: verdict, price, source, and what else could be done on that machine."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._row: OfferRow | None = None
+        self._others: Sequence[Alternative] = ()
+
+    def show(self, row: OfferRow | None, others: Sequence[Alternative] = ()) -> None:
+        """Draw an offer."""
+        self._row, self._others = row, others
+        self.refresh(layout=True)
+        self.redraw()
+
+    def draw(self, width: int, height: int) -> list[Line]:
+        """See :class:`Lines`."""
+        row = self._row
+        if row is None:
+            return [[("no offers to show: f shows those that do not fit, / changes the filter", "dim")]]
+        plan, memory = row.plan, row.plan.memory
+        glyph, words = verdict(plan)
+        lines: list[Line] = [
+            [
+                (f"{glyph} {words}  ", _ROLES[glyph]),
+                (f"{memory.device_gib:.1f} of {plan.hardware.memory_gib:.1f} GiB", "bold"),
+                (f"  {memory.low_gib:.1f} to {memory.high_gib:.1f}, by {plan.basis}", "dim"),
+            ]
+        ]
+        r = plan.resolved
+        setting = f"micro batch {r.micro_batch}, {r.checkpointing} checkpointing, {r.optimizer}"
+        lines.append([("plan     ", "dim"), (setting, "")])
+        if row.local:
+            lines.append([("price    ", "dim"), ("this machine: nothing to rent", "")])
+        else:
+            dated = f"of {row.as_of}" if row.as_of not in ("", "unknown") else "undated"
+            old = [("  old: look again before you rent", "warn")] if row.stale else []
+            lines.append([("price    ", "dim"), (f"{format.usd(row.usd_per_h)}/h {dated}", ""), *old])
+            lines += wrapped(f"source   {row.source}", width, "dim", indent=" " * 9)
+        for key, other in zip(APPLY_KEYS, self._others, strict=False):
+            figures = f"{format.rate(other.plan.speed.tokens_per_s)} tok/s, {other.plan.memory.device_gib:.1f} GiB"
+            lines.append([(f"{key}  ", "key"), (f"{other.change}  ", ""), (figures, "dim")])
+        return lines
