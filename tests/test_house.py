@@ -72,7 +72,7 @@ def test_plan_and_fit_answer_in_under_300_ms(arguments: list[str]) -> None:
         began = time.perf_counter()
         processor.append(_processor_s(lambda: json.loads(run(*arguments).stdout)))
         clock.append(time.perf_counter() - began)
-    assert min(clock) < 0.3 or min(processor) < 2.4 * min(base), (clock, processor, base)
+    assert min(clock) < 0.3 or min(processor) < 2.8 * min(base), (clock, processor, base)
 
 
 def _processor_s(call: Callable[[], object]) -> float:
