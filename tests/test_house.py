@@ -64,7 +64,7 @@ def test_planning_verbs_import_neither_torch_nor_textual(arguments: list[str]) -
 )
 def test_plan_and_fit_answer_in_under_300_ms(arguments: list[str]) -> None:
     # The best of five. On a machine that is busy with other tests, what counts is the CPU time beside that of Python
-    # and the three libraries that every verb needs, which take more than half of it.
+    # and the three libraries that every verb needs, which take a good third of it.
     libraries = [sys.executable, "-P", "-c", "import pydantic.main, typer, yaml"]
     clock, processor, base = [], [], []
     for _ in range(5):
@@ -72,7 +72,7 @@ def test_plan_and_fit_answer_in_under_300_ms(arguments: list[str]) -> None:
         began = time.perf_counter()
         processor.append(_processor_s(lambda: json.loads(run(*arguments).stdout)))
         clock.append(time.perf_counter() - began)
-    assert min(clock) < 0.3 or min(processor) < 2.8 * min(base), (clock, processor, base)
+    assert min(clock) < 0.3 or min(processor) < 3.3 * min(base), (clock, processor, base)
 
 
 def _processor_s(call: Callable[[], object]) -> float:
