@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 from .architecture import Architecture
 from .hardware import GIB
 from .methods import METHODS
@@ -56,10 +54,13 @@ def loss_bytes(
 
 
 def _budgeted(tokens: int, vocab: int, gib: float) -> int:
-    """Tokens per chunk of Unsloth's fused cross-entropy: a multiple of four chunks, of which 16 bytes per logit fit
-    (``unsloth_zoo/fused_losses/cross_entropy_loss.py``)."""
-    share = 16.0 * vocab * tokens / (gib * GIB)
-    return tokens if share <= 1 else -(-tokens // (4 * math.ceil(share / 4)))
+    """Tokens in the largest chunk of Unsloth's fused cross-entropy: those of which 16 bytes per logit fit
+    (``unsloth_zoo/fused_losses/cross_entropy_loss.py``).
+
+    It cuts what does not fit into a multiple of four, so a little more than fits makes far smaller chunks; but the
+    peak of a run is that of its worst batch, and some of its batches are shorter than its longest.
+    """
+    return min(tokens, int(gib * GIB / (16 * vocab)))
 
 
 def _liger_chunk(tokens: int, vocab: int, hidden: int) -> int:

@@ -61,12 +61,14 @@ def _peak_memory(
     fixed = stored(architecture, settings, stack)
     shared = shares(architecture, settings, stack, fixed)
     moments = _moments(architecture, settings, stack, fixed, shared, gpu)
-    moment = max(moments, key=lambda name: sum(moments[name].values()))
-    terms = moments[moment]
-    static, moving = shared.static, sum(terms.values())
-    unknown = _unknown(architecture, settings, stack, moment, unknown)
-    raised = lean(stored=static, moving=moving, unknown=unknown)
-    allocated = static + moving + raised
+    static, needs = shared.static, {}
+    for name, terms in moments.items():
+        moving = sum(terms.values())
+        unsure = _unknown(architecture, settings, stack, name, unknown)
+        needs[name] = (moving + lean(stored=static, moving=moving, unknown=unsure), moving, unsure)
+    moment = max(needs, key=lambda name: needs[name][0])
+    need, moving, unknown = needs[moment]
+    terms, raised, allocated = moments[moment], need - moving, static + need
     slack = _slack(moments, stack, gpu) + shared.whole.stranded
     context = context_bytes(gpu, settings.world_size)
     device = allocated + slack + context
@@ -132,15 +134,13 @@ def _moments(
         "temporary": 0.0,
     }
     activations, gradients = _largest_backward(stages, settings, fixed, shared, 2.0 * hidden * tokens)
-    checkpointed = settings.kept(architecture.num_layers) < architecture.num_layers
+    # Autocast's 16-bit copies of the layers that are kept, and of the one that is computed again.
+    copied = min((settings.kept(architecture.num_layers) + 1) / max(architecture.num_layers, 1), 1.0)
     layer = {
         "activations": activations + moving,
         "gradients": gradients,
         "logits": stack.logit_alive * architecture.vocab * tokens,
-        "buffers": dequantized
-        + standing
-        + whole.backward
-        + (copies / max(architecture.num_layers, 1) if checkpointed else copies),
+        "buffers": dequantized + standing + whole.backward + copies * copied,
         "temporary": 0.0,
     }
     step = {
@@ -286,7 +286,9 @@ def _slack(moments: dict[Moment, dict[str, float]], stack: Stack, gpu: Gpu) -> f
         return 0.05 * max(sum(terms.values()) for terms in moments.values())
     moving = max(terms["activations"] + terms["buffers"] + terms["gradients"] for terms in moments.values())
     if stack.expandable_segments:
-        return 0.005 * moving + 0.12 * GIB + 0.15 * max(terms["gradients"] for terms in moments.values())
+        # Those of a whole step: which layer's backward is the worst, and what has a gradient by then, moves with the rest.
+        gradients = max(moments["loss"]["gradients"], moments["optimizer"]["gradients"])
+        return 0.005 * moving + 0.12 * GIB + 0.15 * gradients
     share = 0.5 if stack.loss == "logits" else 0.1
     return 0.04 * moving + share * moments["loss"]["logits"] + 0.05 * GIB
 

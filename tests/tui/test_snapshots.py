@@ -11,6 +11,7 @@ from textual.widgets import Input
 from finetui.engine.run import Run
 from finetui.planner.recipe import Recipe
 from finetui.tui.app import FinetuiApp
+from finetui.tui.widgets.log_view import LogView
 
 AppOf = Callable[..., FinetuiApp]
 Settle = Callable[[Any], Awaitable[None]]
@@ -23,15 +24,30 @@ def _steady_cursor(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def pressing(settle: Settle, *keys: str) -> Callable[[Any], Awaitable[None]]:
-    """Waits for the first picture, then presses keys one by one."""
+    """Waits for the first picture, then presses keys one by one; what threads still read is waited for at the end."""
 
     async def run_before(pilot: Any) -> None:
         await settle(pilot)
         for key in keys:
             await pilot.press(key)
             await settle(pilot)
+        for view in pilot.app.screen.query(LogView):
+            for _ in range(50):  # a run that has nothing to say is waited for in vain
+                if "nothing yet" not in view.title(80)[1][0]:
+                    break
+                await pilot.pause(0.1)
+        await still(pilot)
 
     return run_before
+
+
+async def still(pilot: Any) -> None:
+    """Wait until the picture has not changed for longer than the longest pause between two looks at a file."""
+    before, same = "", 0
+    while same < 4:
+        await pilot.pause(0.1)
+        now = pilot.app.export_screenshot()
+        before, same = now, same + 1 if now == before else 0
 
 
 @pytest.mark.parametrize("size", SIZES, ids=lambda size: f"{size[0]}x{size[1]}")
