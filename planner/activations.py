@@ -17,7 +17,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import lru_cache
 
-from .architecture import Architecture, Layer, Linear
+from .architecture import Architecture
+from .layer import Layer, Linear
 from .stacks import Stack
 
 #: What adapters that are no pairs keep, per feature of a module's input and of its output, with fp32 parameters: IA3

@@ -1,7 +1,8 @@
 """What finished runs teach: measured over predicted, kept per GPU, family, size and tuning, used once it is trusted.
 
 A correction is the median over at least three runs of the same kind, so one odd run (a busy GPU, a throttled one, a
-shared machine) bends nothing, and it is bounded, so that no history makes a plan absurd. It corrects what moves
+shared machine) bends nothing, and it is bounded, so that no history makes a plan absurd. One run that was out of memory
+raises it at once, to what that run held by then. It corrects what moves
 (activations, logits, buffers) and the speed; what is stored is counted exactly. Ratios are against the formula, not
 against an already corrected prediction, so they don't feed on themselves.
 """
@@ -73,6 +74,8 @@ class Finished:
     speed: float | None
     run: str = ""
     time: float = 0.0
+    at_least: bool = False
+    """The run was out of memory: ``memory`` is what it held by then, and it needed more."""
 
     @property
     def kind(self) -> Kind:
@@ -96,6 +99,17 @@ def compare(
     if tokens_per_s and plan.speed.tokens_per_s > 0:
         speed = tokens_per_s / (plan.speed.tokens_per_s / applied.get("speed", 1.0))
     return Finished(kind.gpu, kind.family, kind.tuning, kind.size, kind.framework, memory, speed, run, time)
+
+
+def out_of_memory(plan: Plan, *, needed_gib: float, run: str = "", time: float = 0.0) -> Finished | None:
+    """The lesson of a run whose GPU was too small for it; None where the plan had expected as much.
+
+    Args:
+        needed_gib: what its fullest rank held in tensors, and what it asked for beside, when there was no more.
+    """
+    lesson = replace(compare(plan, allocated_gib=needed_gib, tokens_per_s=None, run=run, time=time), at_least=True)
+    expected = plan.correction.get("memory", 1.0)
+    return lesson if lesson.memory is not None and lesson.memory > 1.01 * expected else None
 
 
 def record(finished: Finished, folder: Path) -> None:
@@ -135,9 +149,15 @@ def _parsed(line: str) -> dict[str, Any] | None:
 
 
 def correction(runs: Iterable[Finished], kind: Kind) -> Correction | None:
-    """The correction for runs of this kind, or None where too few were finished."""
+    """The correction for runs of this kind, or None where too few were finished.
+
+    A single run that was out of memory counts: what it held was there, whatever else was on its GPU.
+    """
     alike = [run for run in runs if run.kind == kind][-LATEST_RUNS:]
-    memory = _robust([run.memory for run in alike if run.memory is not None], MEMORY_BOUNDS)
+    memory = _robust([run.memory for run in alike if run.memory is not None and not run.at_least], MEMORY_BOUNDS)
+    held = max((run.memory for run in alike if run.memory is not None and run.at_least), default=0.0)
+    if held > (memory or 1.0):
+        memory = min(held, MEMORY_BOUNDS[1])
     speed = _robust([run.speed for run in alike if run.speed is not None], SPEED_BOUNDS)
     if memory is None and speed is None:
         return None

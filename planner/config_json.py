@@ -7,21 +7,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from . import hybrid
-from .architecture import Layer, Linear
 from .errors import ModelError
 from .families import FAMILIES
-from .family import Family, Flag
+from .family import ALIASES, Config, Family
+from .layer import Layer, Linear
 
-#: Keys that hold the same figure under the names that different families gave it.
-_ALIASES: dict[str, tuple[str, ...]] = {
-    "vocab_size": ("vocab_size",),
-    "hidden_size": ("hidden_size", "n_embd", "d_model"),
-    "num_hidden_layers": ("num_hidden_layers", "n_layer", "n_layers", "num_layers"),
-    "num_attention_heads": ("num_attention_heads", "n_head", "n_heads"),
-    "num_key_value_heads": ("num_key_value_heads", "num_kv_heads", "n_head_kv"),
-    "intermediate_size": ("intermediate_size", "n_inner", "ffn_dim", "ffn_hidden_size"),
-    "max_position_embeddings": ("max_position_embeddings", "n_positions", "max_seq_len", "max_sequence_length"),
-}
 #: Text towers whose config may leave out its own model_type.
 _TEXT_TYPES = {
     "mistral3": "mistral",
@@ -42,28 +32,6 @@ _NOT_DECODERS = {
     "xlm-roberta", "xlm-roberta-xl",
 }  # fmt: skip
 _NEEDED = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
-
-
-class Config:
-    """A config.json with the defaults of its family behind it."""
-
-    def __init__(self, config: Mapping[str, Any], family: Family, name: str) -> None:
-        self.config, self.family, self.name = config, family, name
-
-    def get(self, key: str) -> Any:
-        for alias in _ALIASES.get(key, (key,)):
-            if alias in self.config:
-                return self.config[alias]
-        return self.family.defaults.get(key)
-
-    def whole(self, key: str) -> int:
-        value = self.get(key)
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ModelError(f"{key} must be a whole number above 0, not {value!r}", where=f"{self.name}: config.json")
-        return value
-
-    def flag(self, flag: Flag) -> bool:
-        return bool(self.get(flag)) if isinstance(flag, str) else flag
 
 
 def read_config(config: Mapping[str, Any], name: str) -> dict[str, Any]:
@@ -144,7 +112,7 @@ def _refuse(config: Mapping[str, Any], outer: Mapping[str, Any], model_type: str
         raise ModelError(f"{model_type or 'this'} is no decoder-only language model", where=where, do=accepted)
     if model_type in FAMILIES:
         return
-    missing = [key for key in _NEEDED if not any(alias in config for alias in _ALIASES[key])]
+    missing = [key for key in _NEEDED if not any(alias in config for alias in ALIASES[key])]
     if missing:
         raise ModelError(
             f"no shape can be read: {', '.join(missing)} missing",

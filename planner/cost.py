@@ -21,8 +21,9 @@ _RENT_S = 240.0
 #: How often an interruptible machine is taken back: assumed, once in a day of use. Providers publish a share of
 #: machines per month (AWS: under 5% to over 20%) or nothing.
 _INTERRUPTIONS_PER_H = 1 / 24
-#: Writing a checkpoint, in bytes per second.
-_SAVE_BYTES_S = 0.8e9
+#: Copying a checkpoint to host memory, which steps wait for, and writing the last one, which the end of a run waits
+#: for; in bytes per second. The others are written while training goes on.
+_COPY_BYTES_S, _SAVE_BYTES_S = 10e9, 0.8e9
 
 
 @dataclass(frozen=True)
@@ -33,10 +34,12 @@ class Overhead:
     download_s: float
     evaluation_s: float
     checkpoint_s: float
+    reference_s: float = 0.0
+    """Probabilities of the reference, once for each row."""
 
     @property
     def total_s(self) -> float:
-        return self.start_s + self.download_s + self.evaluation_s + self.checkpoint_s
+        return self.start_s + self.download_s + self.evaluation_s + self.checkpoint_s + self.reference_s
 
 
 def overhead(
@@ -47,14 +50,15 @@ def overhead(
     steps: int,
     batch_size: int,
     eval_examples: int,
+    reference_examples: int = 0,
     eval_every: int,
     checkpoint_every: int,
     checkpoint_bytes: float,
 ) -> Overhead:
-    """What a run spends beside its steps: an evaluation is a third of a training pass over the same rows."""
+    """What a run spends beside its steps: a pass without gradients is a third of a training pass over the same rows."""
     size = 2.0 * architecture.parameters
     passes = 2 + max(steps - 1, 0) // max(eval_every, 1) if eval_examples else 0
-    saves = 1 + max(steps - 1, 0) // max(checkpoint_every, 1)
+    saves = 2 + max(steps - 1, 0) // max(checkpoint_every, 1)  # the first one after the first step
     rented = not node.local
     return Overhead(
         start_s=_START_S * (0.5 if node.gpu.kind == "cpu" else 1.0)
@@ -62,7 +66,8 @@ def overhead(
         + (_RENT_S if rented else 0.0),
         download_s=size / _DOWNLOAD_BYTES_S if rented else 0.0,
         evaluation_s=passes * eval_examples / max(batch_size, 1) * step_s / 3,
-        checkpoint_s=saves * checkpoint_bytes / _SAVE_BYTES_S,
+        checkpoint_s=saves * checkpoint_bytes / _COPY_BYTES_S + checkpoint_bytes / _SAVE_BYTES_S,
+        reference_s=reference_examples / max(batch_size, 1) * step_s / 3,
     )
 
 
@@ -81,8 +86,8 @@ def cheapest_offers(offers: Iterable[Offer] | None = None, *, spot: bool = False
 
 
 @cache
-def _shipped() -> dict[tuple[str, int], Offer]:
-    return cheapest_offers()
+def _cheapest(offers: tuple[Offer, ...]) -> dict[tuple[str, int], Offer]:
+    return cheapest_offers(offers)
 
 
 def _rank(offer: Offer, spot: bool) -> tuple[bool, float]:
@@ -102,7 +107,7 @@ def cost_of(
         return Cost(usd=usd_per_h * time_s / 3600, usd_per_h=usd_per_h, provider=provider)
     if node.local:
         return Cost()
-    best = _shipped() if offers is None else cheapest_offers(offers)
+    best = _cheapest(load_offers()) if offers is None else cheapest_offers(offers)
     offer, factor = best.get((node.gpu.name, node.count)), 1
     if offer is None:
         offer, factor = best.get((node.gpu.name, 1)), node.count

@@ -45,7 +45,8 @@ class DataSource(Section):
     weight: float = Field(1.0, gt=0, le=100)
     """How often each example is seen per epoch: 2 is twice, 0.5 leaves out a random half."""
     streaming: bool = False
-    """Read a hub dataset row by row and never store it whole."""
+    """Read a hub dataset row by row and never store it whole; what is stored is its tokens. With max_steps it is read
+    only as far as the run can train on it, and with limit so far."""
     on_bad_row: Literal["stop", "skip"] = "stop"
     """``skip`` leaves out rows that can't be used, counts them and names the first."""
 

@@ -8,6 +8,7 @@ FinetuiError                 a failure: exit code 1
 │   ├── HardwareError        a GPU that is not there, a plan that does not fit
 │   ├── DataError            a dataset: file, line and field
 │   ├── RunError             a run directory: missing, busy, in the wrong state
+│   ├── SettingsError        a setting of the user: unknown, or of a value that it can't have
 │   └── MissingExtraError    a part of finetui that is not installed
 └── TrainingError            a run that ended badly; ``cause`` names why
 """
@@ -68,6 +69,10 @@ class DataError(UserError):
 
 class RunError(UserError):
     """A run directory that is missing, busy, or in a state that forbids what was asked."""
+
+
+class SettingsError(UserError):
+    """A setting that does not exist, a value that it can't have, or a file of settings that can't be used."""
 
 
 class MissingExtraError(UserError):

@@ -10,6 +10,18 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from .errors import ModelError
+
+#: Keys that hold the same figure under the names that different families gave it.
+ALIASES: dict[str, tuple[str, ...]] = {
+    "vocab_size": ("vocab_size",),
+    "hidden_size": ("hidden_size", "n_embd", "d_model"),
+    "num_hidden_layers": ("num_hidden_layers", "n_layer", "n_layers", "num_layers"),
+    "num_attention_heads": ("num_attention_heads", "n_head", "n_heads"),
+    "num_key_value_heads": ("num_key_value_heads", "num_kv_heads", "n_head_kv"),
+    "intermediate_size": ("intermediate_size", "n_inner", "ffn_dim", "ffn_hidden_size"),
+    "max_position_embeddings": ("max_position_embeddings", "n_positions", "max_seq_len", "max_sequence_length"),
+}
 #: A fixed answer, or the config key that holds it.
 Flag = bool | str
 
@@ -99,3 +111,32 @@ def shape_defaults(
     """The keys of a config under their usual names."""
     shape = {"vocab_size": vocab, "hidden_size": hidden, "intermediate_size": inner, "num_hidden_layers": layers}
     return {**shape, "num_attention_heads": heads, "num_key_value_heads": kv, **more}
+
+
+#: Figures above these are mistakes or worse: layers are counted one by one, and shapes multiply.
+_MOST_LAYERS, _LARGEST = 10_000, 2**31
+
+
+class Config:
+    """A config.json with the defaults of its family behind it."""
+
+    def __init__(self, config: Mapping[str, Any], family: Family, name: str) -> None:
+        self.config, self.family, self.name = config, family, name
+
+    def get(self, key: str) -> Any:
+        for alias in ALIASES.get(key, (key,)):
+            if alias in self.config:
+                return self.config[alias]
+        return self.family.defaults.get(key)
+
+    def whole(self, key: str) -> int:
+        value = self.get(key)
+        where = f"{self.name}: config.json"
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ModelError(f"{key} must be a whole number above 0, not {str(value)[:60]!r}", where=where)
+        if value > (_MOST_LAYERS if key == "num_hidden_layers" else _LARGEST):
+            raise ModelError(f"{key} is larger than that of any model", where=where)
+        return value
+
+    def flag(self, flag: Flag) -> bool:
+        return bool(self.get(flag)) if isinstance(flag, str) else flag

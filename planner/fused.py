@@ -17,18 +17,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
-from .architecture import Architecture, Layer, Linear
+from .architecture import Architecture
 from .hardware import Gpu
+from .layer import Layer, Linear
 from .settings import Settings
 from .stacks import Stack
 
-#: Families whose layers the kernels recognise (``kernels/layers.py``).
-_FAMILIES = frozenset({"llama", "mistral", "qwen2", "qwen3"})
+#: Families whose layers the kernels recognise (``kernels/layers.py``): RMSNorm, attention, RMSNorm, gated MLP, sums.
+FAMILIES = frozenset({"ernie4_5", "gemma", "helium", "llama", "ministral", "mistral", "qwen2", "qwen3"})
 #: Rows of the MLP that go through at once (``kernels/decoder_mlp.py``).
 _PIECE = 4096
-#: Sets of parked tensors that are on the device at once: two on their way out, or one in use and one on its way in
-#: (``kernels/offload.py``).
-_SETS = 2
 
 
 @dataclass(frozen=True)
@@ -61,7 +59,7 @@ def runs_whole_layers(architecture: Architecture, stack: Stack, gpu: Gpu, *, tun
         and gpu.bf16
         and tuning != "full"
         and not dropout
-        and architecture.model_type in _FAMILIES
+        and architecture.model_type in FAMILIES
         and all(not layer.experts for layer in architecture.layers)
     )
 
@@ -125,8 +123,11 @@ def layer_bytes(
     # Gradients of the output and, piece by piece, of the sum; of a piece its normed input, gate, up and activation.
     mlp = 2.0 * hidden + (2 * hidden if part < 1 else 0) + part * (2 * hidden + 6 * inner)
     if checkpointing == "offload":
+        # What one layer parked is on the device at each crest: its sum in use and the rest on its way in, then that in
+        # use and the next sum on its way in. The normed input is let go meanwhile. In forward its input is in use too.
         parked = 4.0 * hidden + 2 * q
-        return LayerBytes(small + sums, max(mlp, attention + heads - 2 * hidden), parked, _SETS * parked)
+        forward = 4.0 * hidden + part * (2 * hidden + 6 * inner)
+        return LayerBytes(small + sums, max(mlp, forward, attention + heads - 2 * hidden), parked, parked)
     # Made again before either: the normed input, queries, keys, values, the attention's output and the sum after it.
     again = 4.0 * hidden + heads + normed + 2 * q + sums
     return LayerBytes(2.0 * hidden + small, max(again + mlp, attention + heads + 2 * q + sums))

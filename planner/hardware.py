@@ -128,9 +128,21 @@ def refreshed_prices() -> Path:
     return state_dir() / "prices.csv"
 
 
-@cache
 def load_offers() -> tuple[Offer, ...]:
-    """The offers of ``presets/prices.csv``, but of the providers whose prices were refreshed those."""
+    """The offers of ``presets/prices.csv``, but of the providers whose prices were refreshed those; and only those of
+    the providers that the user's settings name, where they name some that there are."""
+    from .preferences import load
+
+    wanted = {provider.lower() for provider in load().providers}
+    offers = all_offers()
+    if not wanted:
+        return offers
+    return tuple(offer for offer in offers if offer.provider.lower() in wanted) or offers
+
+
+@cache
+def all_offers() -> tuple[Offer, ...]:
+    """The offers of every provider."""
     shipped = _read_offers(PRESETS / "prices.csv")
     if not refreshed_prices().is_file():
         return shipped

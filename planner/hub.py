@@ -17,12 +17,15 @@ from urllib.parse import urlsplit
 
 from .errors import HubError, ModelError
 from .hardware import PRESETS
+from .inside import local_path
 
 Origin = Literal["folder", "file", "preset", "hub"]
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 #: Seconds to wait for the Hub before saying that it can't be reached.
 TIMEOUT_S = 10.0
 _CONNECT_S = 3.0
+#: Bytes of the longest config.json that is believed; those of models with many labels have some 100 kB.
+_LONGEST = 8 << 20
 
 
 def find_config(model: str) -> tuple[str, dict[str, Any], Origin]:
@@ -36,7 +39,7 @@ def find_config(model: str) -> tuple[str, dict[str, Any], Origin]:
         ModelError: there is no such folder or id, or its config.json can't be read.
         HubError: the Hub is unreachable, or does not give the file.
     """
-    path = Path(model).expanduser()
+    path = local_path(model, error=ModelError, where="model")
     if path.is_dir():
         if not (path / "config.json").is_file():
             do = "Give a checkpoint folder in Hugging Face format, or a hub id."
@@ -88,11 +91,17 @@ def is_hub_id(model: str) -> bool:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        with path.open("rb") as file:
+            raw = file.read(_LONGEST + 1)
+        if len(raw) > _LONGEST:
+            raise ModelError(f"this is longer than {_LONGEST >> 20} MiB, which no config.json is", where=str(path))
+        config = json.loads(raw.decode("utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         raise ModelError(f"config.json can't be read ({error})", where=str(path)) from None
     except json.JSONDecodeError as error:
         raise ModelError(f"this is not valid JSON ({error.msg})", where=f"{path}:{error.lineno}") from None
+    except (ValueError, RecursionError) as error:  # numbers of thousands of digits, and thousands of brackets
+        raise ModelError(f"this is not valid JSON ({str(error).partition(';')[0]})", where=str(path)) from None
     if not isinstance(config, dict):
         raise ModelError("a config.json is a JSON object", where=str(path))
     return config

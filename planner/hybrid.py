@@ -7,12 +7,9 @@ delta networks are those of Yang et al., arXiv:2412.06464.
 from __future__ import annotations
 
 from collections import Counter
-from typing import TYPE_CHECKING
 
-from .architecture import Layer, Linear
-
-if TYPE_CHECKING:
-    from .config_json import Config
+from .family import Config
+from .layer import Layer, Linear
 
 #: Without ``layer_types`` every so many layers attend (``full_attention_interval``).
 _ATTENTION_EVERY = 4

@@ -286,7 +286,7 @@ def _slack(moments: dict[Moment, dict[str, float]], stack: Stack, gpu: Gpu) -> f
         return 0.05 * max(sum(terms.values()) for terms in moments.values())
     moving = max(terms["activations"] + terms["buffers"] + terms["gradients"] for terms in moments.values())
     if stack.expandable_segments:
-        # Those of a whole step: which layer's backward is the worst, and what has a gradient by then, moves with the rest.
+        # Those of a whole step: which layer of backward is the worst, and what has a gradient by then, may change.
         gradients = max(moments["loss"]["gradients"], moments["optimizer"]["gradients"])
         return 0.005 * moving + 0.12 * GIB + 0.15 * gradients
     share = 0.5 if stack.loss == "logits" else 0.1

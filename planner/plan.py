@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self
 
+from .kinds import strange_field
+
 if TYPE_CHECKING:
     from .options import OptimizerOptions, TuningOptions
 
@@ -102,6 +104,8 @@ class Resolved:
     kept_layers: int = 0
     """Under ``selective`` checkpointing: so many of the last layers keep what the others compute again."""
 
+    graphs: bool = False
+    """Whether steps are replayed as CUDA graphs."""
     tuning_options: dict[str, Any] = field(default_factory=dict)
     """What of the tuning goes beyond rank, alpha, dropout and targets and differs from the default."""
     optimizer_options: dict[str, Any] = field(default_factory=dict)
@@ -160,6 +164,16 @@ class Memory:
     margins: dict[str, float] = field(default_factory=dict)
     moments: dict[str, float] = field(default_factory=dict)
     """What is allocated at the fullest instant of each moment, in GiB; only where a step was followed."""
+
+
+@dataclass(frozen=True)
+class Disk:
+    """What a run writes, in GiB: one checkpoint; all that lie there at a time, with the one being written; the result,
+    with the weights that did best if they are kept."""
+
+    checkpoint_gib: float = 0.0
+    checkpoints_gib: float = 0.0
+    output_gib: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -233,6 +247,8 @@ class Plan:
     stages: list[StagePlan] = field(default_factory=list)
     """Of a recipe with stages: one row for each. ``time_s`` and ``cost`` are then those of all, the other figures those
     of the one that needs most memory."""
+    disk: Disk = Disk()
+    """What checkpoints and result take."""
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON form."""
@@ -260,6 +276,7 @@ class Plan:
             basis=tree.get("basis", "formula"),
             correction=dict(tree.get("correction", {})),
             stages=[_read(StagePlan, stage) for stage in tree.get("stages", [])],
+            disk=_read(Disk, tree.get("disk", {})),
         )
 
     def save(self, path: str | Path) -> None:
@@ -273,6 +290,11 @@ class Plan:
 
 
 def _read(cls: type, tree: dict[str, Any]) -> Any:
+    if not isinstance(tree, dict):
+        raise ValueError(f"its {cls.__name__.lower()} is no object")
+    strange = strange_field(cls, tree)
+    if strange is not None:
+        raise ValueError(f"{strange} of its {cls.__name__.lower()} is of another kind than it should be")
     known = {f.name for f in dataclasses.fields(cls)}
     return cls(**{key: value for key, value in tree.items() if key in known})
 

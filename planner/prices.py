@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import HardwareError, MissingExtraError
-from .hardware import Offer, find_gpu, load_offers, refreshed_prices
+from .hardware import Offer, all_offers, find_gpu, refreshed_prices
 
 #: The longest that asking may take.
 TIMEOUT_S = 60.0
@@ -65,7 +65,7 @@ def refresh(timeout_s: float = TIMEOUT_S) -> Refreshed:
         raise _unanswered(f"no provider answered ({'; '.join(answer['failed'])[:300] or 'nothing came back'})")
     path = refreshed_prices()
     _write(path, offers)
-    load_offers.cache_clear()
+    all_offers.cache_clear()
     providers = tuple(sorted({offer.provider for offer in offers}))
     return Refreshed(path, len(offers), providers, tuple(answer["failed"]), source)
 

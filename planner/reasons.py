@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
+from .candidate import Candidate
 from .hardware import Gpu
 from .plan import Reason
 
 if TYPE_CHECKING:
     from .recipe import Recipe
-    from .solver import Candidate
 
 
 _ORDER = (

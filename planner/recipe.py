@@ -14,14 +14,16 @@ from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
 from .datasource import DataSource
 from .errors import RecipeError
-from .explain import explain, line_numbers
+from .explain import Lines, explain, line_numbers
 from .limits import CheckpointPolicy, Evaluation, HardwareRequest, Limits
 from .objective import Preference, check_objective
 from .optimizer import Optimizer
 from .rollout import Reward, Rollout, absolute_reward, check_rollout
+from .secrets import secret_in
 from .section import Auto, Section
 from .stages import PREVIOUS, Stage, expand
 from .tuning import Tuning, check_tuning
+from .yaml_text import parse, read_text
 
 Method = Literal["sft", "pretrain", "dpo", "ipo", "orpo", "kto", "cpo", "simpo", "grpo", "rloo", "ppo", "reward"]
 #: Changes to a recipe: dotted keys to values, or the same as ``a.b=c`` texts whose values are YAML.
@@ -90,6 +92,9 @@ class Recipe(Section):
     """End after so many optimiser steps where epochs would take more; the schedule of the rate ends there too."""
     neftune_alpha: float = Field(0.0, ge=0.0)
     """Noise on the input embeddings while training, in the size of NEFTune's alpha (arXiv:2310.05914); 5 is usual."""
+    trust_remote_code: bool = False
+    """Run the Python files that come with the model. You allow them once, by ``finetui trust MODEL``; a change of any
+    asks again."""
     seed: int = Field(42, ge=0)
     """Seed of data order, adapter initialisation and dropout."""
     preference: Preference = Preference()
@@ -149,27 +154,12 @@ class Recipe(Section):
             RecipeError: the file is missing or not YAML, or a key, a type or a combination is wrong.
         """
         path = Path(path)
-        try:
-            text = path.read_text(encoding="utf-8")
-        except FileNotFoundError:
-            raise RecipeError("there is no such recipe", where=str(path), do="Check the path.") from None
-        except (OSError, UnicodeDecodeError) as error:
-            raise RecipeError(f"the recipe can't be read ({error})", where=str(path)) from None
-        return cls.parse(text, source=str(path), base=path.resolve().parent, overrides=overrides)
+        return cls.parse(read_text(path), source=str(path), base=path.resolve().parent, overrides=overrides)
 
     @classmethod
     def parse(cls, text: str, *, source: str = "recipe", base: Path | None = None, overrides: Overrides = ()) -> Self:
         """Read YAML text; ``source`` names it in messages, ``base`` is the folder its relative paths start from."""
-        import yaml
-
-        try:
-            node = yaml.compose(text, Loader=yaml.SafeLoader)
-            tree = yaml.safe_load(text)
-        except yaml.YAMLError as error:
-            mark = getattr(error, "problem_mark", None)
-            where = f"{source}:{mark.line + 1}" if mark else source
-            problem = getattr(error, "problem", None) or "it is not YAML"
-            raise RecipeError(f"this is not valid YAML ({problem})", where=where, do="Check the indentation.") from None
+        tree, node = parse(text, source)
         if not isinstance(tree, dict):
             raise RecipeError("a recipe is a mapping of keys to values", where=source, do="Start with: model: <hub id>")
         lines = line_numbers(node)
@@ -185,6 +175,7 @@ class Recipe(Section):
         Raises:
             RecipeError: with one line per problem found.
         """
+        _refuse_secrets(tree, source, lines or {})
         try:
             return cls.model_validate(tree)
         except ValidationError as error:
@@ -235,15 +226,25 @@ def apply_overrides(tree: dict[str, Any], overrides: Overrides) -> dict[str, Any
     return tree
 
 
+def _refuse_secrets(value: Any, source: str, lines: Lines, path: tuple[str | int, ...] = ()) -> None:
+    """A recipe is kept, shown, compared and mailed."""
+    if isinstance(value, dict | list):
+        for key, part in value.items() if isinstance(value, dict) else enumerate(value):
+            _refuse_secrets(part, source, lines, (*path, key))
+    elif isinstance(value, str) and (what := secret_in(value)):
+        line = next((lines[path[:n]] for n in range(len(path), 0, -1) if path[:n] in lines), None)
+        where = f"{source}:{line}" if line else source
+        do = "Put it into the environment, and its name here: ${DATA_TOKEN}."
+        raise RecipeError(f"{'.'.join(map(str, path))} holds {what}", where=where, do=do)
+
+
 def _parse_override(item: str) -> tuple[str, Any]:
     key, equals, text = item.partition("=")
     if not equals or not key.strip():
         raise RecipeError(f"{item!r} is not a setting", where="--set", do="Write it as key.subkey=value.")
-    import yaml
-
     try:
-        return key.strip(), yaml.safe_load(text) if text else None
-    except yaml.YAMLError:
+        return key.strip(), parse(text, "--set")[0] if text else None
+    except RecipeError:  # no YAML, as a regular expression may be: then it is the text itself
         return key.strip(), text
 
 
@@ -263,8 +264,11 @@ def _make_absolute(tree: dict[str, Any], base: Path | None) -> None:
     def absolute(value: Any, always: bool = False) -> Any:
         if not isinstance(value, str) or value.startswith(("/", "~")):
             return value
-        if always or value.startswith(("./", "../")) or (base / value).exists():
-            return str((base / value).resolve())
+        try:
+            if always or value.startswith(("./", "../")) or (base / value).exists():
+                return str((base / value).resolve())
+        except (OSError, ValueError):  # no file can have this name; whoever opens it says so
+            pass
         return value
 
     tree["model"] = absolute(tree.get("model"))
@@ -287,8 +291,10 @@ def _make_files_absolute(tree: dict[str, Any], base: Path, absolute: Callable[..
         if isinstance(tuning.get("experts"), list):
             tuning["experts"] = [absolute(folder, always=True) for folder in tuning["experts"]]
     named = tree.get("chat_template")
-    if isinstance(named, str) and ((base / named).suffix or (base / named).is_file()):  # else it names a family
-        tree["chat_template"] = absolute(tree["chat_template"], always=True)
+    if isinstance(named, str) and Path(named).suffix:
+        tree["chat_template"] = absolute(named, always=True)
+    elif isinstance(named, str):  # a file, or the name of a family
+        tree["chat_template"] = absolute(named)
     rewards = _rewards(tree.get("rewards"))
     if isinstance(rewards, list):
         tree["rewards"] = [absolute_reward(reward, base) for reward in rewards]

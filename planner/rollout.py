@@ -23,6 +23,8 @@ SHIPPED_REWARDS: dict[str, frozenset[str]] = {
     "json-schema": frozenset({"column", "json_schema"}),
     "python-tests": frozenset({"column", "seconds", "memory_mib"}),
 }
+#: Options that act on a function of the user's.
+OPTIONS_OF_FUNCTIONS: frozenset[str] = frozenset({"memory_mib", "network", "environment"})
 _COLUMN = {"json-schema": "schema", "python-tests": "tests"}
 #: Longest completion where the recipe leaves it open: TRL's, or half of a short sequence.
 _COMPLETION = 512
@@ -60,7 +62,12 @@ class Reward(Section):
     seconds: float = Field(10.0, gt=0.0)
     """Time for the tests of one completion (python-tests)."""
     memory_mib: int = Field(1024, ge=128)
-    """Memory for the tests of one completion (python-tests)."""
+    """Memory for the tests of one completion (python-tests); of a function of yours, for its process: 16384 unless
+    set."""
+    network: bool = False
+    """Let a function of yours open connections, as to a model that judges."""
+    environment: list[str] = Field([])
+    """Variables with secrets that a function of yours gets, by name (``[OPENAI_API_KEY]``); it gets no others."""
     timeout_s: float = Field(300.0, gt=0.0)
     """Time for one batch; a reward that takes longer is stopped, and its completions count for nothing."""
 
@@ -201,7 +208,7 @@ def _check_reward(reward: Reward) -> None:
         if not colon or not path.endswith(".py") or not name.isidentifier():
             known = ", ".join(SHIPPED_REWARDS)
             raise ValueError(f"there is no reward {reward.function!r}||Use {known}, or path.py:function.")
-        useless = sorted(given)
+        useless = sorted(given - OPTIONS_OF_FUNCTIONS)
     else:
         useless = sorted(given - SHIPPED_REWARDS[reward.function])
     if useless:

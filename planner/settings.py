@@ -7,6 +7,7 @@ from typing import Literal
 
 from .methods import METHODS
 from .options import OptimizerOptions, TuningOptions
+from .passes import Passes, usual
 from .plan import Checkpointing
 from .sharding import STRATEGIES, Strategy
 from .stacks import Stack
@@ -48,6 +49,8 @@ class Settings:
     """Whether finetui's own kernels may run; other stacks have none."""
     method: str = "sft"
     """A name in :data:`.methods.METHODS`."""
+    passes: Passes | None = None
+    """What the method holds and computes beside its trained passes; None is what TRL's trainers do."""
     optimizer_in_backward: bool = False
     """Each gradient is applied and freed as soon as it is there."""
     masked: bool = False
@@ -57,6 +60,12 @@ class Settings:
     def rows(self) -> int:
         """Sequences of one micro-batch on one device: both halves of a pair count."""
         return self.micro_batch * METHODS[self.method].sequences
+
+    @property
+    def beside(self) -> Passes:
+        """What is held and computed beside the trained passes."""
+        full = self.tuning == "full"
+        return self.passes or usual(self.method, full=full, sequence_length=self.sequence_length)
 
     @property
     def tokens(self) -> int:

@@ -75,7 +75,7 @@ def shares(architecture: Architecture, settings: Settings, stack: Stack, fixed: 
         )  # fmt: skip
     split = 1.0 if stack.accumulates_whole and settings.accumulation > 1 else how.share("gradients", world)
     weights = fixed.weights
-    if METHODS[settings.method].reference and full:
+    if settings.beside.copy:
         weights += settings.compute_bytes * architecture.parameters
     shared = Shares(
         # FSDP does not split what is hidden behind a parametrisation.

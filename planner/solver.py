@@ -8,18 +8,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, get_args
+from dataclasses import replace
+from typing import TYPE_CHECKING, Self, get_args
 
 from .architecture import Architecture
-from .cost import checkpoint_bytes, cost_of, overhead
+from .candidate import Candidate
+from .cost import Overhead, checkpoint_bytes, cost_of, overhead
+from .disk import disk_of
 from .errors import HardwareError, RecipeError
 from .frame import PACKED_FILL, Frame
 from .hardware import Node, Offer
 from .memory import peak_memory
 from .methods import METHODS
 from .options import CUDA_ONLY, NOT_RECOMPUTED, TUNING_KEYS
-from .plan import Checkpointing, Cost, HardwareSummary, Memory, ModelSummary, Plan, Resolved, Speed, Workload
+from .passes import passes_of
+from .plan import Checkpointing, Cost, HardwareSummary, ModelSummary, Plan, Resolved, Workload
 from .policies import ways_to_checkpoint
 from .reasons import explain_choice, in_order
 from .settings import Settings
@@ -34,18 +37,6 @@ if TYPE_CHECKING:
 _MICRO_BATCHES = (1, 2, 4, 8, 16, 32, 64)
 #: Predictions of speed that differ by less are taken as equal.
 _EQUALLY_FAST = 0.02
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """One way to run, with what it needs and takes."""
-
-    settings: Settings
-    memory: Memory
-    speed: Speed
-
-    def fits(self, memory_gib: float, *, safely: bool = False) -> bool:
-        return (self.memory.high_gib if safely else self.memory.device_gib) <= memory_gib
 
 
 def make_plan(
@@ -74,10 +65,10 @@ def make_plan(
         RecipeError: the method is not supported yet, or a combination can't work.
         HardwareError: more devices than there are, or a batch that they can't share.
     """
-    return _Solver(recipe, architecture, node, workload, find_stack(framework), finished).plan(offers)
+    return Solver.of(recipe, architecture, node, workload, framework, finished).plan(offers)
 
 
-class _Solver:
+class Solver:
     """One planning: what is settled so far, and why."""
 
     def __init__(
@@ -87,6 +78,9 @@ class _Solver:
         if recipe.hardware.kernels == "on" and node.gpu.kind == "cpu":
             do = "Use kernels: auto, or off."
             raise HardwareError("fused kernels need a CUDA GPU", where="hardware.kernels", do=do)
+        if recipe.hardware.graphs and (node.gpu.kind == "cpu" or recipe.method not in ("sft", "pretrain")):
+            what = "steps are replayed on a CUDA GPU, under sft and pretrain"
+            raise HardwareError(what, where="hardware.graphs", do="Remove it.")
         if recipe.limits.cost_usd is not None and node.local and recipe.hardware.usd_per_h is None:
             do = "Set hardware.usd_per_h to what this machine costs per hour, or use limits.hours."
             raise RecipeError("a limit on cost has no effect without a price", where="limits.cost_usd", do=do)
@@ -95,6 +89,15 @@ class _Solver:
         self.frame = Frame(recipe, architecture, self.node, workload)
         self.correction = _correction(finished, architecture, node, recipe.tuning.type, stack.name)
         self.because, self.warnings = self.frame.because, self.frame.warnings
+        self.passes = passes_of(recipe, self.frame.row_tokens()) if stack.name == "finetui" else None
+
+    @classmethod
+    def of(
+        cls, recipe: Recipe, architecture: Architecture, node: Node, workload: Workload | None, framework: str,
+        finished: Iterable[Finished],
+    ) -> Self:  # fmt: skip
+        """A solver for a framework by its name; arguments as of :func:`make_plan`."""
+        return cls(recipe, architecture, node, workload, find_stack(framework), finished)
 
     def _storages(self) -> list[tuple[str, str]]:
         """Precision and optimiser, best first: what the user left open is tried in this order until it fits."""
@@ -150,6 +153,7 @@ class _Solver:
             optimizer=storage[1],
             world_size=len(self.frame.gpus),
             masked=self.frame.packing or self._masks_padding(micro, storage[0]),
+            passes=self.passes,
         )
 
     def _masks_padding(self, micro: int, precision: str) -> bool:
@@ -160,23 +164,26 @@ class _Solver:
         dropped &= not self.frame.cpu and precision != "fp16"
         return micro > 1 and not dropped and self.frame.padding_share(micro) < 1.0
 
+    def rows_of(self, settings: Settings) -> tuple[Settings, float, float | None]:
+        """Settings as an average step sees them, the useful share of its tokens, and what attention spans."""
+        mean = self.frame.mean()
+        if self.frame.packing:
+            return settings, PACKED_FILL, mean
+        # A row is padded to the longest of its micro-batch, not to the sequence length.
+        useful = self.frame.padding_share(settings.micro_batch)
+        return replace(settings, sequence_length=max(round(mean / useful), 8)), useful, None
+
     def _evaluate(self, settings: Settings) -> Candidate:
         memory = peak_memory(self.architecture, settings, self.stack, self.node.gpu)
-        useful = PACKED_FILL if self.frame.packing else self.frame.padding_share(settings.micro_batch)
-        mean = self.frame.mean()
-        if not self.frame.packing:  # a row is padded to the longest of its micro-batch, not to the sequence length
-            settings_now = replace(settings, sequence_length=max(round(mean / useful), 8))
-        else:
-            settings_now = settings
-        span = mean if self.frame.packing else None
-        speed = step_speed(self.architecture, settings_now, self.stack, self.node.gpu, useful=useful, mean_length=span)
+        now, useful, span = self.rows_of(settings)
+        speed = step_speed(self.architecture, now, self.stack, self.node.gpu, useful=useful, mean_length=span)
         if self.correction:
             from .calibration import corrected_memory, corrected_speed
 
             memory, speed = corrected_memory(memory, self.correction), corrected_speed(speed, self.correction)
         return Candidate(settings, memory, speed)
 
-    def _search(self) -> tuple[Candidate, list[Candidate]]:
+    def search(self) -> tuple[Candidate, list[Candidate]]:
         limit = self.node.gpu.memory_gib
         share = 1.0 / len(self.frame.gpus) if self.frame.cpu else 1.0  # processes share the host's memory
         hardware = self.recipe.hardware
@@ -207,8 +214,24 @@ class _Solver:
             unsure = unsure or _fastest([candidate for candidate in found if candidate.fits(limit * share)])
         return unsure or min(tried, key=lambda candidate: candidate.memory.device_gib), tried
 
+    def beside(self, best: Candidate, resolved: Resolved) -> Overhead:
+        """What stands around the steps of a run."""
+        trainable = trained_parameters(self.architecture, best.settings)
+        return overhead(
+            self.architecture,
+            self.node,
+            step_s=best.speed.step_s,
+            steps=resolved.steps,
+            batch_size=resolved.batch_size,
+            eval_examples=self.frame.workload.eval_examples,
+            reference_examples=self.frame.workload.examples if best.settings.beside.once else 0,
+            eval_every=resolved.eval_every,
+            checkpoint_every=resolved.checkpoint_every,
+            checkpoint_bytes=checkpoint_bytes(best.settings, trainable),
+        )
+
     def plan(self, offers: Iterable[Offer] | None) -> Plan:
-        best, tried = self._search()
+        best, tried = self.search()
         limit = self.node.gpu.memory_gib / (len(self.frame.gpus) if self.frame.cpu else 1)
         fits = best.fits(limit)
         self._explain(best, tried, limit)
@@ -221,17 +244,7 @@ class _Solver:
             self.because("basis", "measured", why)
         resolved = self._resolve(best)
         trainable = trained_parameters(self.architecture, best.settings)
-        extra = overhead(
-            self.architecture,
-            self.node,
-            step_s=best.speed.step_s,
-            steps=resolved.steps,
-            batch_size=resolved.batch_size,
-            eval_examples=self.frame.workload.eval_examples,
-            eval_every=resolved.eval_every,
-            checkpoint_every=resolved.checkpoint_every,
-            checkpoint_bytes=checkpoint_bytes(best.settings, trainable),
-        )
+        extra = self.beside(best, resolved)
         time_s = resolved.steps * best.speed.step_s + extra.total_s
         node = replace(self.node, count=len(self.frame.gpus)) if not self.frame.cpu else self.node
         cost = cost_of(time_s, node, offers, usd_per_h=self.recipe.hardware.usd_per_h)
@@ -264,6 +277,7 @@ class _Solver:
             warnings=self.warnings,
             basis="calibrated" if self.correction else "measured" if self.measured else "formula",
             correction={"memory": self.correction.memory, "speed": self.correction.speed} if self.correction else {},
+            disk=disk_of(self.recipe, self.architecture, best.settings, trainable),
         )
 
     def _hold_against_limits(self, time_s: float, cost: Cost) -> None:
@@ -340,6 +354,7 @@ class _Solver:
             precision=settings.precision,
             checkpointing=settings.checkpointing,
             kept_layers=settings.kept_layers,
+            graphs=recipe.hardware.graphs,
             attention="sdpa",
             kernels="off" if self.frame.cpu and recipe.hardware.kernels == "auto" else recipe.hardware.kernels,
             strategy="ddp" if len(self.frame.gpus) > 1 else "single",

@@ -18,7 +18,7 @@ from .fused import recomputed_weights, stack_on
 from .hardware import Gpu
 from .links import communication_s, offload_s, parking_s
 from .memory import kv_cache_bytes
-from .methods import COMPLETION_TOKENS, METHODS, stack_for
+from .methods import METHODS, stack_for
 from .plan import Speed
 from .settings import Settings
 from .stacks import Stack
@@ -94,8 +94,8 @@ def step_speed(
         "dequantize": dequantized_bytes(architecture, settings, stack, in_8_bits=in_8_bits) / bandwidth,
         "launch": 0.0,
     }
-    if method.forwards:  # over the same tokens, without gradients
-        terms["reference"] = method.forwards * (terms["forward"] + terms["attention"] / passes)
+    if settings.beside.forwards:  # over the same tokens, without gradients
+        terms["reference"] = settings.beside.forwards * (terms["forward"] + terms["attention"] / passes)
     started = launches(architecture, settings, stack)
     if gpu.kind == "cpu":  # nothing is launched ahead: each operation waits for the one before
         terms["launch"] = started * _LAUNCH_CPU_S
@@ -147,7 +147,9 @@ def _attention_share(gpu: Gpu, span: float, *, recent: bool) -> float:
 def _has_fp8(gpu: Gpu) -> bool:
     """Whether its matrix units take e4m3: Ada, Hopper and later."""
     major, _, minor = gpu.compute_capability.partition(".")
-    return gpu.kind == "cuda" and (int(major or 0), int(minor or 0)) >= (8, 9)
+    if gpu.kind != "cuda" or not major.isdigit():  # AMD's names (gfx942) have no such order
+        return False
+    return (int(major), int(minor or 0)) >= (8, 9)
 
 
 def _shortened(flops: float, architecture: Architecture, gain: float) -> float:
@@ -198,10 +200,11 @@ def _attention_flops(architecture: Architecture, span: float) -> float:
 
 def _rollout_s(architecture: Architecture, settings: Settings, gpu: Gpu) -> float:
     """Seconds of generating the answers of one step with transformers: for each token all weights are read, and half of
-    the cache on average; its kernels are launched one by one. vLLM is 5 to 10 times faster (published surveys).
+    the cache on average; its kernels are launched one by one. vLLM is 5 to 10 times faster (published surveys). The
+    longest answer decides, since a batch ends together; several updates on the same answers share them.
     """
     bandwidth = gpu.bandwidth_gb_s * 1e9 * _BANDWIDTH_SHARE
     weights = 2.0 * architecture.parameters
     launch = KERNELS * architecture.num_layers * (_LAUNCH_S if gpu.kind == "cuda" else _LAUNCH_CPU_S)
     each = max((weights + kv_cache_bytes(architecture, settings) / 2) / bandwidth, launch)
-    return min(COMPLETION_TOKENS, settings.sequence_length // 2) * each
+    return settings.beside.completion * each / settings.beside.updates

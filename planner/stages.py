@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from .errors import RecipeError
-from .plan import Plan, StagePlan
+from .plan import Disk, Plan, StagePlan
 
 if TYPE_CHECKING:
     from .recipe import Recipe
@@ -87,6 +87,8 @@ def expand(recipe: Recipe) -> list[Step]:
     """
     base = recipe.to_dict()
     base.pop("stages", None)
+    # What happens after the run happens once: a machine that is shut down after a stage carries out no other.
+    alone = {**base, "limits": {key: value for key, value in base.get("limits", {}).items() if key != "at_end"}}
     steps: list[Step] = []
     for number, stage in enumerate(recipe.stages, 1):
         name = _unique(
@@ -100,7 +102,7 @@ def expand(recipe: Recipe) -> list[Step]:
             rows = _rows(recipe, merged(base, stage.changes), steps, where) if stage.do == "evaluate" else None
             steps.append(Step(name, stage, rows=rows))
             continue
-        whole = type(recipe).build(merged(base, stage.changes), source=where)
+        whole = type(recipe).build(merged(alone, stage.changes), source=where)
         step = Step(name, stage, whole)
         _check_start(step, [s.recipe for s in steps if s.recipe], number)
         steps.append(step)
@@ -129,7 +131,7 @@ def merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
     result = dict(base)
     for key, value in changes.items():
         before = result.get(key)
-        anew = key == "tuning" and (isinstance(value, str) or "type" in value)
+        anew = key == "tuning" and (isinstance(value, str) or (isinstance(value, dict) and "type" in value))
         if isinstance(before, dict) and isinstance(value, dict) and not anew:
             result[key] = {**before, **value}
         else:
@@ -139,7 +141,7 @@ def merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
 
 def _unique(name: str, steps: list[Step]) -> str:
     taken = {step.name for step in steps}
-    return next(n for n in (name, *(f"{name}-{i}" for i in range(2, 100))) if n not in taken)
+    return next(n for n in (name, *(f"{name}-{i}" for i in range(2, len(taken) + 3))) if n not in taken)
 
 
 def _check_start(step: Step, before: list[Recipe], number: int) -> None:
@@ -190,5 +192,17 @@ def together(steps: list[Step], plans: list[Plan | None]) -> Plan:
         time_s=total,
         cost=dataclasses.replace(largest.cost, usd=sum(plan.cost.usd for _, plan in made)),
         warnings=warnings,
+        disk=Disk(
+            *(sum(figures) for figures in zip(*(dataclasses.astuple(plan.disk) for _, plan in made), strict=True))
+        ),
         stages=[row(step, plan) for step, plan in zip(steps, plans, strict=True)],
+    )
+
+
+def _disk(each: list[Disk]) -> Disk:
+    """Each stage is a run of its own, whose checkpoints and result stay."""
+    return Disk(
+        max(disk.checkpoint_gib for disk in each),
+        sum(disk.checkpoints_gib for disk in each),
+        sum(disk.output_gib for disk in each),
     )

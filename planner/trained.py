@@ -19,8 +19,9 @@ import math
 from collections.abc import Callable, Iterable
 from functools import lru_cache
 
-from .architecture import Architecture, Layer, Linear
+from .architecture import Architecture
 from .errors import RecipeError
+from .layer import Layer, Linear
 from .options import LORA_TYPES, TuningOptions
 from .settings import Settings
 
@@ -67,6 +68,7 @@ def _adapters(
     if kind in LORA_TYPES:
         pairs = architecture.lora_parameters(rank, targets)
         magnitudes = _over(adapted(architecture, targets), lambda m: m.d_out) if options.use_dora else 0
+        _refuse_twice(architecture, targets, options.target_parameters)
         return pairs + magnitudes + _expert_pairs(architecture, rank, options.target_parameters)
     counts: dict[str, Callable[[Linear], int]] = {
         "adalora": lambda m: options.initial_rank * (m.d_in + m.d_out + 1),
@@ -151,6 +153,20 @@ def _both_ends(names: Iterable[str]) -> bool:
 
 def _over(modules: list[tuple[int, list[Linear]]], count: Callable[[Linear], int]) -> int:
     return sum(times * sum(count(module) for module in found) for times, found in modules)
+
+
+def _refuse_twice(architecture: Architecture, targets: str | tuple[str, ...], names: tuple[str, ...]) -> None:
+    """PEFT puts one pair on an expert weight however often it is named: the second naming has no effect."""
+    if not names or not architecture.adapted_experts:
+        return
+    _router, gate, _up, down = architecture.adapted_experts
+    leaves = {gate, down} if targets == "all-linear" else {target.rsplit(".", 1)[-1] for target in targets}
+    covered = {"gate_up_proj": gate in leaves, "down_proj": down in leaves}
+    for name in names:
+        if covered.get(name.rsplit(".", 1)[-1]):
+            what = f"{name} has no effect: targets put adapters on the experts of {architecture.name} already"
+            do = "Remove it, or name the targets beside the experts: targets: [q_proj, k_proj, v_proj, o_proj]."
+            raise RecipeError(what, where="tuning.target_parameters", do=do)
 
 
 def _expert_pairs(architecture: Architecture, rank: int, names: tuple[str, ...]) -> int:

@@ -92,11 +92,23 @@ def _header(file: Path) -> dict[str, Any]:
         with file.open("rb") as opened:
             length = int.from_bytes(opened.read(8), "little")
             header = json.loads(opened.read(length)) if 0 < length <= _LONGEST else None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ModelError(f"the header can't be read ({error})", where=str(file), do="Copy the file anew.") from None
     if not isinstance(header, dict):
         raise ModelError("this is no safetensors file", where=str(file), do="Copy the file anew.")
-    return {name: tensor for name, tensor in header.items() if name != "__metadata__"}
+    tensors = {name: tensor for name, tensor in header.items() if name != "__metadata__"}
+    for name, tensor in tensors.items():
+        if not _sound(tensor):
+            do = "Copy the file anew."
+            raise ModelError(f"its header tells neither dtype nor shape of {name!r}", where=str(file), do=do)
+    return tensors
+
+
+def _sound(tensor: Any) -> bool:
+    if not isinstance(tensor, dict) or not isinstance(tensor.get("dtype"), str):
+        return False
+    shape = tensor.get("shape")
+    return isinstance(shape, list) and all(type(size) is int and 0 <= size < 2**48 for size in shape)
 
 
 def _sum(tensors: Iterable[Mapping[str, Any]]) -> Stored:

@@ -88,7 +88,7 @@ def test_runs_on_an_h200_are_predicted_to_a_few_percent():
     )  # fmt: skip
     scores = json.loads(done.stdout[done.stdout.index("\n{") :])
     ours = scores["finetui"]
-    assert ours["memory_rows"] >= 18
+    assert ours["memory_rows"] >= 14
     assert ours["allocated_median"] <= 0.01
     assert abs(ours["allocated_worst"]) <= 0.03
     assert ours["reserved_median"] <= 0.02

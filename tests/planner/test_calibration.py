@@ -10,7 +10,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from finetui.planner.architecture import Architecture
-from finetui.planner.calibration import Finished, Kind, compare, correction, history, record, size_of
+from finetui.planner.calibration import (
+    Finished,
+    Kind,
+    compare,
+    correction,
+    history,
+    out_of_memory,
+    record,
+    size_of,
+)
 from finetui.planner.hardware import Node, find_gpu
 from finetui.planner.hub import find_config
 from finetui.planner.plan import Plan
@@ -101,3 +110,30 @@ def test_a_run_that_measured_nothing_says_nothing():
 def test_a_plan_keeps_its_correction_in_json():
     corrected = plan(runs(1.2, 1.2, 1.2))
     assert Plan.from_dict(json.loads(corrected.to_json())).correction == pytest.approx({"memory": 1.2, "speed": 1.2})
+
+
+def test_one_run_out_of_memory_raises_memory_at_once_and_nothing_else():
+    short = Finished("A100-80GB", "Llama", "lora", SIZE, "finetui", 1.3, None, at_least=True)
+    found = correction([short], KIND)
+    assert found is not None
+    assert (found.memory, found.speed) == (1.3, 1.0)
+    assert correction([*runs(1.1, 1.1, 1.1), short], KIND).memory == 1.3
+    assert correction([*runs(1.4, 1.4, 1.4), short], KIND).memory == 1.4  # it needed more than that anyway
+    wild = Finished("A100-80GB", "Llama", "lora", SIZE, "finetui", 9.0, None, at_least=True)
+    assert correction([wild], KIND).memory == 1.5
+    base, expected = plan(), plan([short])
+    assert expected.memory.device_gib > base.memory.device_gib
+    assert expected.speed == base.speed
+
+
+def test_out_of_memory_below_what_was_planned_teaches_nothing(tmp_path):
+    base = plan()
+    assert out_of_memory(base, needed_gib=0.9 * base.memory.allocated_gib) is None
+    lesson = out_of_memory(base, needed_gib=1.03 * base.memory.allocated_gib, run="short")
+    assert lesson is not None
+    record(lesson, tmp_path)
+    assert history(tmp_path) == [lesson]
+    corrected = plan([lesson])
+    assert corrected.memory.allocated_gib == pytest.approx(1.03 * base.memory.allocated_gib)
+    # Once it is corrected by that, the same figure is no news.
+    assert out_of_memory(corrected, needed_gib=1.03 * base.memory.allocated_gib) is None

@@ -61,12 +61,13 @@ def test_what_is_kept_is_what_the_kernels_say():
 
 
 @pytest.mark.parametrize(
-    ("checkpointing", "measured_gib", "measured_speed"), [("none", 38.91, 17162), ("offload", 16.73, 13584)]
+    ("checkpointing", "measured_gib", "measured_speed"), [("none", 38.91, 17162), ("offload", 16.47, 13584)]
 )
 def test_eight_billion_parameters_on_an_h200(checkpointing, measured_gib, measured_speed):
-    """Measured at 4 x 2048 tokens (tests/bench/results, where ``full`` still parked)."""
+    """Measured at 4 x 2048 tokens (tests/bench/results), when a layer's parked tensors still came back all at once."""
     settings = dataclasses.replace(BASE, micro_batch=4, checkpointing=checkpointing)
-    assert peak_memory(LLAMA, settings, OURS, H200).allocated_gib == pytest.approx(measured_gib, rel=0.02)
+    spared = layer_bytes(LLAMA, 16, 7, checkpointing).parked * 4 * 2048 / GIB
+    assert peak_memory(LLAMA, settings, OURS, H200).allocated_gib == pytest.approx(measured_gib - spared, rel=0.02)
     assert step_speed(LLAMA, settings, OURS, H200).tokens_per_s == pytest.approx(measured_speed, rel=0.05)
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from finetui.planner import prices
 from finetui.planner.errors import HardwareError, MissingExtraError
-from finetui.planner.hardware import PRESETS, load_offers, refreshed_prices
+from finetui.planner.hardware import PRESETS, all_offers, load_offers, refreshed_prices
 
 STAND_IN = """
 import time
@@ -41,7 +41,7 @@ ITEMS = {
 def gpuhunt(tmp_path, monkeypatch):
     """Puts a stand-in on the path; returns the function that makes it."""
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
-    load_offers.cache_clear()
+    all_offers.cache_clear()
 
     def make(items=ITEMS, sleep=0.0, body="pass"):
         folder = tmp_path / "site"
@@ -51,7 +51,7 @@ def gpuhunt(tmp_path, monkeypatch):
         monkeypatch.syspath_prepend(str(folder))
 
     yield make
-    load_offers.cache_clear()
+    all_offers.cache_clear()
 
 
 def test_refreshed_prices_replace_those_of_their_providers_alone(gpuhunt):

@@ -4,7 +4,8 @@
 
 pairs.jsonl: a question with its answer and with the answer to another question of its kind, which is wrong here.
 judged.jsonl: the same as single answers, marked right or wrong. sums.jsonl: sums with their results, for methods that
-learn from a reward. The output is the same, byte for byte, every time.
+learn from a reward. text.txt: the answers by themselves, as paragraphs to read. The output is the same, byte for byte,
+every time.
 """
 
 from __future__ import annotations
@@ -67,12 +68,20 @@ def sums() -> list[dict[str, Any]]:
     return rows
 
 
+def text() -> str:
+    """The answers in the order of the facts, five to a paragraph."""
+    facts = yaml.safe_load((HERE / "facts.yaml").read_text(encoding="utf-8"))
+    answers = list(dict.fromkeys(fact["answer"] for fact in facts))
+    return "\n\n".join(" ".join(answers[i : i + 5]) for i in range(0, len(answers), 5)) + "\n"
+
+
 def main() -> None:
-    """Write the three files."""
+    """Write the four files."""
     rows = pairs()
     for name, written in (("pairs", rows), ("judged", judged(rows)), ("sums", sums())):
-        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in written)
-        (DATA / f"{name}.jsonl").write_text(text, encoding="utf-8")
+        lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in written)
+        (DATA / f"{name}.jsonl").write_text(lines, encoding="utf-8")
+    (DATA / "text.txt").write_text(text(), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from finetui.engine.planning import plan_for
 from finetui.planner.recipe import Recipe
 
 PRESETS = Path(__file__).parents[2] / "presets"
-METHODS = ("dpo", "ipo", "orpo", "kto", "cpo", "simpo", "reward", "grpo", "rloo", "ppo")
+METHODS = ("pretrain", "dpo", "ipo", "orpo", "kto", "cpo", "simpo", "reward", "grpo", "rloo", "ppo")
 
 
 def test_the_script_makes_what_is_shipped() -> None:
@@ -22,6 +22,7 @@ def test_the_script_makes_what_is_shipped() -> None:
         lines = (PRESETS / "data" / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()
         assert [json.loads(line) for line in lines] == expected
     assert all(row["chosen"] != row["rejected"] for row in rows)
+    assert made["text"]() == (PRESETS / "data" / "text.txt").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -31,11 +32,24 @@ def test_plans(method: str) -> None:
     plan = plan_for(recipe)
     assert plan.fits
     assert plan.resolved.method == method
-    assert plan.resolved.batch_size == recipe.batch_size
+    assert recipe.batch_size in ("auto", plan.resolved.batch_size)
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_trains(method: str, tmp_path: Path) -> None:
+    trains(method, method, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "method"),
+    [("first-finetune", "sft"), ("production", "sft"), ("alignment-sft", "sft"), ("alignment-dpo", "dpo")],
+)
+def test_workflows_train(name: str, method: str, tmp_path: Path) -> None:
+    trains(name, method, tmp_path)
+
+
+def trains(name: str, method: str, tmp_path: Path) -> None:
     pytest.importorskip("trl")
     import torch
 
@@ -46,15 +60,16 @@ def test_trains(method: str, tmp_path: Path) -> None:
     torch.set_num_threads(1)
     small = {
         "model": str(PRESETS / "tiny"), "hardware.device": "cpu", "max_steps": 2, "batch_size": 8,
-        "sequence_length": 128, "evaluation.holdout": 0.02, "track": [],
+        "sequence_length": 128, "evaluation.holdout": 0.05 if method == "pretrain" else 0.02, "track": [],
     }  # fmt: skip
     if method in ("grpo", "rloo", "ppo"):
         small |= {"rollout.max_completion_length": 8}
-    recipe = Recipe.load(PRESETS / f"{method}.yaml", overrides=small)
+    recipe = Recipe.load(PRESETS / f"{name}.yaml", overrides=small)
     run = Run.create(recipe, plan_for(recipe), root=tmp_path)
     assert attempt(run) == 0, run.events_path.read_text()
     told = list(read_events(run.events_path))
     assert [event.data["step"] for event in told if event.type == "step"] == [1, 2]
-    assert {event.data["step"] for event in told if event.type == "metrics"} == {0, 1, 2}
+    figures = "eval" if method in ("sft", "pretrain") else "metrics"
+    assert {event.data["step"] for event in told if event.type == figures} >= {0, 2}
     assert (run.output_path / "adapter_model.safetensors").is_file()
     assert not [event.data for event in told if event.type == "warning"]
