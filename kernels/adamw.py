@@ -42,9 +42,10 @@ BLOCK = 256
 SMALLEST = 4096
 
 _TILE_BLOCKS = 8
-_TILE = _TILE_BLOCKS * BLOCK
 _TILES = 16  # per program
-_CHUNK = _TILES * _TILE
+_WARPS = 8
+#: Of 8-bit states: codes are decoded by arithmetic instead of a table; the next tile is read while one is worked on.
+_ARITHMETIC, _AHEAD = False, True
 _COLUMNS = 7  # of the table: addresses of p, g, m, v and the scales of m and v; number of values
 _TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 _8BIT = tl.constexpr(0)
@@ -58,6 +59,16 @@ def _encode(x, TOP: tl.constexpr):
     for j in tl.static_range(2, TOP + 1):
         cells = tl.minimum(cells, x * (2.0**j * 10.0 ** (TOP - j) / 0.9) + (2.0**j * 8 / 9 - 1.5))
     return cells
+
+
+@triton.jit
+def _decode(code, TOP: tl.constexpr):
+    """What codes 0 … 2^(TOP+1) − 1 stand for, by the lines that :func:`values` is made of: no table, so no look-ups."""
+    middle = code.to(tl.float32) + 0.5
+    value = tl.zeros_like(middle)
+    for j in tl.static_range(1, TOP + 1):
+        value = tl.maximum(value, (middle - (2.0**j * 8 / 9 - 1)) * (0.9 / (2.0**j * 10.0 ** (TOP - j))))
+    return tl.minimum(value, 1.0)
 
 
 @triton.jit
@@ -103,6 +114,7 @@ def _read(g_ptr, p_ptr, m_ptr, v_ptr, tile, left, BLOCKS: tl.constexpr, BLOCK: t
 def _kernel(
     table_ptr, tensor_ptr, chunk_ptr, values_ptr, lr, beta1, beta2, new1, new2, eps, decay, rate, root2, key,
     P: tl.constexpr, G: tl.constexpr, STATE: tl.constexpr, STOCHASTIC: tl.constexpr, ALIGNED: tl.constexpr,
+    ARITHMETIC: tl.constexpr, AHEAD: tl.constexpr,
     COLUMNS: tl.constexpr, TILES: tl.constexpr, BLOCKS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     tensor = tl.load(tensor_ptr + tl.program_id(0)).to(tl.int64)
@@ -125,19 +137,29 @@ def _kernel(
     v_ptr += first * BLOCK
     m_scale_ptr += first
     v_scale_ptr += first
-    g, p, m_raw, v_raw = _read(g_ptr, p_ptr, m_ptr, v_ptr, 0, left, BLOCKS, BLOCK)
+    if AHEAD:
+        g, p, m_raw, v_raw = _read(g_ptr, p_ptr, m_ptr, v_ptr, 0, left, BLOCKS, BLOCK)
     for tile in range(TILES):
         block = tile * BLOCKS + tl.arange(0, BLOCKS)[:, None]
         some = block * BLOCK < left
         at = block * BLOCK + tl.arange(0, BLOCK)[None, :]
         inside = at < left
         # 8-bit states take long enough to work on that the next tile has to be on its way meanwhile.
-        if STATE == _8BIT:
+        if AHEAD:
             next_g, next_p, next_m, next_v = _read(g_ptr, p_ptr, m_ptr, v_ptr, tile + 1, left, BLOCKS, BLOCK)
-            m = tl.load(values_ptr + m_raw.to(tl.int32)) * tl.load(m_scale_ptr + block, mask=some, other=0.0)
-            v = tl.load(values_ptr + 256 + v_raw.to(tl.int32)) * tl.load(v_scale_ptr + block, mask=some, other=0.0)
         else:
             g, p, m_raw, v_raw = _read(g_ptr, p_ptr, m_ptr, v_ptr, tile, left, BLOCKS, BLOCK)
+        if STATE == _8BIT:
+            if ARITHMETIC:
+                m = _decode(m_raw & 127, 6)
+                m = tl.where(m_raw > 127, -m, m)
+                v = _decode(v_raw, 7)
+            else:
+                m = tl.load(values_ptr + m_raw.to(tl.int32))
+                v = tl.load(values_ptr + 256 + v_raw.to(tl.int32))
+            m *= tl.load(m_scale_ptr + block, mask=some, other=0.0)
+            v *= tl.load(v_scale_ptr + block, mask=some, other=0.0)
+        else:
             m, v = m_raw.to(tl.float32), v_raw.to(tl.float32)
         wide = g.to(tl.float32)
         m = beta1 * m + new1 * wide
@@ -167,7 +189,7 @@ def _kernel(
             tl.store(p_ptr + at, _to_bf16(updated, bits >> 16), mask=inside)
         else:
             tl.store(p_ptr + at, updated.to(P), mask=inside)
-        if STATE == _8BIT:
+        if AHEAD:
             g, p, m_raw, v_raw = next_g, next_p, next_m, next_v
 
 
@@ -289,14 +311,15 @@ class AdamW(torch.optim.Optimizer):
                 _key(self._seed, t, members[0][0]),
                 P=_TYPES[kind.p], G=_TYPES[kind.g], STATE=STATES.index(kind.states),
                 STOCHASTIC=group["stochastic"] and kind.p == torch.bfloat16, ALIGNED=kind.aligned,
-                COLUMNS=_COLUMNS, TILES=_TILES, BLOCKS=_TILE_BLOCKS, BLOCK=BLOCK, num_warps=8,
+                ARITHMETIC=_ARITHMETIC, AHEAD=_AHEAD and kind.states == "8bit",
+                COLUMNS=_COLUMNS, TILES=_TILES, BLOCKS=_TILE_BLOCKS, BLOCK=BLOCK, num_warps=_WARPS,
             )  # fmt: skip
 
     def _chunked(self, sizes: tuple[int, ...], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
         """For each program of a launch: its tensor, and which chunk of it."""
         key = (device, sizes)
         if key not in self._chunks:
-            counts = torch.tensor([-(-n // _CHUNK) for n in sizes])
+            counts = torch.tensor([-(-n // (_TILES * _TILE_BLOCKS * BLOCK)) for n in sizes])
             tensor = torch.repeat_interleave(torch.arange(len(sizes)), counts)
             first = torch.repeat_interleave(counts.cumsum(0) - counts, counts)
             chunk = torch.arange(tensor.numel()) - first

@@ -19,8 +19,8 @@ class Documents:
     """Where independent sequences lie in a batch whose rows hold several, padding being one of them.
 
     Args:
-        lengths: tokens of each, row after row; they add up to the batch's tokens.
-        starts: their running sum from 0, int32, on the device.
+        lengths: tokens of each, row after row; they add up to the batch's tokens. A bound on the longest will do.
+        starts: their running sum from 0, int32, on the device; it decides. Documents may be empty.
     """
 
     lengths: tuple[int, ...]
@@ -29,6 +29,15 @@ class Documents:
     @property
     def longest(self) -> int:
         return max(self.lengths)
+
+    def mask(self, batch: int, length: int, window: int | None = None) -> torch.Tensor:
+        """The same as a mask, ``[batch, 1, length, length]``, True where a query may look."""
+        place = torch.arange(batch * length, dtype=torch.int32, device=self.starts.device)
+        document = torch.searchsorted(self.starts, place, right=True).view(batch, length)
+        here = torch.arange(length, device=self.starts.device)
+        back = here[:, None] - here[None, :]
+        near = (back >= 0) & (back < (window or length))
+        return (near & (document[:, :, None] == document[:, None, :])).unsqueeze(1)
 
 
 @dataclass
@@ -133,7 +142,8 @@ def _within(documents: Documents, q: torch.Tensor, k: torch.Tensor, v: torch.Ten
             scale=scale,
         )[0]  # fmt: skip
     else:
-        pieces = zip(*(t.transpose(0, 1).unsqueeze(0).split(documents.lengths, dim=2) for t in (q, k, v)), strict=True)
+        lengths = [n for n in documents.starts.diff().tolist() if n]
+        pieces = zip(*(t.transpose(0, 1).unsqueeze(0).split(lengths, dim=2) for t in (q, k, v)), strict=True)
         out = torch.cat([_over_rows(a, b, c, None, scale) for a, b, c in pieces], dim=2)[0].transpose(0, 1)
     return out.reshape(batch, length, heads, dim).transpose(1, 2)
 

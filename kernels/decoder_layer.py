@@ -19,12 +19,15 @@ inputs                2 H                           all but the down projection
 inputs+attention      4 H + 2 Q                     the projections to q, k, v, gate and up
 all-but-elementwise   4 H + 4 Q + 4 K + 4 I         norms, rotary embedding, activation
 ====================  ============================  =====================================================
+
+Nobody looks at what the last layer makes of a position without a label: what comes after its attention is computed for
+the others alone (:class:`Needed`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 import torch
@@ -100,6 +103,27 @@ class Layer:
         return decoder_mlp.MLP(self.norm2, self.activation, self.fuses)
 
 
+@dataclass(frozen=True)
+class Needed:
+    """The rows of a layer's output that anybody looks at.
+
+    Args:
+        rows: int64 ``[count]``, ascending; those past the last row of the batch stand for none.
+    """
+
+    rows: torch.Tensor
+
+    def of(self, whole: torch.Tensor, *, gradient: bool = False) -> torch.Tensor:
+        """These rows; as a gradient, zero where they stand for none."""
+        taken = whole.index_select(0, self.rows.clamp_max(whole.shape[0] - 1))
+        return taken.masked_fill_((self.rows >= whole.shape[0])[:, None], 0) if gradient else taken
+
+    def among(self, taken: torch.Tensor, total: int) -> torch.Tensor:
+        """These rows in their places, zeros in all others."""
+        whole = torch.zeros(total + 1, taken.shape[1], dtype=taken.dtype, device=taken.device)
+        return whole.index_copy_(0, self.rows.clamp_max(total), taken)[:-1]
+
+
 def decoder_layer(
     x: torch.Tensor,
     tables: tuple[torch.Tensor, torch.Tensor],
@@ -107,6 +131,7 @@ def decoder_layer(
     layer: Layer,
     adapters: Sequence[torch.Tensor],
     documents: attention.Documents | None = None,
+    needed: Needed | None = None,
 ) -> torch.Tensor:
     """The layer's output, ``[batch, tokens, hidden]`` like x.
 
@@ -116,11 +141,12 @@ def decoder_layer(
         mask: None for plain causal attention, else as the stock operation takes it.
         documents: sequences that share rows; attention stays within each, and the mask is not used.
         adapters: A ``[rank, in]`` and B ``[out, rank]`` of each projection that has an adapter, in their order.
+        needed: rows of the output that are looked at; all others are zero, and their gradients are not.
 
     Its backward writes over what it kept, so it runs once per forward.
     """
     with torch.autocast(x.device.type, enabled=False):
-        return _DecoderLayer.apply(x, *tables, mask, documents, layer, *adapters)
+        return _DecoderLayer.apply(x, *tables, mask, documents, needed, layer, *adapters)
 
 
 @dataclass
@@ -135,21 +161,26 @@ class _Kept:
     s: torch.Tensor | None = None
     projected: list[torch.Tensor] | None = None
     mlp: decoder_mlp.Kept | None = None
-    parked: offload.Parked | None = None
+    parked: list[offload.Parked] = field(default_factory=list)
 
     def park(self) -> None:
-        """Send x, the attention's output and s to the host."""
+        """Send x and the attention's output to the host, and s by itself: it is needed back first, and alone."""
         assert self.x is not None
         assert self.out is not None
         assert self.s is not None
-        self.parked = offload.park([self.x, self.out.transpose(1, 2), self.s])
+        self.parked = [offload.park([self.x, self.out.transpose(1, 2)]), offload.park([self.s])]
         self.x = self.out = self.s = None
 
+    def unpark_sum(self) -> None:
+        """Have s back; x and the attention's output are on their way then."""
+        if self.parked:
+            (self.s,) = self.parked.pop().take()
+
     def unpark(self) -> torch.Tensor:
-        """Have them back; returns x."""
-        if self.parked is not None:
-            self.x, out, self.s = self.parked.take()
-            self.out, self.parked = out.transpose(1, 2), None
+        """Have these back; returns x."""
+        if self.parked:
+            self.x, out = self.parked.pop().take()
+            self.out = out.transpose(1, 2)
         assert self.x is not None
         return self.x
 
@@ -173,8 +204,7 @@ class _DecoderLayer(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, mask: torch.Tensor | None,
-        documents: attention.Documents | None, layer: Layer,
-        *adapters: torch.Tensor,
+        documents: attention.Documents | None, needed: Needed | None, layer: Layer, *adapters: torch.Tensor,
     ) -> torch.Tensor:  # fmt: skip
         batch = x.shape[0]
         rows = as_rows(x)
@@ -187,22 +217,24 @@ class _DecoderLayer(torch.autograd.Function):
         heads = _heads(project(n1, xa, qkv), layer, cos, sin, batch, rotated=False)
         del n1
         out, attended = attention.attend(heads.q, heads.k, heads.v, mask, layer.scale, documents)
-        o = _head_rows(out)
+        o = _needed(_head_rows(out), needed)
         oa = shrink(o, only_o)
-        (s,) = project(o, oa, only_o, add=rows)
+        (s,) = project(o, oa, only_o, add=_needed(rows, needed))
         if layer.policy != "inputs":
             kept.attended, kept.out, kept.s = attended, out, s
         if layer.policy == "all-but-elementwise":
             kept.projected = heads.projected
+        if layer.parks:
+            kept.park()  # beside the MLP, which is long enough
         del heads, attended, out, o
 
         keeps_all = layer.policy == "all-but-elementwise"
-        y = s if kept.s is None else torch.empty_like(s)
+        y = s if layer.policy == "inputs" else torch.empty_like(s)
         kept.mlp = decoder_mlp.forward(s, y, layer.mlp, mlp, only_down, keep=keeps_all)
         kept.small = (xa, oa)
-        if layer.parks:
-            kept.park()
-        ctx.layer, ctx.kept, ctx.documents = layer, kept, documents
+        if needed is not None:
+            y = needed.among(y, rows.shape[0])
+        ctx.layer, ctx.kept, ctx.documents, ctx.needed = layer, kept, documents, needed
         ctx.save_for_backward(cos, sin, mask)
         ctx.dtypes = [adapter.dtype for adapter in adapters]
         return y.view(x.shape)
@@ -213,36 +245,48 @@ class _DecoderLayer(torch.autograd.Function):
         if ctx.kept is None:
             raise RuntimeError("a fused layer was asked for its gradient twice; what it kept is overwritten")
         kept, ctx.kept = ctx.kept, None
-        layer, shape, x = ctx.layer, dy.shape, kept.unpark()
+        layer, needed, shape = ctx.layer, ctx.needed, dy.shape
+        kept.unpark_sum()
         cos, sin, mask = ctx.saved_tensors
         qkv, only_o, mlp, only_down = kept.groups
         xa, oa = kept.small
 
         n1 = heads = None
-        if kept.out is None:
+        if layer.policy == "inputs":
+            x = kept.unpark()
             n1, rstd1 = normed(x, layer.norm1)
             heads = _heads(project(n1, xa, qkv), layer, cos, sin, shape[0], rotated=False)
             kept.out, kept.attended = attention.attend(heads.q, heads.k, heads.v, mask, layer.scale, ctx.documents)
-            (kept.s,) = project(_head_rows(kept.out), oa, only_o, add=x)
+            (kept.s,) = project(_needed(_head_rows(kept.out), needed), oa, only_o, add=_needed(x, needed))
         assert kept.mlp is not None
-        ds, mlp_gradients = decoder_mlp.backward(as_rows(dy), kept.s, kept.mlp, layer.mlp, mlp, only_down)
+        assert kept.s is not None
+        dy = as_rows(dy) if needed is None else needed.of(as_rows(dy), gradient=True)
+        ds, mlp_gradients = decoder_mlp.backward(dy, kept.s, kept.mlp, layer.mlp, mlp, only_down)
         kept.s = kept.mlp = None
+        x = kept.unpark()
 
         weights = dense([part.weight for part in layer.projections[:4]], x.dtype)
+        assert kept.out is not None
         doa, o_bs = expand_gradients([ds], oa, only_o)
-        o_as = shrink_gradients(doa, _head_rows(kept.out), only_o)
+        o_as = shrink_gradients(doa, _needed(_head_rows(kept.out), needed), only_o)
         do = input_gradient([ds], doa, only_o, weights[3:])
+        if needed is not None:
+            do, ds = needed.among(do, x.shape[0]), needed.among(ds, x.shape[0])
         if n1 is None or heads is None:
             n1, rstd1 = normed(x, layer.norm1)
             projected = kept.projected or project(n1, xa, qkv, weights[:3])
             heads = _heads(projected, layer, cos, sin, shape[0], rotated=kept.projected is not None)
             kept.projected = None
+            if layer.parks:
+                n1 = None  # made a third time sooner than held through the attention's gradients, the crest of a step
         do = do.view(*shape[:2], -1, layer.head_dim).transpose(1, 2)
         dheads = attention.gradients(kept.attended, heads.q, heads.k, heads.v, kept.out, do)
         del do
         kept.out = kept.attended = None
         dys = _heads_backward(dheads, heads, layer, cos, sin)
         del heads, dheads
+        if n1 is None:
+            n1, rstd1 = normed(x, layer.norm1)
         dxa, bs = expand_gradients(dys, xa, qkv)
         as_ = shrink_gradients(dxa, n1, qkv)
         dx = None
@@ -252,7 +296,11 @@ class _DecoderLayer(torch.autograd.Function):
             dx = dx.view(shape)
         pairs = [*zip(as_, bs, strict=True), *zip(o_as, o_bs, strict=True), *mlp_gradients]
         flat = [gradient for pair in pairs for gradient in pair if gradient is not None]
-        return dx, None, None, None, None, None, *(g.to(d) for g, d in zip(flat, ctx.dtypes, strict=True))
+        return dx, None, None, None, None, None, None, *(g.to(d) for g, d in zip(flat, ctx.dtypes, strict=True))
+
+
+def _needed(rows: torch.Tensor, needed: Needed | None) -> torch.Tensor:
+    return rows if needed is None else needed.of(rows)
 
 
 def _groups(layer: Layer, adapters: Sequence[torch.Tensor], x: torch.Tensor) -> tuple[Group, Group, Group, Group]:

@@ -38,6 +38,9 @@ E4M3 = torch.float8_e4m3fn
 LARGEST = 448.0
 _SIDE = 16  # the matrix units take multiples of this
 _TILE = 128  # of the transposition, both ways
+#: Rows wider than this are quantised piece by piece, in two passes, instead of being held whole.
+_WHOLE = MAX_COLUMNS
+_PIECE, _PIECE_WARPS = 4096, 8
 
 
 @dataclass(frozen=True)
@@ -88,6 +91,35 @@ def _quantise_kernel(
 
 
 @triton.jit
+def _quantise_pieces_kernel(
+    x_ptr, fold_ptr, q_ptr, scale_ptr, n_columns, x_stride,
+    FOLD: tl.constexpr, POWER: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The same, one row per program and a few thousand values at a time; the second pass finds them in the cache."""
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, BLOCK)
+    top = tl.zeros([BLOCK], tl.float32)
+    for start in range(0, n_columns, BLOCK):
+        inside = start + column < n_columns
+        x = tl.load(x_ptr + row * x_stride + start + column, mask=inside, other=0.0).to(tl.float32)
+        if FOLD:
+            x *= tl.load(fold_ptr + start + column, mask=inside, other=0.0).to(tl.float32)
+        top = tl.maximum(top, tl.abs(x))
+    scale = tl.maximum(tl.max(top, axis=0), 1e-30) * (1.0 / 448.0)
+    if POWER:
+        scale = ((scale.to(tl.int32, bitcast=True) + 0x7FFFFF) & 0x7F800000).to(tl.float32, bitcast=True)
+    tl.store(scale_ptr + row, scale)
+    factor = 1.0 / scale
+    for start in range(0, n_columns, BLOCK):
+        inside = start + column < n_columns
+        x = tl.load(x_ptr + row * x_stride + start + column, mask=inside, other=0.0).to(tl.float32)
+        if FOLD:
+            x *= tl.load(fold_ptr + start + column, mask=inside, other=0.0).to(tl.float32)
+        x = tl.minimum(tl.maximum(x * factor, -448.0), 448.0)
+        tl.store(q_ptr + row * n_columns + start + column, x.to(q_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
 def _transpose_kernel(source_ptr, out_ptr, n_rows, n_columns, source_stride, out_stride, TILE: tl.constexpr):
     row = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
     column = tl.program_id(1).to(tl.int64) * TILE + tl.arange(0, TILE)
@@ -134,7 +166,13 @@ def quantise(x: torch.Tensor, fold: torch.Tensor | None = None, *, power: bool =
     data = torch.empty(rows, columns, dtype=torch.float32 if INTERPRETED else E4M3, device=x.device)
     scale = torch.empty(rows, dtype=torch.float32, device=x.device)
     tile_rows, block, _ = row_tile(columns)
-    if x.numel():
+    if x.numel() and columns > _WHOLE:
+        with on(x):
+            _quantise_pieces_kernel[(rows,)](
+                x, scale if fold is None else fold, data, scale, columns, x.stride(0),
+                FOLD=fold is not None, POWER=power, BLOCK=_PIECE, num_warps=_PIECE_WARPS,
+            )  # fmt: skip
+    elif x.numel():
         with on(x):
             _quantise_kernel[(triton.cdiv(rows, tile_rows),)](
                 x, scale if fold is None else fold, data, scale, rows, columns, x.stride(0),

@@ -40,10 +40,24 @@ class Found:
     layout: Any
     policy: Policy
     parks: bool = False
+    last: bool = False
 
     @property
     def inner_norms(self) -> bool:
         return len(self.norms) == 4
+
+
+def ends_with_ours(backbone: Any, state: str) -> bool:
+    """Whether the last layer that a model runs is one of ours, and known to be the last.
+
+    Args:
+        state: the attribute of a replaced module.
+    """
+    run = getattr(backbone, "layers", None)
+    if not isinstance(run, nn.ModuleList) or not len(run):
+        return False
+    found = getattr(vars(run[-1]).get(state), "found", None)
+    return isinstance(found, Found) and found.last
 
 
 def looks_like_layer(module: nn.Module) -> bool:
@@ -165,14 +179,26 @@ def forward(self: Any, what: Found, args: tuple[Any, ...], kwargs: dict[str, Any
         return "it was asked for a cache or for attention weights"
     documents = kwargs.get("documents")
     if documents is not None and not _documents_serve(self, x, documents):
-        documents = None  # the mask says the same
+        mask, documents = told_by_mask(self, x, kwargs), None
     rest = {name for name, value in kwargs.items() if value is not None} - _IGNORED
-    if rest := rest - {"attention_mask", "position_embeddings", "documents"}:
+    if rest := rest - {"attention_mask", "position_embeddings", "documents", "needed"}:
         return f"it was given {', '.join(sorted(rest))}"
     if why := unavailable(x.device):
         return why
     built = build(self, what, x)
-    return built if isinstance(built, str) else whole.decoder_layer(x, tables, mask, *built, documents=documents)
+    if isinstance(built, str):
+        return built
+    needed = kwargs.get("needed") if what.last else None
+    return whole.decoder_layer(x, tables, mask, *built, documents=documents, needed=needed)
+
+
+def told_by_mask(self: Any, x: torch.Tensor, kwargs: dict[str, Any]) -> torch.Tensor | None:
+    """The mask of a call; made from its documents where the model was spared the making of one."""
+    mask: torch.Tensor | None = kwargs.get("attention_mask")
+    documents: Documents | None = kwargs.get("documents")
+    if mask is not None or documents is None:
+        return mask
+    return documents.mask(x.shape[0], x.shape[1], getattr(self.self_attn, "sliding_window", None))
 
 
 def _documents_serve(self: Any, x: torch.Tensor, documents: Documents) -> bool:

@@ -33,7 +33,7 @@ from .launch import as_rows, next_power_of_2, on
 
 #: Rows of one chunk: enough for the head's product to run at full speed, 263 MB of bf16 logits at 128,256 words.
 CHUNK_ROWS = 1024
-_BLOCK = 8192
+_BLOCK, _WARPS = 8192, 16
 
 
 @triton.jit
@@ -197,7 +197,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                     logits, targets[start:], losses[start:], right[start:], logits.stride(0), words,
                     float(logit_scale), float(softcap or 1.0), float(z_loss),
                     CAPPED=softcap is not None, GRADIENT=h_grad or w_grad,
-                    BLOCK=min(_BLOCK, next_power_of_2(words)), num_warps=16,
+                    BLOCK=min(_BLOCK, next_power_of_2(words)), num_warps=_WARPS,
                 )  # fmt: skip
             if dh is not None:
                 _place(_mm_fp32(logits, w), index, factor, dh)
@@ -219,6 +219,16 @@ class _LinearCrossEntropy(torch.autograd.Function):
         dh, dw = ctx.saved_tensors
         dh = (dh * dloss).view(ctx.shape) if dh is not None else None
         return dh, dw * dloss if dw is not None else None, None, None, None
+
+
+def labelled_rows(labels: torch.Tensor, labelled: int, ignore_index: int = -100) -> torch.Tensor:
+    """Which rows have a label, int64 ``[labelled]``; slots beyond their number name the row after the last one.
+
+    Args:
+        labels: ``[...]`` integers, already shifted.
+        labelled: how many there are, or a bound on it.
+    """
+    return _select(labels.reshape(-1), ignore_index, labelled)[0]
 
 
 def _select(

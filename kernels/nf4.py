@@ -147,6 +147,11 @@ def scratch(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) ->
     return buffer[:n].view(shape)
 
 
+def scratch_in_use() -> tuple[torch.Tensor, ...]:
+    """The buffers as they are: a CUDA graph that was recorded with them needs them after larger ones took over."""
+    return tuple(_scratch.values())
+
+
 def release_scratch() -> None:
     """Give the buffers back, as after training."""
     _scratch.clear()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -45,6 +45,7 @@ def find_layers(model: nn.Module, dtype: torch.dtype, keeping: Keeping | None = 
                 known[kind] = _proven_layer(module, dtype, policy, parks)
             found = known[kind]
         if isinstance(found, layers.Found):
+            found = replace(found, last=place == len(modules) - 1)
             _install(module, Patch("decoder_layer", found), _layer_forward)
             yield Replacement(path, "decoder_layer", True, found.policy + (", parked" if found.parks else ""))
         else:
@@ -183,13 +184,13 @@ def _unfit(args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
 
 def _layer_forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
     patch: Patch = getattr(self, STATE)
-    if not torch.is_grad_enabled():
-        return type(self).forward(self, *args, **kwargs)
-    out = layers.forward(self, patch.found, args, kwargs)
-    if isinstance(out, str):
-        patch.fallback = out
-        return layers.own_forward(self, patch.found, args, kwargs)
-    return out
+    out = layers.forward(self, patch.found, args, kwargs) if torch.is_grad_enabled() else ""
+    if not isinstance(out, str):
+        return out
+    patch.fallback = out or patch.fallback
+    if kwargs.get("documents") is not None:
+        kwargs = kwargs | {"attention_mask": layers.told_by_mask(self, args[0], kwargs)}
+    return layers.own_forward(self, patch.found, args, kwargs)
 
 
 def _lora_forward(self: nn.Module, *args: Any, **kwargs: Any) -> torch.Tensor:

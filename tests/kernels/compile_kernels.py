@@ -2,7 +2,8 @@
 
 The interpreter accepts what the compiler refuses. Triton needs a GPU to launch, not to compile: in place of a launch,
 each kernel is compiled, with the types and sizes of the launch, for Ampere, Ada and Hopper. Prints one JSON line per
-kernel and target: name, target, whether its global accesses are 16 bytes wide, whether it spills registers.
+kernel and target: name, target, whether its global accesses are 16 bytes wide, whether it spills registers, and how
+many bytes of shared memory it takes.
 """
 
 from __future__ import annotations
@@ -53,9 +54,11 @@ def compile_instead(self: JITFunction, *args: Any, grid: Any, warmup: bool, **op
         if target < 89 and "*fp8e4nv" in signature.values():  # Ampere has no such type, and is never asked
             continue
         source = ASTSource(self, signature, constants, attributes)
-        ptx = triton.compile(source, target=GPUTarget("cuda", target, 32), options=options).asm["ptx"]
+        compiled = triton.compile(source, target=GPUTarget("cuda", target, 32), options=options)
+        ptx, shared = compiled.asm["ptx"], compiled.metadata.shared
         name = f"{self.fn.__module__.rsplit('.', 1)[-1]}.{self.fn.__name__}"
-        line = {"kernel": name, "target": target, "wide": "v4.b32" in ptx, "spills": bool(re.search(r"\.local\b", ptx))}
+        spills = bool(re.search(r"\.local\b", ptx))
+        line = {"kernel": name, "target": target, "wide": "v4.b32" in ptx, "spills": spills, "shared": shared}
         print(json.dumps(line), flush=True)
 
 
@@ -108,6 +111,8 @@ def main() -> None:
     for columns in (4096, 28672):
         fp8.quantise(torch.empty(8, columns, dtype=BF16))
         fp8.quantise(torch.empty(8, columns, dtype=BF16), torch.empty(columns))
+    fp8._WHOLE = 0
+    fp8.quantise(torch.empty(8, 28672, dtype=BF16), torch.empty(28672))
     y, xa, b = torch.empty(64, 4096, dtype=BF16), torch.empty(64, 16, dtype=BF16), torch.empty(4096, 16, dtype=BF16)
     for add, bias, share in ((None, None, xa), (y, None, xa), (y, y[0], None)):
         fp8_projection.add_to(y, add, bias, share, b, 2.0)
@@ -117,6 +122,10 @@ def main() -> None:
             p = torch.empty(16384, dtype=dtype, requires_grad=True)
             p.grad = torch.empty_like(p)
             adamw.AdamW([p], states=states).step()
+            if states == "8bit":
+                adamw._ARITHMETIC = True
+                adamw.AdamW([p], states=states).step()
+                adamw._ARITHMETIC = False
     scales = torch.empty(1024), torch.empty(1024, dtype=torch.uint8)
     nested = torch.empty(16), torch.empty(256), 256, torch.empty(())
     for absmax, inner in ((scales[0], None), (scales[1], nested)):

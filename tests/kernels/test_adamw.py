@@ -100,6 +100,22 @@ def test_each_code_is_read_back_as_itself(device):
         torch.testing.assert_close(told, values, rtol=1e-6, atol=1e-12)
 
 
+@pytest.mark.parametrize("ahead", [False, True])
+def test_decoding_by_arithmetic_gives_what_the_table_gives(device, monkeypatch, ahead):
+    def moved(arithmetic):
+        monkeypatch.setattr(adamw, "_ARITHMETIC", arithmetic)
+        monkeypatch.setattr(adamw, "_AHEAD", ahead or not arithmetic)
+        draw = torch.Generator().manual_seed(3)
+        p = torch.nn.Parameter(torch.zeros(adamw.SMALLEST + 300, device=device))
+        optimizer = adamw.AdamW([p], lr=1.0, states="8bit")
+        for _ in range(3):
+            p.grad = (torch.randn(p.shape, generator=draw) * torch.logspace(-6, 0, p.numel())).to(device)
+            optimizer.step()
+        return p.detach()
+
+    assert torch.allclose(moved(True), moved(False), rtol=1e-4, atol=1e-6)
+
+
 def test_what_never_had_a_gradient_stays_zero(device):
     p = torch.ones(4096, device=device, requires_grad=True)
     optimizer = adamw.AdamW([p], lr=0.1)

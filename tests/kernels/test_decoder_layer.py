@@ -7,10 +7,10 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
-from finetui.kernels import decoder_layer, decoder_mlp
+from finetui.kernels import decoder_layer, decoder_mlp, layers, linear_cross_entropy
 from finetui.kernels.attention import Documents, takes_documents
 from finetui.kernels.decoder_layer import Keeping
-from finetui.kernels.patch import fallbacks, patch_model, unpatch
+from finetui.kernels.patch import STATE, fallbacks, patch_model, unpatch
 
 pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered in exp")
 CONFIGS = {"llama": LlamaConfig, "mistral": MistralConfig, "qwen2": Qwen2Config, "qwen3": Qwen3Config}
@@ -104,6 +104,38 @@ def test_packed_documents_do_not_see_each_other(device, told):
     if told and takes_documents(adapted.get_input_embeddings().weight, 8):  # on a GPU not in fp32: a mask serves there
         with pytest.raises(AssertionError):
             same(gradients(adapted, batch, **wrong), stock)
+
+
+@pytest.mark.parametrize(("policy", "kind"), zip(decoder_layer.POLICIES, ("packed", "dense", "dense"), strict=True))
+def test_the_last_layer_leaves_out_what_nobody_looks_at(device, policy, kind):
+    adapted = model(device)
+    ids = torch.arange(12, device=device).reshape(2, 6) % 32
+    labels = torch.tensor([[-100, -100, 2, 3, -100, 5], [-100] * 5 + [11]], device=device)
+    batch = {"input_ids": ids, "labels": labels}
+    if kind == "packed":
+        batch["position_ids"] = torch.tensor([[0, 1, 2, 0, 1, 2], [0, 1, 2, 3, 4, 5]], device=device)
+        batch["labels"] = labels.index_fill(1, torch.tensor([3], device=device), -100)
+    stock = gradients(adapted, batch)
+    patch_model(adapted, only=["decoder_layer"], keeping=Keeping(policy))
+    shifted = linear_cross_entropy.shift_labels(batch["labels"])
+    count = int((shifted != -100).sum())
+    rows = linear_cross_entropy.labelled_rows(shifted, count + 3)  # a bound that is too large
+    assert rows.tolist() == [*torch.nonzero(shifted.view(-1) != -100).view(-1).tolist(), 12, 12, 12]
+    same(gradients(adapted, batch, needed=decoder_layer.Needed(rows)), stock)
+    assert fallbacks(adapted) == []
+    with pytest.raises(AssertionError):  # it does leave rows out
+        same(gradients(adapted, batch, needed=decoder_layer.Needed(rows[:1])), stock)
+
+
+def test_only_the_last_layer_of_a_model_is_last(device):
+    adapted = model(device)
+    backbone = adapted.get_base_model().model
+    assert not layers.ends_with_ours(backbone, STATE)
+    patch_model(adapted, only=["decoder_layer"])
+    assert layers.ends_with_ours(backbone, STATE)
+    backbone.layers.append(torch.nn.Identity())
+    assert not layers.ends_with_ours(backbone, STATE)
+    assert not layers.ends_with_ours(torch.nn.Linear(1, 1), STATE)
 
 
 def test_the_last_layers_may_keep_more_than_the_others(device):

@@ -8,6 +8,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from finetui.kernels.patch import fallbacks, patch_model
+from finetui.planner.fused import FAMILIES as planner_families
 
 pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered in exp")
 SIZES = {
@@ -27,6 +28,7 @@ FAMILIES = [
     ("smollm3", {}, WHOLE, ""),
     ("helium", {}, WHOLE, ""),
     ("ernie4_5", {}, WHOLE, ""),
+    *((family, {}, WHOLE, "") for family in ("ministral", "mistral", "qwen2", "qwen3")),
     ("gemma2", {"attn_implementation": "eager"}, SINGLE, "further parts (post_feedforward_layernorm, pre_"),
     ("gemma3_text", {}, SINGLE, "further parts (post_feedforward_layernorm, pre_"),
     ("phi3", {}, SINGLE, "further parts (resid_attn_dropout, resid_mlp_dropout)"),
@@ -40,6 +42,12 @@ FAMILIES = [
     ("mixtral", EXPERTS, {"lora", "rope", "rms_norm"}, "its MLP is no GLU"),
     ("qwen3_moe", EXPERTS, {"lora", "rope", "rms_norm"}, "its MLP is no GLU"),
 ]
+
+
+def test_the_planner_counts_on_whole_layers_where_they_are_recognised():
+    recognised = {family for family, changes, kernels, _ in FAMILIES if kernels == WHOLE and not changes}
+    # Of smollm3 every fourth layer has no rotary embedding, and granite's checkpoints scale what is added.
+    assert recognised - {"smollm3", "granite"} == planner_families
 
 
 @pytest.mark.parametrize(

@@ -56,6 +56,19 @@ def test_what_is_folded_in_is_multiplied_before_rounding(device):
     assert torch.equal(folded.scale, plain.scale)
 
 
+@pytest.mark.parametrize("power", [False, True])
+def test_piece_by_piece_it_is_the_same_to_the_bit(device, monkeypatch, power):
+    x, fold = random(5, 300, device=device)[:, :290], torch.logspace(-2, 2, 290, device=device)
+    for factors in (None, fold):
+        whole = fp8.quantise(x, fold=factors, power=power)
+        with monkeypatch.context() as wide:
+            wide.setattr(fp8, "_WHOLE", 100)
+            wide.setattr(fp8, "_PIECE", 128)
+            pieces = fp8.quantise(x, fold=factors, power=power)
+        assert torch.equal(pieces.data, whole.data)
+        assert torch.equal(pieces.scale, whole.scale)
+
+
 @pytest.mark.parametrize("shape", [(32, 48), (130, 260), (1, 16)], ids=str)
 def test_transposition_and_dequantisation_move_every_byte(device, shape):
     weight = fp8.quantise_weight(random(*shape, device=device))
