@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..planner.errors import ModelError, RecipeError
+from .pickles import refuse
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
@@ -21,6 +22,9 @@ def find_adapter(where: str) -> Path:
     for place in (folder, folder / "output"):
         if (place / CONFIG).is_file() and (place / WEIGHTS).is_file():
             return place
+    for place in (folder, folder / "output"):
+        if place.is_dir():
+            refuse(place, [path.name for path in place.iterdir()])
     do = f"Give a folder with {CONFIG} and {WEIGHTS}, or a finished run that made one."
     raise ModelError("there is no adapter here", where=where, do=do)
 

@@ -1,9 +1,10 @@
 """Checkpoints: the state of a run on disk, written whole or not at all, verified, and found again.
 
 A checkpoint is a folder ``checkpoints/step-000200`` that exists only when it is complete: everything is written into
-the hidden folder ``.partial-step-000200`` and flushed to disk, then ``manifest.json`` with the size and SHA-256 of each
-file, and only then is the folder given its name. A process that is killed at any instant therefore leaves behind the
-older checkpoints, untouched, and at most one partial folder that the next write removes.
+the hidden folder ``.partial-step-000200``, flushed to disk and read back, then ``manifest.json`` with the size and
+SHA-256 of each file, and only then is the folder given its name; after that, older ones go. A process that is killed
+at any instant therefore leaves behind the older checkpoints, untouched, and at most one partial folder that the next
+write removes.
 
 Nothing here imports torch: the app and ``finetui runs`` read checkpoints too.
 """
@@ -18,16 +19,19 @@ import os
 import re
 import shutil
 import time
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..planner.errors import TrainingError
+from ..planner.errors import TrainingError, UserError
+from ..planner.inside import inside
 
 MANIFEST = "manifest.json"
 PARTIAL_PREFIX = ".partial-"
 _NAME = re.compile(r"step-(\d{6,})")
+_NO_FLUSH = frozenset({errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP})
 #: ``EFBIG`` is what a file-size limit answers with; for the user it is the same as a full disk.
 _DISK_ERRNOS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 
@@ -63,9 +67,8 @@ def find(directory: str | Path) -> list[Checkpoint]:
     found: list[Checkpoint] = []
     for path in directory.iterdir() if directory.is_dir() else ():
         if _NAME.fullmatch(path.name) and _shallow_damage(path) is None:
-            manifest = _read_manifest(path)
-            sizes = [entry["bytes"] for entry in manifest["files"].values()]
-            found.append(Checkpoint(path, manifest["step"], sum(sizes), manifest.get("facts", {})))
+            with contextlib.suppress(FileNotFoundError):  # the run has just removed it
+                found.append(_read(path))
     return sorted(found, key=lambda checkpoint: checkpoint.step)
 
 
@@ -75,10 +78,13 @@ def damage(path: str | Path) -> str | None:
     shallow = _shallow_damage(path)
     if shallow is not None:
         return shallow
-    expected = _read_manifest(path)["files"]
-    for name, entry in _hash_files(path, sorted(expected)).items():
-        if entry["sha256"] != expected[name]["sha256"]:
-            return f"{name} has other content than was written"
+    try:
+        expected = _read_manifest(path)["files"]
+        for name, entry in _hash_files(path, sorted(expected)).items():
+            if entry["sha256"] != expected[name]["sha256"]:
+                return f"{name} has other content than was written"
+    except OSError as error:  # a disk that fails, or the run has just removed it
+        return f"{Path(error.filename or path).name} can't be read ({error.strerror})"
     return None
 
 
@@ -98,7 +104,7 @@ def latest(directory: str | Path) -> Latest:
     for path in sorted(names, key=lambda path: -int(path.name.removeprefix("step-"))):
         wrong = damage(path)
         if wrong is None:
-            return Latest(next(c for c in find(directory) if c.path == path), skipped)
+            return Latest(_read(path), skipped)
         skipped.append(f"{path.name}: {wrong}")
     return Latest(None, skipped)
 
@@ -118,33 +124,67 @@ def begin(directory: str | Path, step: int) -> Path:
     return partial
 
 
-def commit(partial: Path, step: int, *, keep: int, facts: dict[str, Any] | None = None) -> Checkpoint:
-    """Make a filled folder a checkpoint, then remove all but the ``keep`` newest complete ones.
+def commit(
+    partial: Path,
+    step: int,
+    *,
+    keep: int,
+    facts: dict[str, Any] | None = None,
+    hashes: Mapping[str, str] | None = None,
+) -> Checkpoint:
+    """Make a filled folder a checkpoint, then remove all but the ``keep`` newest complete ones up to this step.
+
+    Checkpoints of later steps go too: training went on from an older one because these are damaged.
+
+    Args:
+        hashes: SHA-256 of what was to be written, by file, taken before it was; of other files their content counts.
 
     Raises:
-        TrainingError: the disk is full (cause ``disk``); the partial folder is gone and older checkpoints stay.
+        TrainingError: the disk is full, or does not give back what was written (cause ``disk``); the partial folder
+            is gone and older checkpoints stay.
     """
-    directory = partial.parent
+    directory, target = partial.parent, partial.parent / folder_name(step)
     try:
         with reported_as_disk_error("the checkpoint can't be written", directory):
-            names = sorted(str(path.relative_to(partial)) for path in partial.rglob("*") if path.is_file())
-            files = _hash_files(partial, names)
-            for name in names:
-                _flush(partial / name)
+            files = _verified(partial, hashes or {})
             manifest = {"step": step, "written": round(time.time(), 3), "facts": facts or {}, "files": files}
             (partial / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
-            _flush(partial / MANIFEST)
-            _flush(partial)
-            target = directory / folder_name(step)
-            if target.exists():  # a damaged one of the same step that resume passed over
-                shutil.rmtree(target)
-            os.rename(partial, target)
-            _flush(directory)
+            flush(partial / MANIFEST)
+            for folder in [*sorted((path for path in partial.rglob("*") if path.is_dir()), reverse=True), partial]:
+                flush(folder)
+            if target.exists() and damage(target) is None:
+                discard(partial)  # training came by here before, and leaves the same
+            else:
+                if target.exists():
+                    _remove(target)
+                os.rename(partial, target)
+            flush(directory)
     except BaseException:
         discard(partial)
         raise
-    prune(directory, keep)
-    return Checkpoint(target, step, sum(entry["bytes"] for entry in files.values()), facts or {})
+    prune(directory, keep, newest=step)
+    return _read(target)
+
+
+def _verified(partial: Path, hashes: Mapping[str, str]) -> dict[str, dict[str, Any]]:
+    """Size and SHA-256 of each file as the disk gives it back."""
+    names = sorted(str(path.relative_to(partial)) for path in partial.rglob("*") if path.is_file())
+    missing = sorted(set(hashes) - set(names))
+    meant = dict(hashes)
+    rest = [name for name in names if name not in hashes]
+    meant |= {name: entry["sha256"] for name, entry in _hash_files(partial, rest).items()}
+    for name in names:
+        flush(partial / name, forget=True)
+    files = _hash_files(partial, names)
+    wrong = missing + [name for name in names if files[name]["sha256"] != meant[name]]
+    if wrong:
+        raise TrainingError(
+            f"the disk does not give back what was written to it ({', '.join(wrong[:3])})",
+            cause="disk",
+            where=str(partial.parent),
+            do="Do not trust this disk: put the run on another with FINETUI_RUNS=FOLDER. Older checkpoints stay.",
+        )
+    return files
 
 
 def discard(partial: Path) -> None:
@@ -152,14 +192,26 @@ def discard(partial: Path) -> None:
     shutil.rmtree(partial, ignore_errors=True)
 
 
-def prune(directory: str | Path, keep: int) -> None:
-    """Remove all but the ``keep`` newest complete checkpoints; folders that are not complete are left for a look."""
-    for checkpoint in find(directory)[: -max(keep, 1)]:
-        # Renamed first, so that a crash in mid-removal leaves no folder that looks like a checkpoint.
-        doomed = checkpoint.path.with_name(f"{PARTIAL_PREFIX}old-{checkpoint.path.name}")
+def prune(directory: str | Path, keep: int, *, newest: int | None = None) -> None:
+    """Remove all but the ``keep`` newest complete checkpoints; folders that are not complete are left for a look.
+
+    Args:
+        newest: the step of the one that was just written and verified: what claims to be later goes, so that it never
+            takes the place of a sound one.
+    """
+    found = find(directory)
+    later = [c for c in found if newest is not None and c.step > newest]
+    for doomed in later + [c for c in found if c not in later][: -max(keep, 1)]:
         with contextlib.suppress(OSError):
-            os.rename(checkpoint.path, doomed)
-            shutil.rmtree(doomed, ignore_errors=True)
+            _remove(doomed.path)
+
+
+def _remove(path: Path) -> None:
+    """Renamed first, so that a crash in mid-removal leaves no folder that looks like a checkpoint."""
+    doomed = path.with_name(f"{PARTIAL_PREFIX}old-{path.name}")
+    shutil.rmtree(doomed, ignore_errors=True)
+    os.rename(path, doomed)
+    shutil.rmtree(doomed, ignore_errors=True)
 
 
 # --- the full disk
@@ -213,10 +265,24 @@ def disk_full(what: str, where: Path) -> TrainingError:
 # --- details
 
 
+def _read(path: Path) -> Checkpoint:
+    manifest = _read_manifest(path)
+    sizes = [entry["bytes"] for entry in manifest["files"].values()]
+    return Checkpoint(path, manifest["step"], sum(sizes), manifest.get("facts", {}))
+
+
 def _read_manifest(path: Path) -> dict[str, Any]:
     manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
     if not isinstance(manifest, dict) or not isinstance(manifest.get("files"), dict) or "step" not in manifest:
         raise ValueError("it is no manifest")
+    for name, entry in manifest["files"].items():
+        sound = isinstance(entry, dict) and isinstance(entry.get("bytes"), int) and isinstance(entry.get("sha256"), str)
+        if not sound or not isinstance(manifest["step"], int):
+            raise ValueError(f"it says nothing of {name}")
+        try:
+            inside(path, name)
+        except UserError as error:
+            raise ValueError(error.what) from None
     return manifest
 
 
@@ -249,10 +315,27 @@ def _hash_files(folder: Path, names: list[str]) -> dict[str, dict[str, Any]]:
         return dict(zip(names, pool.map(one, names), strict=True))
 
 
-def _flush(path: Path) -> None:
-    """Wait until a file, or a folder's list of names, is on the disk."""
+def flush_all(folder: Path) -> None:
+    """Wait until a folder is on the disk with all that is in it."""
+    for path in sorted(folder.rglob("*"), reverse=True):
+        flush(path)
+    flush(folder)
+
+
+def flush(path: Path, *, forget: bool = False) -> None:
+    """Wait until a file, or a folder's list of names, is on the disk.
+
+    Args:
+        forget: let go of the copy in memory, so that who reads next reads the disk.
+    """
     fd = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(fd)
+        try:
+            os.fsync(fd)
+        except OSError as error:  # some network file systems can't do that to a folder
+            if not path.is_dir() or error.errno not in _NO_FLUSH:
+                raise
+        if forget and hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
     finally:
         os.close(fd)

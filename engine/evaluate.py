@@ -158,6 +158,7 @@ def data_settings(resolved: Resolved) -> DataSettings:
         train_on=resolved.train_on,
         seed=resolved.seed,
         method=resolved.method,
+        rows=resolved.steps * resolved.batch_size,
     )
 
 

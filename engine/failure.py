@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import re
 import traceback
 from pathlib import Path
 
@@ -10,6 +12,9 @@ from ..planner.plan import Resolved
 from .checkpoint import is_disk_error
 from .events import Failure
 from .run import Cause
+
+#: A folder that was writable when the run began, and no longer is.
+_NO_ACCESS = frozenset({errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO, errno.ESTALE})
 
 
 def classify(error: BaseException, rank: int, resolved: Resolved | None) -> Failure:
@@ -23,10 +28,14 @@ def classify(error: BaseException, rank: int, resolved: Resolved | None) -> Fail
     if isinstance(error, FinetuiError):
         return Failure(rank, "data" if isinstance(error, DataError) else "crash", error.what, error.where, error.do)
     if is_out_of_memory(error):
-        return Failure(rank, "oom", _memory_message(error), _origin(error), memory_levers(resolved))
+        needed = _needed_gib(str(error))
+        return Failure(rank, "oom", _memory_message(error), _origin(error), memory_levers(resolved), needed)
     if is_disk_error(error):
         do = "Free some space, then resume the run: its checkpoints are intact."
         return Failure(rank, "disk", "no space is left on the disk", _origin(error), do)
+    if isinstance(error, OSError) and error.errno in _NO_ACCESS and error.filename:
+        do = "Give it back its rights, or mount it again, then resume the run: its checkpoints are intact."
+        return Failure(rank, "disk", f"{error.filename} can't be used ({error.strerror})", _origin(error), do)
     first = (str(error).strip().splitlines() or [""])[0]
     cause: Cause = "crash"
     message = f"{type(error).__name__}: {first}" if first else type(error).__name__
@@ -65,6 +74,16 @@ def memory_levers(resolved: Resolved | None) -> str:
 def _memory_message(error: BaseException) -> str:
     first = (str(error).strip().splitlines() or [""])[0]
     return f"out of memory ({first[:300]})" if first else "out of memory"
+
+
+def _needed_gib(text: str) -> float | None:
+    """What PyTorch says that its tensors hold on a GPU, and what it was asked for beside; in GiB."""
+    asked = re.search(r"Tried to allocate ([\d.]+) (GiB|MiB|KiB)", text)
+    held = re.search(r"memory ([\d.]+) (GiB|MiB|KiB) is allocated by PyTorch", text)
+    if asked is None or held is None:
+        return None
+    unit = {"GiB": 1.0, "MiB": 2.0**-10, "KiB": 2.0**-20}
+    return round(sum(float(found[1]) * unit[found[2]] for found in (asked, held)), 4)
 
 
 def _origin(error: BaseException) -> str:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from ..planner.errors import ModelError, RecipeError
+from ..planner.inside import inside
 from ..planner.options import CHANGES_BASE
 from ..planner.plan import Resolved
 
@@ -175,6 +176,8 @@ class _Checkpoint:
         self.files: dict[str, str] = {}
         if index.is_file():
             self.files = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+            for name in set(self.files.values()):
+                inside(folder, name, error=ModelError, where=str(index))
 
     def tensor(self, name: str) -> Tensor:
         from safetensors import SafetensorError, safe_open

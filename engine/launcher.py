@@ -23,6 +23,8 @@ from pathlib import Path
 import psutil
 
 from ..planner.errors import RunError
+from .continuation import before_resuming
+from .modes import FILE
 from .run import LIVE_STATES, Run
 
 _PACKAGE = (__package__ or "finetui.engine").partition(".")[0]
@@ -51,7 +53,7 @@ def start(run: Run, *, worker: Sequence[str] | None = None) -> int:
     worker = worker or (STAGES if run.plan.stages else WORKER)
     ready, told = os.pipe()
     try:
-        with open(run.path / "log" / "supervisor.log", "ab") as log:
+        with open(run.path / "log" / "supervisor.log", "ab", opener=_private) as log:
             process = subprocess.Popen(
                 [sys.executable, "-P", "-m", f"{_PACKAGE}.engine.supervisor", "--ready-fd", str(told),
                  str(run.path.resolve()), "--", *worker],
@@ -139,7 +141,8 @@ def resume(run: Run, *, worker: Sequence[str] | None = None) -> int:
     Without a checkpoint the run starts from its beginning, and a warning event says so.
 
     Raises:
-        RunError: the run is at work, or has finished, or could not be started.
+        RunError: the run is at work, or has finished, or could not be started, or recipe or plan have changed in a way
+            that its checkpoint can't go on with.
     """
     status = run.status
     if status.state in LIVE_STATES:
@@ -150,6 +153,7 @@ def resume(run: Run, *, worker: Sequence[str] | None = None) -> int:
             where=run.name,
             do="To train further, start a new run with more epochs.",
         )
+    before_resuming(run)
     run.withdraw("stop")
     run.withdraw("checkpoint")
     return start(run, worker=worker)
@@ -170,6 +174,10 @@ def import_environment() -> dict[str, str]:
         return {}  # installed, or editable: an import hook finds it
     paths = [os.path.abspath(path) for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
     return {"PYTHONPATH": os.pathsep.join([entry, *(path for path in paths if path != entry)])}
+
+
+def _private(path: str, flags: int) -> int:
+    return os.open(path, flags, FILE)
 
 
 def _site_folders() -> set[str]:

@@ -33,11 +33,14 @@ from typing import Any
 import torch
 
 from ..planner.errors import HardwareError, HubError, ModelError, RecipeError
+from ..planner.inside import inside
 from ..planner.options import LORA_TYPES
 from ..planner.plan import Resolved
 from .events import Fallback
+from .pickles import refuse
 from .quantize import fp8_config, not_in_8_bits
-from .weights import Reading, around, stored_tensors
+from .remote_code import refusal, trusted
+from .weights import Reading, around, shards, stored_tensors
 
 Emit = Callable[[Any], object]
 """Receives event payloads."""
@@ -86,12 +89,25 @@ def locate(model: str) -> Path:
             raise ModelError(
                 "this folder has no config.json", where=model, do="Give a checkpoint in Hugging Face format."
             )
-        if not any(folder.glob("*.safetensors")) and not any(folder.glob("*.bin")):
+        names = [path.name for path in folder.iterdir()]
+        refuse(folder, names)
+        if not any(name.endswith(".safetensors") for name in names):
             return _make_weights(folder)
-        return folder
+        return _whole(folder)
     if folder.is_absolute() or model.startswith((".", "~")) or model.count("/") != 1:
         raise ModelError("there is no such folder", where=model, do="Give a folder or a hub id such as Qwen/Qwen3-8B.")
     return _download(model)
+
+
+def _whole(folder: Path) -> Path:
+    """A checkpoint folder, once none of its files is somewhere else."""
+    for path in folder.iterdir():
+        inside(folder, path.name, error=ModelError)
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        for name in shards(index):
+            inside(folder, name, error=ModelError, where=str(index))
+    return folder
 
 
 def _make_weights(folder: Path) -> Path:
@@ -114,7 +130,7 @@ def cache_folder() -> Path:
     return Path(tempfile.gettempdir()) / f"finetui-{os.getuid()}"
 
 
-_WANTED = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt"]
+_WANTED = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt", "*.py"]
 _UNWANTED = ["original/*", "consolidated*", "onnx/*", "*.gguf", "*.msgpack", "*.h5"]
 
 
@@ -128,7 +144,7 @@ def _download(model: str) -> Path:
     try:
         folder = snapshot(*_WANTED)
         if not any(folder.glob("*.safetensors")):
-            folder = snapshot(*_WANTED, "*.bin")
+            refuse(model, huggingface_hub.list_repo_files(model))
     except errors.GatedRepoError:
         do = f"Accept its licence on https://huggingface.co/{model}, then set HF_TOKEN or run: hf auth login"
         raise HubError("this model is gated and your account has no access to it", where=model, do=do) from None
@@ -140,7 +156,7 @@ def _download(model: str) -> Path:
         raise HubError("the Hub can't be reached and the model is not in the cache", where=model, do=do) from None
     except (errors.HfHubHTTPError, OSError) as error:
         raise HubError(f"the download failed ({error})", where=model, do="Try again; it resumes.") from error
-    return folder
+    return _whole(folder)
 
 
 def stored_dtype(folder: Path) -> torch.dtype:
@@ -170,8 +186,10 @@ def load_tokenizer(
     from .data.template import prepare_tokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(folder))
+        tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=trusted(folder))
     except (OSError, ValueError, KeyError, ImportError) as error:
+        if "trust_remote_code" in str(error):
+            raise refusal(folder) from None
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         do = "The folder needs tokenizer.json, or the files that its tokenizer class reads."
         raise ModelError(f"the tokenizer can't be loaded ({first})", where=str(folder), do=do) from error
@@ -222,7 +240,8 @@ def load_base(
     kind: Any = AutoModelForSequenceClassification if scores else AutoModelForCausalLM
     numerics = Numerics.of(resolved)
     dtype = dtype or numerics.weights
-    options: dict[str, Any] = {"dtype": dtype, "attn_implementation": resolved.attention}
+    options: dict[str, Any] = {"dtype": dtype, "attn_implementation": resolved.attention, "use_safetensors": True}
+    options["trust_remote_code"] = trusted(folder)
     if resolved.quantization == "nf4":
         options["quantization_config"] = _nf4(numerics)
         options["device_map"] = {"": device}
@@ -251,6 +270,8 @@ def load_base(
             loaded = load()
             emit(Fallback("attention: eager instead of sdpa", "the architecture has no scaled-dot-product path"))
     except (OSError, ValueError, KeyError, ImportError, AttributeError) as error:
+        if "trust_remote_code" in str(error):
+            raise refusal(folder) from None
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ModelError(f"the model can't be loaded ({first})", where=str(folder)) from error
     model, info = loaded

@@ -11,7 +11,7 @@ from .events import Failure
 from .run import Cause, RunState
 
 #: Why a run was asked to end early.
-EndReason = Literal["request", "quit", "preempted", "hours", "cost"]
+EndReason = Literal["request", "quit", "preempted", "hours", "cost", "hang"]
 
 _CAUSES: frozenset[str] = frozenset(get_args(Cause))
 
@@ -40,6 +40,7 @@ class Facts:
         oom_kills: processes that the kernel killed for want of memory meanwhile.
         disk_free: bytes free on the disk of the run.
         last_line: what the rank that failed first said last in its log, if it said anything.
+        hung: which ranks hung, if the supervisor killed them for that.
     """
 
     name: str
@@ -51,6 +52,7 @@ class Facts:
     oom_kills: int = 0
     disk_free: int = 1 << 40
     last_line: str = ""
+    hung: str = ""
 
 
 def decide(facts: Facts) -> Outcome:
@@ -72,6 +74,9 @@ def decide(facts: Facts) -> Outcome:
             return Outcome("failed", "preempted", what, last)
         case "preempted":
             return Outcome("failed", "preempted", "the machine asked for an end; a checkpoint was written", resume)
+        case "hang":
+            log = f"The stacks of all ranks are in its log/rank*.log. Look with: finetui logs {facts.name}"
+            return Outcome("failed", "hang", facts.hung, f"{log}. {last}")
         case "cost":
             return Outcome("failed", "cost", "the cost limit is reached", f"Raise limits.cost_usd. {last}")
         case "hours":

@@ -9,14 +9,14 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from .checkpoint import reported_as_disk_error
+from .checkpoint import flush, flush_all, reported_as_disk_error
 
 
 @contextlib.contextmanager
 def written_whole(target: Path) -> Iterator[Path]:
     """A hidden folder beside ``target`` to write into; it takes the name when the block ends well, else it goes.
 
-    An older folder of that name is replaced at that moment and not before.
+    All of it is on the disk by then. An older folder of that name is replaced at that moment and not before.
 
     Raises:
         TrainingError: the disk is full (cause ``disk``).
@@ -27,11 +27,13 @@ def written_whole(target: Path) -> Iterator[Path]:
         with reported_as_disk_error("the result can't be written", target.parent):
             partial.mkdir(parents=True)
             yield partial
+            flush_all(partial)
             old = target.with_name(f".old-{target.name}")
             shutil.rmtree(old, ignore_errors=True)
             if target.exists():
                 os.rename(target, old)
             os.rename(partial, target)
+            flush(target.parent)
             shutil.rmtree(old, ignore_errors=True)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)

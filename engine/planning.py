@@ -20,6 +20,7 @@ from ..planner.state import state_dir
 
 if TYPE_CHECKING:
     from ..planner.calibration import Finished
+    from ..planner.terms import Term
 
 
 def plan_for(recipe: Recipe, *, framework: str = "finetui", node: Node | None = None) -> Plan:
@@ -39,13 +40,37 @@ def plan_for(recipe: Recipe, *, framework: str = "finetui", node: Node | None = 
         steps = expand(recipe)
         plans = [plan_for(step.recipe, framework=framework, node=node) if step.recipe else None for step in steps]
         return together(steps, plans)
+    architecture, workload = _architecture_of(recipe), workload_of(recipe)
+    node = node or node_for(recipe.hardware)
+    return make_plan(recipe, architecture, node, workload, framework=framework, finished=finished_runs())
+
+
+def explain(recipe: Recipe, *, framework: str = "finetui") -> tuple[Plan, dict[str, Term]]:
+    """A recipe's plan, and every term of it as a formula with its numbers in it; of several stages, that which needs
+    most memory.
+
+    Raises:
+        UserError: as :func:`plan_for`.
+    """
+    from ..planner.terms import explain_terms
+
+    if recipe.stages:
+        from ..planner.stages import expand
+
+        trained = [step.recipe for step in expand(recipe) if step.recipe is not None]
+        plans = [plan_for(step, framework=framework) for step in trained]
+        most = max(range(len(plans)), key=lambda number: (not plans[number].fits, plans[number].memory.device_gib))
+        recipe = trained[most]
+    architecture, workload, node = _architecture_of(recipe), workload_of(recipe), node_for(recipe.hardware)
+    return explain_terms(recipe, architecture, node, workload, framework=framework, finished=finished_runs())
+
+
+def _architecture_of(recipe: Recipe) -> Architecture:
     name, config, origin = find_config(recipe.model)
     architecture = Architecture.from_config(config, name)
     if not architecture.exact and origin in ("hub", "folder"):
         architecture = _counted(architecture, recipe.model)
-    workload = workload_of(recipe)
-    node = node or node_for(recipe.hardware)
-    return make_plan(recipe, architecture, node, workload, framework=framework, finished=finished_runs())
+    return architecture
 
 
 def _counted(architecture: Architecture, model: str) -> Architecture:

@@ -25,6 +25,10 @@ from ..planner.errors import UserError
 from ..planner.plan import Plan
 from ..planner.recipe import Recipe
 from ..planner.rollout import ROLLOUT_METHODS
+from . import remote_code
+from .at_end import cannot as cannot_shut_down
+from .gpulock import holders
+from .pickles import refuse
 from .run import default_root
 
 GIB = 2**30
@@ -32,19 +36,19 @@ GIB = 2**30
 #: The extra ``train`` of pyproject.toml: the first version that is good and, where known, the first that is not.
 PACKAGES: dict[str, tuple[str, str | None]] = {
     "torch": ("2.11", "2.14"),
-    "transformers": ("5.17", None),
-    "peft": ("0.21", None),
-    "trl": ("1.15", None),
-    "bitsandbytes": ("0.48", None),
-    "accelerate": ("1.10", None),
-    "triton": ("3.6", None),
-    "datasets": ("4.8", None),
-    "safetensors": ("0.6", None),
-    "tensorboard": ("2.20", None),
+    "transformers": ("5.17", "6"),
+    "peft": ("0.21", "1"),
+    "trl": ("1.15", "2"),
+    "bitsandbytes": ("0.48", "1"),
+    "accelerate": ("1.10", "2"),
+    "triton": ("3.6", "4"),
+    "datasets": ("4.8", "6"),
+    "safetensors": ("0.6", "1"),
+    "tensorboard": ("2.20", "3"),
+    "jinja2": ("3.1.6", "4"),
 }
-#: Bytes of optimiser state per trained parameter on disk.
-_OPTIMIZER_BYTES = {"adamw": 8, "adamw-8bit": 2, "paged-adamw-8bit": 2, "sgd": 0, "adafactor": 1}
-_WEIGHT_BYTES = {"bf16": 2, "bf16-mixed": 4, "fp16": 4, "fp32": 4}
+#: Events, logs and TensorBoard files of a long run, in bytes.
+_LOGS = 64 * 2**20
 #: Shared memory that NCCL and data loaders of several ranks need; Docker gives 64 MiB unless told otherwise.
 _SHARED_MEMORY = 512 * 2**20
 
@@ -75,15 +79,17 @@ def checks(recipe: Recipe, plan: Plan, root: Path | None = None) -> Iterator[Che
         ("plan", lambda: _fits(plan)),
         ("packages", lambda: _packages(recipe, plan)),
         ("gpu", lambda: _gpus(plan) if plan.resolved.device == "cuda" else []),
+        ("gpu", lambda: _locked(recipe, plan)),
         ("memory", lambda: _host_memory(plan) if plan.resolved.device == "cpu" else []),
         ("shared memory", lambda: _shared_memory(plan)),
         ("run folder", lambda: _writable(folder)),
         ("data", lambda: _data(recipe, plan)),
         ("rewards", lambda: _rewards(recipe)),
-        ("model", lambda: _model(recipe.model)),
+        ("model", lambda: _model(recipe.model, recipe.trust_remote_code)),
         ("adapter", lambda: _adapters(recipe)),
         ("disk", lambda: _disk(recipe, plan, folder)),
         ("logout", _logout),
+        ("at end", lambda: at_end(recipe)),
     ]
     for name, check in every:
         try:
@@ -139,6 +145,17 @@ def _packages(recipe: Recipe, plan: Plan) -> list[Check]:
         do = "Install a CUDA build, see https://pytorch.org/get-started/locally."
         return [Check("packages", "fail", f"PyTorch {found['torch']} is a build for the CPU alone", do)]
     return [Check("packages", "ok", f"torch {found['torch']}, transformers {found['transformers']}")]
+
+
+def _locked(recipe: Recipe, plan: Plan) -> list[Check]:
+    """Other runs of finetui at work on these GPUs, of any user of this machine."""
+    shared = recipe.hardware.shared
+    gpus = plan.resolved.gpus if plan.resolved.device == "cuda" else []
+    do = "Wait for it, choose others with hardware.gpus, or set hardware.shared: true."
+    status: Literal["warn", "fail"] = "warn" if shared else "fail"
+    return [
+        Check(f"gpu {held.gpu}", status, str(held), "Both will be slower." if shared else do) for held in holders(gpus)
+    ]
 
 
 def _gpus(plan: Plan, load: Callable[[], Any] = lambda: importlib.import_module("pynvml")) -> list[Check]:
@@ -272,12 +289,16 @@ def _adapters(recipe: Recipe) -> list[Check]:
     return [Check("adapter", "ok", str(find_adapter(folder))) for folder in named if folder not in ("", PREVIOUS)]
 
 
-def _model(model: str) -> list[Check]:
-    folder = Path(model).expanduser()
-    if folder.is_dir():
-        return [_model_folder(folder)]
-    if _cached(model) is not None:
-        return [Check("model", "ok", f"{model} is in the local cache")]
+def _model(model: str, trust: bool = False) -> list[Check]:
+    given = Path(model).expanduser()
+    folder = given if given.is_dir() else _cached(model)
+    if folder is not None:
+        remote_code.check(folder, wanted=trust, model=model)
+        if trust and not remote_code.needed(folder):
+            what = "the model needs no code of its own, so trust_remote_code has no effect"
+            return [Check("model", "fail", what, "Remove trust_remote_code.")]
+        at_hand = Check("model", "ok", f"{model} is in the local cache")
+        return [_model_folder(folder) if folder is given else at_hand]
     return [_hub_model(model)]
 
 
@@ -289,7 +310,8 @@ def _model_folder(folder: Path) -> Check:
         missing.append("config.json")
     if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
         missing.append("a tokenizer (tokenizer.json)")
-    if not is_tiny(folder) and not any(folder.glob("*.safetensors")) and not any(folder.glob("*.bin")):
+    refuse(folder, [path.name for path in folder.iterdir()])
+    if not is_tiny(folder) and not any(folder.glob("*.safetensors")):
         missing.append("weights (*.safetensors)")
     if missing:
         do = "Give a checkpoint in Hugging Face format, as save_pretrained writes it."
@@ -338,23 +360,20 @@ def _cached(model: str) -> Path | None:
 
 
 def _disk(recipe: Recipe, plan: Plan, folder: Path) -> list[Check]:
-    resolved, model = plan.resolved, plan.model
-    stored = model.parameters if resolved.trains_base else model.trainable  # frozen layers are part of the result
-    weights = stored * _WEIGHT_BYTES[resolved.precision]
-    optimizer = model.trainable * _OPTIMIZER_BYTES.get(resolved.optimizer, 8)
     # A new checkpoint is complete before the oldest one goes.
-    need = (weights + optimizer) * (recipe.checkpoint.keep + 1) + weights + 64 * 2**20
+    need = int((plan.disk.checkpoints_gib + plan.disk.output_gib) * GIB) + _LOGS
     places = {_existing(folder): need}
     if not Path(recipe.model).expanduser().is_dir() and _cached(recipe.model) is None:
         from huggingface_hub import constants
 
         cache = _existing(Path(constants.HF_HUB_CACHE))
-        places[cache] = places.get(cache, 0) + 2 * model.parameters
+        places[cache] = places.get(cache, 0) + 2 * plan.model.parameters
     found = []
     for device in {place.stat().st_dev: place for place in places}.values():
         needed = sum(size for place, size in places.items() if place.stat().st_dev == device.stat().st_dev)
         free = shutil.disk_usage(device).free
-        told = f"{free / GIB:.1f} GiB free at {device}, up to {needed / GIB:.1f} needed"
+        each = f"{recipe.checkpoint.keep + 1} checkpoints of {plan.disk.checkpoint_gib:.1f} GiB"
+        told = f"{free / GIB:.1f} GiB free at {device}, up to {needed / GIB:.1f} needed ({each}, and the result)"
         if free < needed:
             found.append(Check("disk", "fail", told, "Free some, choose another folder, or keep fewer checkpoints."))
         else:
@@ -374,6 +393,19 @@ def _logout(settings: Path = Path("/etc/systemd")) -> list[Check]:
         return []
     do = "Start finetui with: systemd-run --user --scope finetui (and allow that once: loginctl enable-linger)."
     return [Check("logout", "warn", f"{socket.gethostname()} ends all processes of a user who logs out", do)]
+
+
+def at_end(recipe: Recipe) -> list[Check]:
+    """What will happen after the run is shown before it, and refused where it can't happen."""
+    wish = recipe.limits.at_end
+    if wish.do == "command":
+        return [Check("at end", "ok", f"runs: {wish.command}")]
+    if wish.do == "nothing":
+        return []
+    if why := cannot_shut_down():
+        do = "Let limits.at_end run the command by which your provider ends the machine, or set it to nothing."
+        return [Check("at end", "fail", f"this machine can't be shut down: {why}", do)]
+    return [Check("at end", "ok", "the machine is shut down a minute after the run has ended by itself")]
 
 
 def _existing(path: Path) -> Path:

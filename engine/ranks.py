@@ -6,15 +6,28 @@ rank has nobody to meet, so it is spared that, and a process group of one.
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import logging
 import os
+import shutil
+import signal
 import subprocess
 import sys
+import tempfile
+import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import psutil
 
 from ..planner.errors import FinetuiError
 from .run import Run
+
+#: Seconds between SIGTERM and SIGKILL for ranks that are ended without a checkpoint.
+QUIT_S = 3.0
+#: The variable that tells ranks of one machine the file in which they meet.
+MEETING = "FINETUI_MEETING"
 
 Launch = Callable[[], dict[int, int]]
 """Runs all ranks to their end and gives the exit codes of those that failed; a negative code is a signal."""
@@ -52,6 +65,9 @@ def _several(name: str, world_size: int, command: Sequence[str]) -> Launch:
         raise FinetuiError(
             f"PyTorch can't be imported ({error})", do="Install it with: pip install 'finetui[train]'"
         ) from error
+    # Torch's TCP store listens on every address of the machine, obeys whoever connects, and unpickles what they store.
+    # Ranks of one machine meet in files instead, in a folder of this user alone.
+    meeting = Path(tempfile.mkdtemp(prefix="finetui-ranks-"))
     # It warns that signals are not handled in its thread; they are, in the supervisor's main one.
     logging.getLogger("torch.distributed.elastic").setLevel(logging.ERROR)
     config = LaunchConfig(
@@ -60,7 +76,8 @@ def _several(name: str, world_size: int, command: Sequence[str]) -> Launch:
         nproc_per_node=world_size,
         run_id=name,
         rdzv_backend="c10d",
-        rdzv_endpoint="127.0.0.1:0",
+        rdzv_endpoint=str(meeting / "agent"),
+        rdzv_configs={"store_type": "file"},
         local_addr="127.0.0.1",  # a container's own host name need not resolve
         max_restarts=0,
         monitor_interval=0.2,
@@ -69,10 +86,54 @@ def _several(name: str, world_size: int, command: Sequence[str]) -> Launch:
     )
 
     def launch() -> dict[int, int]:
+        os.environ[MEETING] = str(meeting / "ranks")
+        os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"  # or elastic opens a store for the ranks after all
         try:
             elastic_launch(config, sys.executable)(*command)
         except ChildFailedError as error:
             return {rank: failure.exitcode for rank, failure in error.failures.items()}
+        finally:
+            shutil.rmtree(meeting, ignore_errors=True)
         return {}
 
     return launch
+
+
+# --- their end
+
+
+def end_ranks(*, politely: bool) -> None:
+    """End all children with what they have started; each is a session of its own.
+
+    Their exit status is left for those to collect who started them, so nothing here waits for them in the way a parent
+    does.
+
+    Args:
+        politely: with SIGTERM first, and SIGKILL :data:`QUIT_S` seconds later.
+    """
+    ranks = _working_children()
+    if politely:
+        for rank in ranks:
+            _signal_group(rank, signal.SIGTERM)
+        deadline = time.monotonic() + QUIT_S
+        while (ranks := _working_children()) and time.monotonic() < deadline:
+            time.sleep(0.05)
+    for rank in ranks:
+        _signal_group(rank, signal.SIGKILL)
+
+
+def _working_children() -> list[int]:
+    working = []
+    for child in psutil.Process().children():
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if child.status() != psutil.STATUS_ZOMBIE:
+                working.append(child.pid)
+    return working
+
+
+def _signal_group(pid: int, number: signal.Signals) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        if os.getpgid(pid) == pid:
+            os.killpg(pid, number)
+        else:
+            os.kill(pid, number)

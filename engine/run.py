@@ -17,7 +17,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import errno
-import fcntl
 import json
 import os
 import re
@@ -32,16 +31,23 @@ from typing import Any, Literal, Self, TypeVar
 
 import psutil
 
+from ..planner import preferences
 from ..planner.errors import RunError
+from ..planner.kinds import strange_field
 from ..planner.plan import Plan
 from ..planner.recipe import Recipe
+from ..planner.secrets import redact
 from ..planner.state import state_dir
 from ..planner.version import VERSION
+from .checkpoint import flush
 from .events import EventLog, Payload, State
+from .filelock import FileLock
+from .modes import FILE, FOLDER
+from .process import has_open
 
 T = TypeVar("T")
 RunState = Literal["preparing", "running", "stopping", "finished", "stopped", "failed", "lost"]
-Cause = Literal["oom", "nan", "data", "crash", "disk", "preempted", "cost"]
+Cause = Literal["oom", "nan", "data", "crash", "disk", "preempted", "cost", "hang"]
 Request = Literal["stop", "checkpoint"]
 
 #: States in which a process is (or should be) at work.
@@ -111,15 +117,17 @@ class Run:
         try:
             root.mkdir(parents=True, exist_ok=True)
             partial = Path(tempfile.mkdtemp(prefix=".new-", dir=root))
-            partial.chmod(0o755)
+            partial.chmod(FOLDER)
             try:
                 for folder in ("log", "control", "checkpoints"):
-                    (partial / folder).mkdir()
+                    (partial / folder).mkdir(mode=FOLDER)
                 recipe.save(partial / "recipe.yaml")
                 plan.save(partial / "plan.json")
                 status = Status(created=time.time(), host=socket.gethostname(), version=VERSION)
                 write_atomically(partial / "run.json", json.dumps(dataclasses.asdict(status), indent=2))
                 (partial / "events.jsonl").touch()
+                for file in ("recipe.yaml", "plan.json", "events.jsonl"):
+                    (partial / file).chmod(FILE)
                 target = _claim(partial, root, name or suggest_name(recipe, plan), exact=name is not None)
             except BaseException:
                 shutil.rmtree(partial, ignore_errors=True)
@@ -198,11 +206,17 @@ class Run:
             RunError: the file is missing or damaged.
         """
         try:
-            tree = json.loads((self.path / "run.json").read_text(encoding="utf-8"))
+            tree = self._tree()
+            if (strange := strange_field(Status, tree)) is not None:
+                raise ValueError(f"{strange} is of another kind than it should be")
             known = {f.name for f in dataclasses.fields(Status)}
             return Status(**{key: value for key, value in tree.items() if key in known})
-        except (OSError, ValueError, TypeError) as error:
+        except (OSError, ValueError, TypeError, AttributeError) as error:
             raise RunError(f"this is not a run ({error})", where=str(self.path / "run.json")) from None
+
+    def _tree(self) -> dict[str, Any]:
+        tree: dict[str, Any] = json.loads((self.path / "run.json").read_text(encoding="utf-8"))
+        return tree
 
     @property
     def status(self) -> Status:
@@ -246,6 +260,9 @@ class Run:
             process = psutil.Process(status.pid)
             if process.status() == psutil.STATUS_ZOMBIE:
                 return False
+            here = has_open(status.pid, self.path / "control" / "supervisor.lock")
+            if here is not None:
+                return here
             if abs(process.create_time() - status.pid_started) < 2:
                 return True
             # Linux knows start times since boot only, so a clock that was set since then moves them all.
@@ -257,8 +274,10 @@ class Run:
         """Change fields of ``run.json`` atomically; a change of state is an event too."""
         with self._locked("run.json.lock"):
             before = self.recorded
-            after = dataclasses.replace(before, **changes)
-            text = json.dumps(dataclasses.asdict(after), indent=2)
+            told = {key: redact(value) if isinstance(value, str) else value for key, value in changes.items()}
+            after = dataclasses.replace(before, **told)
+            # What a later release of finetui has written there stays.
+            text = json.dumps({**self._tree(), **dataclasses.asdict(after)}, indent=2)
             self._despite_full_disk(lambda: write_atomically(self.path / "run.json", text))
         if (before.state, before.attempt) != (after.state, after.attempt):
             self.append(State(after.state, after.cause, after.message, after.do, after.attempt))
@@ -297,11 +316,13 @@ class Run:
 
     @contextlib.contextmanager
     def _locked(self, name: str) -> Iterator[None]:
-        fd = os.open(self.path / name, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        fd = os.open(self.path / name, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, FILE)
+        lock = FileLock(fd, self.path / name)
         try:
-            fcntl.flock(fd, fcntl.LOCK_EX)
+            lock.acquire()
             yield
         finally:
+            lock.close()
             os.close(fd)
 
     def claim(self) -> int:
@@ -312,25 +333,29 @@ class Run:
         """
         self.recorded  # noqa: B018 - raises where there is no run
         (self.path / "control").mkdir(exist_ok=True)
-        fd = os.open(self.path / "control" / "supervisor.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        fd = os.open(self.path / "control" / "supervisor.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, FILE)
+        lock = FileLock(fd, self.path / "control" / "supervisor.lock")
         try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            lock.acquire(wait=False)
         except BlockingIOError:
+            lock.close()
             os.close(fd)
             raise RunError(
                 "another process is at work on this run",
                 where=self.name,
                 do=f"Watch it with: finetui attach {self.name}",
             ) from None
-        return fd
+        if lock.fd != fd:
+            os.close(fd)
+        return lock.fd
 
     # --- requests
 
     def request(self, what: Request) -> None:
         """Ask the run to stop (with a checkpoint) or to write a checkpoint now."""
         folder = self.path / "control"
-        folder.mkdir(exist_ok=True)
-        (folder / what).touch()
+        folder.mkdir(mode=FOLDER, exist_ok=True)
+        (folder / what).touch(mode=FILE)
 
     def requested(self, what: Request) -> bool:
         """Whether a request is waiting."""
@@ -352,8 +377,8 @@ def trained(run: Run) -> Run:
 
 
 def default_root() -> Path:
-    """Where new runs go: ``$FINETUI_RUNS``, else ``runs`` in the current folder."""
-    return Path(os.environ.get("FINETUI_RUNS") or "runs").resolve()
+    """Where new runs go: ``$FINETUI_RUNS``, else the user's ``runs`` setting, else ``runs`` in the current folder."""
+    return Path(os.environ.get("FINETUI_RUNS") or preferences.load().runs or "runs").expanduser().resolve()
 
 
 def list_runs(root: Path | None = None) -> list[Run]:
@@ -379,15 +404,18 @@ def suggest_name(recipe: Recipe, plan: Plan) -> str:
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Replace a small file so that a reader, or a crash, sees the old content or the new, never a mixture."""
+    """Replace a small file so that a reader, or a crash, sees the old content or the new, never a mixture.
+
+    It is readable by its user alone.
+    """
     fd, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     try:
         with os.fdopen(fd, "w", encoding="utf-8") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
         os.replace(temporary, path)
+        flush(path.parent)
     except BaseException:
         with contextlib.suppress(OSError):
             os.unlink(temporary)

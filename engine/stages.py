@@ -31,6 +31,8 @@ from ..planner.stages import Step, expand
 from .events import Event, EventLog, EventReader, LogLine, Payload, Phase
 from .failure import classify
 from .launcher import kill, resume, start, stop
+from .modes import keep_private
+from .redacted import redact_streams
 from .run import LIVE_STATES, Run, trained, write_atomically
 
 NOTES = "stages.json"
@@ -54,7 +56,9 @@ def main(argv: list[str] | None = None) -> int:
     from .worker import _die_with_parent, _redirect
 
     run = Run(arguments[0])
+    keep_private()
     _redirect(run, 0)
+    redact_streams()
     if not _die_with_parent():
         print("the supervisor is gone already", file=sys.stderr)
         return 1

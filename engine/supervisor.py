@@ -1,4 +1,4 @@
-"""The process above the ranks: starts them, samples the machine, keeps the limits, records how the run ended.
+"""The process above the ranks: starts them, watches over them, keeps the limits, records how the run ended.
 
     python -P -m finetui.engine.supervisor RUN_DIR
 
@@ -32,27 +32,32 @@ from types import FrameType
 import psutil
 
 from ..planner.cgroup import oom_kills, usable_cpus
-from ..planner.errors import FinetuiError, RunError
-from ..planner.limits import Limits
+from ..planner.errors import FinetuiError, RunError, TrainingError
 from ..planner.plan import Plan
+from ..planner.recipe import Recipe
 from ..planner.version import VERSION
-from . import bytecode
+from . import at_end, bytecode, gpulock, hang
+from .budget import Budget
 from .checkpoint import find
-from .events import Failure, Phase, Warn, parse_line
+from .events import Failure, Fallback, Phase, Warn, parse_line
+from .heartbeat import VARIABLE, Hearts
 from .launcher import WORKER, import_environment
 from .learning import learn_from
+from .modes import keep_private
 from .outcome import EndReason, Facts, Outcome, decide, first_exit
-from .ranks import launcher
-from .run import LIVE_STATES, Run, Status
+from .preemption import Notices
+from .ranks import end_ranks, launcher
+from .recovery import Restarts, again
+from .redacted import redact_streams
+from .run import LIVE_STATES, Run, Status, write_atomically
 from .telemetry import Sampler
 
-#: Seconds that ranks get for their last checkpoint: clouds give 30 s from SIGTERM to SIGKILL, some of which the
-#: supervisor needs itself.
-PREEMPTION_S = 20.0
+#: Share of the time between SIGTERM and SIGKILL that ranks get for their last checkpoint: the supervisor needs some.
+GRACE_SHARE = 2 / 3
 #: Seconds that ranks get to end when a limit is reached: a rank that hangs must not spend more money.
 LIMIT_S = 600.0
-#: Seconds between SIGTERM and SIGKILL for ranks that are ended without a checkpoint.
-QUIT_S = 3.0
+#: Seconds after which a rank that was killed and is still there waits in the kernel, for a disk or a driver.
+KILL_S = 60.0
 
 
 @dataclasses.dataclass
@@ -62,6 +67,8 @@ class _Orders:
     reason: EndReason | None = None
     deadline: float | None = None
     forced: bool = False
+    grace_s: float = 20.0
+    """Seconds that ranks get for a checkpoint after SIGTERM."""
 
     def end(self, reason: EndReason, within_s: float) -> None:
         """Note that the ranks shall end; the sooner deadline counts."""
@@ -75,28 +82,34 @@ def supervise(
     *,
     worker: Sequence[str] = WORKER,
     ready: Callable[[], None] = lambda: None,
-    preemption_s: float = PREEMPTION_S,
+    preemption_s: float | None = None,
 ) -> Outcome:
-    """Carry out one attempt at a run, from the claim to the final state. Needs the main thread, for signals.
+    """Carry out a run, from the claim to the final state. Needs the main thread, for signals.
 
     Args:
         worker: what each rank runs, as arguments of Python before the run directory.
-        ready: called when the run is claimed.
-        preemption_s: seconds that the ranks get for a checkpoint after SIGTERM.
+        ready: called when the run and its GPUs are claimed.
+        preemption_s: seconds that the ranks get for a checkpoint after SIGTERM, instead of what the recipe says.
 
     Raises:
-        RunError: another process is at work on the run, it has finished, or its files are damaged.
+        RunError: another process is at work on the run, another run on its GPUs, it has finished, or its files are
+            damaged.
     """
     orders = _Orders()
-    with _signals(orders, preemption_s):
+    with _signals(orders):
         lock = run.claim()
         try:
-            plan, limits = run.plan, run.recipe.limits
-            status = _begin(run)
-            ready()
-            return _attempt(run, plan, limits, status, worker, orders)
+            recipe, plan = run.recipe, run.plan
+            orders.grace_s = recipe.limits.grace_s * GRACE_SHARE if preemption_s is None else preemption_s
+            gpus = plan.resolved.gpus if plan.resolved.device == "cuda" and not plan.stages else []
+            with gpulock.held(gpus, run, shared=recipe.hardware.shared):
+                status = _begin(run)
+                ready()
+                outcome = _Supervision(run, recipe, plan, status, worker, orders).carry_out()
         finally:
             os.close(lock)
+        at_end.act(run, recipe.limits.at_end, outcome, orders.reason)
+    return outcome
 
 
 def _begin(run: Run) -> Status:
@@ -114,92 +127,202 @@ def _begin(run: Run) -> Status:
         pid_started=psutil.Process().create_time(), host=socket.gethostname(), started=time.time(), ended=0.0,
         spent_s=spent, version=VERSION,
     )  # fmt: skip
+    if before.attempt and before.version != VERSION:
+        what = f"it was begun by finetui {before.version or 'of an unknown release'} and goes on with {VERSION}"
+        run.append(Warn(what, where=run.name, do="Compare its curve before and after."))
     if after.attempt > 1 and not find(run.path / "checkpoints"):
         run.append(Warn("there is no complete checkpoint: training starts from the beginning", where=run.name))
     return after
 
 
-def _attempt(run: Run, plan: Plan, limits: Limits, status: Status, worker: Sequence[str], orders: _Orders) -> Outcome:
-    resolved = plan.resolved
-    kills = oom_kills()
-    begin = run.events_path.stat().st_size
-    sampler = Sampler(run.events_path, resolved.gpus if resolved.device == "cuda" else [])
-    sampler.start()
-    try:
-        run.append(Phase("starting"))
-        exit_codes = _ranks(run, plan, limits, status, worker, orders)
-        outcome = decide(
-            Facts(
-                name=run.name,
-                exit_codes=exit_codes,
-                failures=_failures(run.events_path, begin),
-                stopping=run.recorded.state == "stopping" or orders.forced,
-                reason=orders.reason,
-                forced=orders.forced,
-                oom_kills=oom_kills() - kills,
-                disk_free=shutil.disk_usage(run.path).free,
-                last_line=_last_line(run.log_path(first_exit(exit_codes)[0]), status.started) if exit_codes else "",
-            )
-        )
-    except FinetuiError as error:
-        outcome = Outcome("failed", "crash", error.what, error.do)
-    except Exception as error:
-        traceback.print_exc()
-        outcome = Outcome("failed", "crash", f"the supervisor failed: {error!r}", f"See {run.path}/log/supervisor.log")
-    finally:
-        sampler.stop()
-    run.withdraw("stop")
-    run.withdraw("checkpoint")
-    run.update(**dataclasses.asdict(outcome), ended=time.time())
-    run.free_reserve()
-    if outcome.state == "finished" and not plan.stages:  # its stages have taught already
+class _Supervision:
+    """One supervisor's work on a run: attempts, until one ends for good."""
+
+    def __init__(
+        self, run: Run, recipe: Recipe, plan: Plan, status: Status, worker: Sequence[str], orders: _Orders
+    ) -> None:
+        self.run, self.recipe, self.plan, self.status, self.worker = run, recipe, plan, status, worker
+        self.orders = orders
+        self.budget = Budget.of(run, plan, recipe.limits, status)
+        # The one process of a run with stages waits for runs that have supervisors of their own.
+        self.hang_s = None if plan.stages else hang.hang_limit_s(recipe)
+
+    def carry_out(self) -> Outcome:
+        """All attempts; records how the last one ended, and teaches the planner."""
+        run, resolved = self.run, self.plan.resolved
+        restarts = Restarts(run, 0 if self.plan.stages else self.recipe.limits.restarts)
+        sampler = Sampler(run.events_path, resolved.gpus if resolved.device == "cuda" else [])
+        sampler.start()
         try:
-            learn_from(run, plan)
-        except (OSError, KeyError, TypeError):  # a history that can't be kept costs a correction, not a run
+            with Notices(self.recipe.limits, run, self.taken):
+                outcome = self.attempt(restarts)
+                while outcome is None:
+                    outcome = self.attempt(restarts)
+        except TrainingError as error:
+            outcome = Outcome("failed", "hang", error.what, error.do)
+        except FinetuiError as error:
+            outcome = Outcome("failed", "crash", error.what, error.do)
+        except Exception as error:
             traceback.print_exc()
-    return outcome
+            see = f"See {run.path}/log/supervisor.log"
+            outcome = Outcome("failed", "crash", f"the supervisor failed: {error!r}", see)
+        finally:
+            sampler.stop()
+        self.record(outcome)
+        if outcome.state == "finished" and not self.plan.stages:  # its stages have taught already
+            try:
+                learn_from(run, self.plan)
+            except (OSError, KeyError, TypeError):  # a history that can't be kept costs a correction, not a run
+                traceback.print_exc()
+        return outcome
 
-
-def _ranks(
-    run: Run, plan: Plan, limits: Limits, status: Status, worker: Sequence[str], orders: _Orders
-) -> dict[int, int]:
-    """Start the ranks and wait for their end; the exit code of each rank that failed."""
-    os.environ.update(_environment(plan, os.environ))
-    budget = _Budget.of(run, plan, limits, status)
-    launch = launcher(run, 1 if plan.stages else plan.resolved.world_size, worker)
-    failed: dict[int, int] = {}
-    crash: list[BaseException] = []
-
-    def work() -> None:
+    def record(self, outcome: Outcome) -> None:
+        """Write down how the run ended; where its folder can't be written, it will be found lost and can be resumed."""
+        run = self.run
         try:
-            failed.update(launch())
-        except BaseException as error:
-            crash.append(error)
+            run.update(**dataclasses.asdict(outcome), ended=self.budget.ended(self.status.started))
+            run.withdraw("stop")
+            run.withdraw("checkpoint")
+            run.free_reserve()
+        except OSError as error:
+            print(f"{run.name} {outcome.state}: {outcome.message}\nThis can't be written down ({error}).", flush=True)
 
-    if orders.reason is not None or run.requested("stop"):  # asked to end while PyTorch was loading
-        orders.reason, orders.forced = orders.reason or "request", True
-        return {}
-    # Waiting for ranks blocks; in a thread of its own it leaves signals and deadlines to this one. That thread must
-    # outlive the ranks: PR_SET_PDEATHSIG, by which they die with the supervisor, goes by the thread that forked.
-    thread = threading.Thread(target=work, name="elastic", daemon=True)
-    thread.start()
-    requested = False
-    while thread.is_alive():
-        thread.join(0.2)
-        reason = budget.exceeded()
-        if reason and orders.reason is None:
-            orders.end(reason, LIMIT_S)
-        if orders.reason in {"preempted", "hours", "cost"} and not requested:
-            requested = True
-            run.request("stop")
-        if orders.deadline is not None and time.monotonic() > orders.deadline:
-            orders.forced = True
-            _end_ranks(orders.reason)  # again and again: elastic may just be starting some
-    if crash:
-        traceback.print_exception(crash[0])
-        do = f"See {run.path}/log/supervisor.log"
-        raise FinetuiError(f"the ranks could not be started or watched ({crash[0]!r})", do=do)
-    return failed
+    def taken(self, who: str, left_s: float) -> None:
+        """The machine will be taken away; told by another thread."""
+        within = max(left_s - self.recipe.limits.grace_s * (1 - GRACE_SHARE), 2.0)
+        self.orders.end("preempted", within)
+        what = f"{who} will take this machine away in {left_s:.0f} s: a checkpoint is written"
+        self.run.append(Warn(what, where=self.run.name, do=f"Continue with: finetui resume {self.run.name}"))
+
+    def attempt(self, restarts: Restarts) -> Outcome | None:
+        """Start the ranks and wait for their end; None if they are to be started again."""
+        run, orders = self.run, self.orders
+        kills, begin, began = oom_kills(), run.events_path.stat().st_size, time.time()
+        run.append(Phase("starting"))
+        exit_codes, hung = self.ranks()
+        facts = Facts(
+            name=run.name,
+            exit_codes=exit_codes,
+            failures=_failures(run.events_path, begin),
+            stopping=run.recorded.state == "stopping" or orders.forced or bool(hung),
+            reason=orders.reason or ("hang" if hung else None),
+            forced=orders.forced or bool(hung),
+            oom_kills=oom_kills() - kills,
+            disk_free=shutil.disk_usage(run.path).free,
+            last_line=_last_line(run.log_path(first_exit(exit_codes)[0]), began) if exit_codes else "",
+            hung="; ".join(map(str, hung)),
+        )
+        outcome = decide(facts)
+        if orders.reason is not None or run.requested("stop"):
+            return outcome
+        way = again(run, self.recipe, self.plan, facts, outcome, restarts)
+        if way is None:
+            return outcome
+        self.go_on(way.why, way.plan, restarts)
+        return None
+
+    def go_on(self, why: str, plan: Plan | None, restarts: Restarts) -> None:
+        """Prepare the next attempt and say why there is one."""
+        run, step = self.run, restarts.newest()
+        where = f"step {step}, the last checkpoint" if step else "the beginning: there is no checkpoint yet"
+        do = f"Restart {restarts.count} of at most {restarts.most} without a new checkpoint (limits.restarts)."
+        run.append(Warn(f"{why}; training goes on from {where}", where=run.name, do=do))
+        if plan is not None:
+            before, after = self.plan.resolved, plan.resolved
+            what = f"micro batch {after.micro_batch} instead of {before.micro_batch}"
+            rows = f"{after.accumulation} of them make a step instead of {before.accumulation}: the same rows"
+            run.append(Fallback(what, f"out of memory; {rows}"))
+            write_atomically(run.path / "plan.json", plan.to_json() + "\n")
+            self.plan = plan
+        run.hold_reserve()
+        run.update(state="preparing", attempt=run.recorded.attempt + 1)
+        until = time.monotonic() + restarts.pause_s()
+        while time.monotonic() < until and self.orders.reason is None and not run.requested("stop"):
+            time.sleep(0.1)
+
+    def ranks(self) -> tuple[dict[int, int], list[hang.Silent]]:
+        """Run the ranks to their end: the exit codes of those that failed, and the ranks that hung, if some did."""
+        run, orders, plan = self.run, self.orders, self.plan
+        os.environ.update(_environment(plan, os.environ))
+        world = 1 if plan.stages else plan.resolved.world_size
+        launch = launcher(run, world, self.worker)
+        failed: dict[int, int] = {}
+        crash: list[BaseException] = []
+
+        def work() -> None:
+            try:
+                failed.update(launch())
+            except BaseException as error:
+                crash.append(error)
+
+        if orders.reason is not None or run.requested("stop"):  # asked to end while PyTorch was loading
+            orders.reason, orders.forced = orders.reason or "request", True
+            return {}, []
+        with Hearts(world) as hearts:
+            os.environ[VARIABLE] = hearts.path
+            # Waiting for ranks blocks; in a thread of its own it leaves signals and deadlines to this one. That thread
+            # must outlive the ranks: PR_SET_PDEATHSIG, by which they die with the supervisor, goes by the thread that
+            # forked.
+            thread = threading.Thread(target=work, name="elastic", daemon=True)
+            thread.start()
+            hung = self.wait_for(thread, hearts)
+        if crash:
+            traceback.print_exception(crash[0])
+            do = f"See {run.path}/log/supervisor.log"
+            raise FinetuiError(f"the ranks could not be started or watched ({crash[0]!r})", do=do)
+        return failed, hung
+
+    def wait_for(self, thread: threading.Thread, hearts: Hearts) -> list[hang.Silent]:
+        """Wait for the ranks and keep the limits; the ranks that hung, if some did and so all were ended.
+
+        Raises:
+            TrainingError: ranks can't be ended, cause ``hang``.
+        """
+        run, orders = self.run, self.orders
+        watch = hang.Watch(hearts.read, self.hang_s)
+        requested = False
+        hung: list[hang.Silent] = []
+        woken: set[int] = set()
+        killed_at: float | None = None
+        while thread.is_alive():
+            thread.join(0.2)
+            reason = self.budget.exceeded()
+            if reason and orders.reason is None:
+                orders.end(reason, LIMIT_S)
+            if orders.reason in {"preempted", "hours", "cost"} and not requested:
+                requested = True
+                run.request("stop")
+            late = orders.deadline is not None and time.monotonic() > orders.deadline
+            if late or hung:
+                orders.forced = orders.forced or late
+                end_ranks(politely=orders.reason == "quit")  # again and again: elastic may just be starting some
+                killed_at = killed_at or time.monotonic()
+                if time.monotonic() > killed_at + KILL_S:
+                    what = "ranks were killed and do not end: they wait for a disk, a network drive or a driver"
+                    raise TrainingError(what, cause="hang", do="Look at dmesg, and restart the machine.")
+            elif silent := watch.look():
+                asleep = [rank for rank in silent if rank.stopped and rank.pid not in woken]
+                if asleep:
+                    woken.update(rank.pid for rank in asleep)
+                    self.wake(asleep)
+                    watch.forgive()
+                else:
+                    hung = silent
+                    self.keep_stacks([beat.pid for beat in hearts.read() if beat.pid])
+        return hung
+
+    def wake(self, asleep: list[hang.Silent]) -> None:
+        """Let ranks go on that something has stopped; should they be stopped again, they hang."""
+        for rank in asleep:
+            do = "It was woken up (SIGCONT). To pause a run, stop and resume it."
+            self.run.append(Warn(str(rank), where=self.run.name, do=do))
+            hang.take_stacks([rank.pid], wait_s=0.0)  # written as it wakes up
+            hang.wake(rank.pid)
+
+    def keep_stacks(self, pids: list[int]) -> None:
+        """Have every rank say in its log where it is, before all are ended."""
+        print(f"ranks hang; their stacks are in log/rank*.log (processes {pids})", flush=True)
+        hang.take_stacks(pids)
 
 
 def _environment(plan: Plan, present: Mapping[str, str]) -> dict[str, str]:
@@ -210,7 +333,9 @@ def _environment(plan: Plan, present: Mapping[str, str]) -> dict[str, str]:
         # Idle OpenMP threads sleep instead of spinning: on two cores shared with other work, spinning made a step of
         # the tiny model eight times slower (2.0 s against 0.25 s).
         "OMP_WAIT_POLICY": "PASSIVE",
+        # The ranks of one machine listen where nobody else can reach them.
         "GLOO_SOCKET_IFNAME": "lo",
+        "NCCL_SOCKET_IFNAME": "lo",
         # After one rank has failed, its peers hang in a collective: elastic waits so long before it kills them.
         "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "5",
     }
@@ -222,75 +347,10 @@ def _environment(plan: Plan, present: Mapping[str, str]) -> dict[str, str]:
     return environment | devices | import_environment() | bytecode.environment(present)
 
 
-def _end_ranks(reason: EndReason | None) -> None:
-    """End all ranks with what they have started; elastic gave each a session of its own.
-
-    Their exit status is left for elastic to collect, so nothing here waits for them in the way a parent does.
-    """
-    ranks = _working_children()
-    if reason == "quit":
-        for rank in ranks:
-            _signal_group(rank, signal.SIGTERM)
-        deadline = time.monotonic() + QUIT_S
-        while (ranks := _working_children()) and time.monotonic() < deadline:
-            time.sleep(0.05)
-    for rank in ranks:
-        _signal_group(rank, signal.SIGKILL)
-
-
-def _working_children() -> list[int]:
-    working = []
-    for child in psutil.Process().children():
-        with contextlib.suppress(psutil.NoSuchProcess):
-            if child.status() != psutil.STATUS_ZOMBIE:
-                working.append(child.pid)
-    return working
-
-
-def _signal_group(pid: int, number: signal.Signals) -> None:
-    with contextlib.suppress(ProcessLookupError):
-        if os.getpgid(pid) == pid:
-            os.killpg(pid, number)
-        else:
-            os.kill(pid, number)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Budget:
-    """The limits of a run as points on the monotonic clock."""
-
-    money_ends: float | None
-    time_ends: float | None
-
-    @classmethod
-    def of(cls, run: Run, plan: Plan, limits: Limits, status: Status) -> _Budget:
-        # The clock may be set while a run is at work: wall time is read once, here.
-        begun = time.monotonic() - status.elapsed_s()
-        money_ends = None
-        if limits.cost_usd is not None:
-            if plan.cost.usd_per_h > 0:
-                seconds = limits.cost_usd / plan.cost.usd_per_h * 3600
-                # The last checkpoint costs as well.
-                money_ends = begun + seconds - min(60.0, 0.05 * seconds)
-            else:
-                what = "limits.cost_usd has no effect: the plan has no price"
-                run.append(Warn(what, where=run.name, do="Plan with a priced GPU, or use limits.hours."))
-        return cls(money_ends, begun + limits.hours * 3600 if limits.hours is not None else None)
-
-    def exceeded(self) -> EndReason | None:
-        """Which limit is reached, if any."""
-        now = time.monotonic()
-        if self.money_ends is not None and now >= self.money_ends:
-            return "cost"
-        if self.time_ends is not None and now >= self.time_ends:
-            return "hours"
-        return None
-
-
 @contextlib.contextmanager
-def _signals(orders: _Orders, preemption_s: float) -> Iterator[None]:
+def _signals(orders: _Orders) -> Iterator[None]:
     def preempt(number: int, frame: FrameType | None) -> None:
-        orders.end("preempted", preemption_s)
+        orders.end("preempted", orders.grace_s)
 
     def quit_now(number: int, frame: FrameType | None) -> None:
         orders.end("quit", 0.0)
@@ -338,6 +398,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--ready-fd", type=int, help="descriptor that is told 'ready' or the error")
     parser.add_argument("worker", nargs="*", default=list(WORKER), help="what each rank runs instead (after --)")
     options = parser.parse_args(argv)
+    keep_private()
+    redact_streams()
 
     def tell(answer: str) -> None:
         if options.ready_fd is not None:

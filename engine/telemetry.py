@@ -8,11 +8,13 @@ raises: a figure the driver does not give is None, and a driver or a GPU that do
 from __future__ import annotations
 
 import importlib
+import math
 import shutil
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,9 @@ GIB = 2**30
 
 #: Seconds after which a driver or a GPU that failed is asked again.
 RETRY_S = 30.0
+#: Seconds between two looks at what is slow to ask or slow to change: traffic, memory errors, limits. The driver counts
+#: PCIe traffic for 20 ms per direction while it is asked (nvml.h, nvmlDeviceGetPcieThroughput).
+SLOW_INTERVAL_S = 10.0
 #: Seconds between two samples of the host.
 HOST_INTERVAL_S = 5.0
 
@@ -40,6 +45,13 @@ _THROTTLE = (
     (0x100, "display clocks"),
 )
 
+_SLOW_FIGURES = (
+    "memory_clock_mhz", "power_limit_w", "pcie_in_gb_s", "pcie_out_gb_s", "nvlink_in_gb_s", "nvlink_out_gb_s",
+    "ecc_corrected", "ecc_uncorrected",
+)  # fmt: skip
+#: nvml.h: ``nvmlPcieUtilCounter_t`` (RX is what the GPU receives), ``NVML_FI_DEV_NVLINK_THROUGHPUT_DATA_TX``, ``_RX``.
+_PCIE_OUT, _PCIE_IN = 0, 1
+_NVLINK_OUT, _NVLINK_IN = 138, 139
 #: Failures of one figure; any other failure is one of the whole GPU.
 _FIGURE_FAILURES = (
     "NVMLError_NotSupported",
@@ -49,6 +61,15 @@ _FIGURE_FAILURES = (
     "NVMLError_ArgumentVersionMismatch",
     "NVMLError_NoData",
     "NVMLError_NotFound",
+)
+
+
+#: Failures that mean the GPU or its driver is gone, whatever was asked.
+_GPU_FAILURES = (
+    "NVMLError_GpuIsLost",
+    "NVMLError_ResetRequired",
+    "NVMLError_Uninitialized",
+    "NVMLError_DriverNotLoaded",
 )
 
 
@@ -73,6 +94,8 @@ class GpuMonitor:
         self._nvml: Any = None
         self._handles: dict[int, Any] = {}
         self._names: dict[int, str] = {}
+        self._slow: dict[int, tuple[float, dict[str, Any]]] = {}  # when asked, and what was answered
+        self._links: dict[int, tuple[float, int, int]] = {}  # when counted, KiB in and out since ever
         self._retry_at: dict[int | None, float] = {}  # None is the driver
         self._warnings: list[Warn] = []
 
@@ -141,6 +164,7 @@ class GpuMonitor:
             heat = self._figure(nvml.nvmlDeviceGetTemperature, handle, nvml.NVML_TEMPERATURE_GPU)
             clock = self._figure(nvml.nvmlDeviceGetClockInfo, handle, nvml.NVML_CLOCK_SM)
             reasons = self._figure(nvml.nvmlDeviceGetCurrentClocksThrottleReasons, handle) or 0
+            slow = self._slow_figures(index, handle)
         except nvml.NVMLError as error:
             self._lost(index, error)
             return _blank(index, name)
@@ -155,7 +179,56 @@ class GpuMonitor:
             temperature_c=float(heat) if heat is not None else None,
             sm_clock_mhz=float(clock) if clock is not None else None,
             throttle=[word for bit, word in _THROTTLE if reasons & bit],
+            **slow,
         )
+
+    def _slow_figures(self, index: int, handle: Any) -> dict[str, Any]:
+        """What is asked every few seconds only; in between, the last answer."""
+        now = self._clock()
+        if index in self._slow and now - self._slow[index][0] < SLOW_INTERVAL_S:
+            return self._slow[index][1]
+        nvml = self._nvml
+        clock = self._optional("nvmlDeviceGetClockInfo", handle, getattr(nvml, "NVML_CLOCK_MEM", 2))
+        limit = self._optional("nvmlDeviceGetEnforcedPowerLimit", handle)
+        pcie = [self._optional("nvmlDeviceGetPcieThroughput", handle, counter) for counter in (_PCIE_IN, _PCIE_OUT)]
+        errors = [self._optional("nvmlDeviceGetTotalEccErrors", handle, kind, 0) for kind in (0, 1)]  # 0: volatile
+        nvlink = self._nvlink(index, handle, now)
+        figures = {
+            "memory_clock_mhz": float(clock) if clock is not None else None,
+            "power_limit_w": round(limit / 1000, 1) if limit is not None else None,
+            "pcie_in_gb_s": round(pcie[0] * 1e3 / 1e9, 3) if pcie[0] is not None else None,  # the driver says KB/s
+            "pcie_out_gb_s": round(pcie[1] * 1e3 / 1e9, 3) if pcie[1] is not None else None,
+            "nvlink_in_gb_s": nvlink[0],
+            "nvlink_out_gb_s": nvlink[1],
+            "ecc_corrected": errors[0],
+            "ecc_uncorrected": errors[1],
+        }
+        self._slow[index] = now, figures
+        return figures
+
+    def _nvlink(self, index: int, handle: Any, now: float) -> tuple[float | None, float | None]:
+        """Traffic over all links since the last look, in GB/s in and out; the driver counts KiB since it was loaded."""
+        every_link = 0xFFFFFFFF
+        fields = [(_NVLINK_IN, every_link), (_NVLINK_OUT, every_link)]
+        values = self._optional("nvmlDeviceGetFieldValues", handle, fields)
+        if values is None or any(value.nvmlReturn != 0 for value in values):
+            return None, None
+        counted = int(values[0].value.ullVal), int(values[1].value.ullVal)
+        before, self._links[index] = self._links.get(index), (now, *counted)
+        if before is None or now <= before[0] or counted[0] < before[1] or counted[1] < before[2]:  # counted anew
+            return None, None
+        rates = [(new - old) * 1024 / (now - before[0]) / 1e9 for new, old in zip(counted, before[1:], strict=True)]
+        return round(rates[0], 3), round(rates[1], 3)
+
+    def _optional(self, name: str, *args: Any) -> Any:
+        """A figure that many GPUs, drivers and versions of the library do not give; only a lost GPU is a failure."""
+        ask = getattr(self._nvml, name, None)
+        try:
+            return ask(*args) if ask is not None else None
+        except self._nvml.NVMLError as error:
+            if type(error).__name__ in _GPU_FAILURES:
+                raise
+            return None
 
     def _memory(self, handle: Any) -> Any:
         # Version 2 leaves out what the driver keeps for itself, as nvidia-smi does since driver 510.
@@ -175,6 +248,8 @@ class GpuMonitor:
     def _lost(self, index: int | None, error: Exception) -> None:
         if index is not None:
             self._handles.pop(index, None)
+            self._slow.pop(index, None)
+            self._links.pop(index, None)
         if type(error).__name__ in {"NVMLError_Uninitialized", "NVMLError_DriverNotLoaded"}:
             self.close()
             index = None
@@ -221,7 +296,7 @@ class HostMonitor:
 
 
 def gpu_interval_s(age_s: float) -> float:
-    """Seconds between two samples of the GPUs: 1 in the first hour, then 5, which keeps a day of 8 GPUs at 30 MB."""
+    """Seconds between two samples of the GPUs: 1 in the first hour, then 5, which keeps a day of 8 GPUs at 45 MB."""
     return 1.0 if age_s < 3600 else 5.0
 
 
@@ -237,6 +312,7 @@ class Sampler:
         self._events, self._gpus = events, gpus
         self._stop = threading.Event()
         self._told: set[str] = set()
+        self._slow_at: dict[int, float] = {}
         self._thread = threading.Thread(target=self._work, name="telemetry", daemon=True)
 
     def start(self) -> None:
@@ -257,13 +333,25 @@ class Sampler:
                 now = time.monotonic()
                 if self._gpus and now >= gpu_at:
                     gpu_at = now + gpu_interval_s(now - began)
-                    self._write(log, lambda: [*gpus.sample(), *gpus.take_warnings()])
+                    self._write(log, lambda: [*self._thinned(gpus.sample(), time.monotonic()), *gpus.take_warnings()])
                 if now >= host_at:
                     host_at = now + HOST_INTERVAL_S
                     self._write(log, lambda: [host.sample()])
                 next_at = min(gpu_at, host_at) if self._gpus else host_at
                 self._stop.wait(max(0.01, next_at - time.monotonic()))
         gpus.close()
+
+    def _thinned(self, samples: list[GpuSample], now: float) -> list[GpuSample]:
+        """Samples without the slow figures where these were told just now: they are as long as all the others."""
+        thinned = []
+        for sample in samples:
+            if now - self._slow_at.get(sample.index, -math.inf) < SLOW_INTERVAL_S:
+                nothing: dict[str, Any] = dict.fromkeys(_SLOW_FIGURES)
+                sample = replace(sample, **nothing)
+            else:
+                self._slow_at[sample.index] = now
+            thinned.append(sample)
+        return thinned
 
     def _write(self, log: EventLog, take: Callable[[], list[GpuSample | HostSample | Warn]]) -> None:
         """Append samples; whatever goes wrong, a full disk included, is told once and tried again next time."""

@@ -55,7 +55,8 @@ def ensure_tiny_model(cache_dir: str | Path) -> Path:
     try:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(SEED)
-            model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(source), dtype=torch.float32)
+            config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
         model.save_pretrained(work)
         for path in shipped:
             shutil.copyfile(path, work / path.name)

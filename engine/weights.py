@@ -21,6 +21,9 @@ from typing import Any
 
 import torch
 
+from ..planner.errors import ModelError
+from ..planner.inside import inside
+
 #: Reading threads, and bytes of each of their buffers: one thread copies memory at about 10 GB/s, the bus takes 55.
 THREADS, BUFFER = 6, 16 * 2**20
 _DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
@@ -40,23 +43,26 @@ def stored_tensors(folder: Path) -> dict[str, Stored]:
     """What the safetensors files of a checkpoint hold, by name; empty if there are none, or another format's tensors.
 
     Raises:
-        ValueError: a file or the index is damaged.
+        ValueError: a file is damaged.
+        UserError: the index is damaged, or names a file outside of the folder.
         OSError: a file can't be read.
     """
     index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
     if index.is_file():
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        names = shards(index)
     elif single.is_file():
         names = [single.name]
     else:
         return {}
     found: dict[str, Stored] = {}
-    for file in (folder / name for name in names):
+    for file in (inside(folder, name, where=str(index)) for name in names):
         with open(file, "rb") as opened:
             length = int.from_bytes(opened.read(8), "little")
             if not 0 < length < 2**27:
                 raise ValueError(f"{file} is no safetensors file")
             header = json.loads(opened.read(length))
+            if not isinstance(header, dict):
+                raise ValueError(f"{file} is no safetensors file")
         size, begin = file.stat().st_size, 8 + length
         for name, told in header.items():
             if name == "__metadata__":
@@ -68,6 +74,19 @@ def stored_tensors(folder: Path) -> dict[str, Stored]:
             if begin + end > size or _bytes(found[name]) != end - start:
                 raise ValueError(f"{file} is damaged at tensor {name}")
     return found
+
+
+def shards(index: Path) -> list[str]:
+    """The names of the files of a checkpoint, as its index gives them.
+
+    Raises:
+        ModelError: it is no index.
+    """
+    try:
+        places = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        return sorted({str(name) for name in places.values()})
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        raise ModelError("this is no index of a checkpoint", where=str(index), do="Fetch the model again.") from None
 
 
 class Reading:
@@ -162,7 +181,7 @@ def around(tensors: dict[str, torch.Tensor], folder: Path, options: dict[str, An
     """
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, GenerationConfig
 
-    config = AutoConfig.from_pretrained(str(folder))
+    config = AutoConfig.from_pretrained(str(folder), trust_remote_code=False)
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING or getattr(config, "quantization_config", None):
         return None
     if (folder / "generation_config.json").is_file():

@@ -19,11 +19,20 @@ import time
 import traceback
 from collections.abc import Iterator
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 from ..planner.rollout import ROLLOUT_METHODS
+from . import remote_code
+from .continuation import changes, identity, model_mark, require_readable, require_same_run, rows_mark
 from .events import EventLog, LogLine, Phase, Warn, read_events
 from .failure import classify
+from .hang import hang_limit_s
+from .heartbeat import Pulse, leave_stacks
+from .imports import compiling_later
+from .modes import FILE, keep_private
+from .ranks import MEETING
+from .redacted import redact_streams
 from .run import Run
 
 _QUIET = {
@@ -34,6 +43,7 @@ _QUIET = {
     "TRANSFORMERS_VERBOSITY": "warning",
     "DO_NOT_TRACK": "1",
     "TRL_EXPERIMENTAL_SILENCE": "1",
+    "USE_HUB_KERNELS": "NO",  # native code that transformers would download and load
 }
 
 
@@ -59,17 +69,22 @@ def main(argv: list[str] | None = None) -> int:
         print("usage: python -P -m finetui.engine.worker RUN_DIR", file=sys.stderr)
         return 2
     run, rank = Run(arguments[0]), Rank.from_environment()
+    keep_private()
     _redirect(run, rank.rank)
+    redact_streams()
+    leave_stacks()
     if not _die_with_parent():
         print("the supervisor is gone already", file=sys.stderr)
         return 1
     for name, value in _QUIET.items():
         os.environ.setdefault(name, value)
+    if os.environ["USE_HUB_KERNELS"] == "NO":
+        sys.modules["kernels"] = None  # type: ignore[assignment]  # bitsandbytes would download some by it, unasked
     _outlast_preemption(run)
     print(
         f"--- {time.strftime('%Y-%m-%d %H:%M:%S')} rank {rank.rank} of {rank.world}, process {os.getpid()}", flush=True
     )
-    return attempt(run, rank)
+    return attempt(run, rank, Pulse(rank.rank))
 
 
 def _outlast_preemption(run: Run) -> None:
@@ -88,26 +103,28 @@ def _outlast_preemption(run: Run) -> None:
     signal.signal(signal.SIGTERM, on_sigterm)
 
 
-def attempt(run: Run, rank: Rank | None = None) -> int:
+def attempt(run: Run, rank: Rank | None = None, pulse: Pulse | None = None) -> int:
     """Carry a run out in this process and say why if that fails; returns the exit code."""
     rank = rank or Rank()
+    pulse = pulse or Pulse(rank.rank)
     with EventLog(run.events_path) as log:
         resolved = None
         try:
             resolved = run.plan.resolved
-            work(run, rank, log)
+            work(run, rank, log, pulse)
         except Exception as error:
             traceback.print_exc()
             run.append(classify(error, rank.rank, resolved))  # has a reserve for a disk that is full
             return 1
         finally:
+            pulse.rest()
             _leave_group()
             gc.unfreeze()  # or extensions would report all that is still there at the end as leaked
             sys.stdout.flush()
     return 0
 
 
-def work(run: Run, rank: Rank, log: EventLog) -> None:
+def work(run: Run, rank: Rank, log: EventLog, pulse: Pulse) -> None:
     """Train, from the beginning or from the newest sound checkpoint, and write the result.
 
     Raises:
@@ -119,29 +136,33 @@ def work(run: Run, rank: Rank, log: EventLog) -> None:
 
     def say(payload: Any) -> None:
         """Rank 0 speaks for all."""
+        pulse.beat()
         if rank.rank == 0:
             log.append(payload)
 
     say(Phase("importing", "torch"))
     import torch
 
-    device = _join_group(rank, resolved.device)
+    device = _join_group(rank, resolved.device, hang_limit_s(recipe))
     from .model import load_tokenizer, locate, read_ahead
 
     say(Phase("looking for the model", recipe.model))
     folder = _in_turn(rank, lambda: locate(recipe.model))
+    remote_code.check(folder, wanted=recipe.trust_remote_code, model=recipe.model)
     resume = _newest_checkpoint(run, rank, say)
     source = resume.path if resume is not None and resolved.trains_base else folder
     reading = read_ahead(source, resolved, device)
     say(Phase("importing", "transformers, peft and trl"))
-    with _collector_at_rest():
+    with _collector_at_rest(), compiling_later():
         _silence_libraries()
         from .adapt import Ground, first_batches
         from .baseline import ask, can_wait
         from .optimizers import averaged
         from .samples import answer, held_out_prompts
+        from .trainers.beats import Beats
         from .trainers.build import SHOWS_ITSELF, before_training, order_for, trainer_for, usable_rows
         from .trainers.callbacks import Reporter
+        from .trainers.divergence import Divergence, explosion_of
         from .trainers.job import Job
         from .trainers.settings import length
 
@@ -157,6 +178,11 @@ def work(run: Run, rank: Rank, log: EventLog) -> None:
         say(LogLine(0, f"data: {path}: {told}"))
     rows = usable_rows(recipe, resolved, rows, say)
 
+    known = identity(
+        recipe, resolved, model=model_mark(folder), data=rows_mark(rows.train), device=_device_name(device)
+    )
+    if resume is not None:
+        _require_same_run(run, resume, known, say)
     say(Phase("loading the model", recipe.model))
     run_length = length(recipe, resolved, len(rows.train), say)
     ground = Ground(
@@ -192,9 +218,15 @@ def work(run: Run, rank: Rank, log: EventLog) -> None:
         emit=say,
         resumed=resume is not None,
         whole_layers=whole_layers,
+        identity=known,
     )
     trainer = trainer_for(job)
     reporter.trainer = trainer
+    trainer.add_callback(beats := Beats(pulse))
+    beats.feel(trainer)
+    nan_steps, explosion = recipe.limits.nan_steps, explosion_of(recipe)
+    trainer.add_callback(Divergence(trainer, log.append, explosion=explosion, nan_steps=nan_steps))
+    trainer.on_saved = reporter.saved
     _drop_printer(trainer)
     if not before_training(trainer, job):
         reporter.stopped = True
@@ -219,6 +251,7 @@ def work(run: Run, rank: Rank, log: EventLog) -> None:
     # Ranks that answer the same prompt must not draw the same answer.
     torch.manual_seed(resolved.seed + (rank.rank if resolved.method in ROLLOUT_METHODS else 0))
     trainer.train(resume_from_checkpoint=str(resume.path) if resume else None)
+    pulse.rest()
     if reporter.stopped:
         return
     trainer.finish()
@@ -267,6 +300,21 @@ def _newest_checkpoint(run: Run, rank: Rank, say: Any) -> Any:
     return found[0]
 
 
+def _require_same_run(run: Run, resume: Any, known: dict[str, Any], say: Any) -> None:
+    """Tell what has changed since the checkpoint was written, and refuse what would corrupt what comes out."""
+    require_readable(resume.path, resume.facts, run)
+    found = changes(resume.facts, known)
+    require_same_run(found, run, resume.step)
+    for change in found:
+        say(LogLine(0, f"changed since {resume.path.name}: {change}"))
+
+
+def _device_name(device: Any) -> str:
+    import torch
+
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+
+
 def _trainable_model(run: Run, source: Any, device: Any, say: Any, reading: Any, ground: Any) -> tuple[Any, bool]:
     """The model with its adapters and kernels, and whether its layers recompute by themselves what they do not keep.
 
@@ -291,27 +339,17 @@ def _trainable_model(run: Run, source: Any, device: Any, say: Any, reading: Any,
 def _write_result(run: Run, trainer: Any, tokenizer: Any, folder: Any) -> None:
     """The best weights where they were kept and did better, else the last ones; with a note which these are."""
     from .trainers.best import note, take_best
+    from .trainers.save import save_result
 
     losses = [event.data for event in read_events(run.events_path) if event.type == "eval"]
     step = trainer.state.global_step
     last = next((float(told["loss"]) for told in reversed(losses) if told["step"] == step), None)
     best = take_best(run.best_path, run.output_path, last)
     if best is None:
-        save_result(run, run.output_path, trainer.model, tokenizer, folder)
+        save_result(run.output_path, trainer.model, tokenizer, folder)
         note(run.output_path, step, last)
     else:
         run.append(LogLine(0, f"the result is of step {best}, which did best on held-out rows"))
-
-
-def save_result(run: Run, target: Any, model: Any, tokenizer: Any, folder: Any) -> None:
-    """An adapter as it is; a full model in the format its base was stored in."""
-    from .model import stored_dtype
-    from .output import set_generation, write_output
-    from .trainers.save import save_weights
-
-    set_generation(model, tokenizer)
-    dtype = stored_dtype(folder)
-    write_output(target, lambda partial: save_weights(model, tokenizer, partial, dtype=dtype), model)
 
 
 # --- processes
@@ -320,7 +358,7 @@ def save_result(run: Run, target: Any, model: Any, tokenizer: Any, folder: Any) 
 def _redirect(run: Run, rank: int) -> None:
     path = run.log_path(rank)
     path.parent.mkdir(exist_ok=True)
-    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, FILE)
     os.dup2(fd, 1)
     os.dup2(fd, 2)
     os.close(fd)
@@ -334,18 +372,25 @@ def _die_with_parent() -> bool:
     return os.getppid() == parent and parent != 1
 
 
-def _join_group(rank: Rank, kind: str) -> Any:
-    """Join the process group, if there is one; returns this rank's device."""
+def _join_group(rank: Rank, kind: str, hang_s: float | None) -> Any:
+    """Join the process group, if there is one; returns this rank's device.
+
+    Its collectives wait for longer than it takes to find a hang: the supervisor has the stacks written before it ends
+    the ranks, while NCCL's own watchdog would just abort them.
+    """
     import torch
 
     device = torch.device("cuda", rank.local_rank) if kind == "cuda" else torch.device("cpu")
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if rank.world > 1:
-        if device.type == "cuda":
-            torch.distributed.init_process_group("nccl", device_id=device)
-        else:
-            torch.distributed.init_process_group("gloo")
+        nccl: dict[str, Any] = {"backend": "nccl", "device_id": device}
+        options: dict[str, Any] = nccl if device.type == "cuda" else {"backend": "gloo"}
+        options["timeout"] = timedelta(seconds=1800 if hang_s is None else max(1800.0, 2 * hang_s))
+        if meeting := os.environ.get(MEETING):
+            store = torch.distributed.FileStore(meeting, rank.world)
+            options |= {"store": store, "rank": rank.rank, "world_size": rank.world}
+        torch.distributed.init_process_group(**options)
     return device
 
 

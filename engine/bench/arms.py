@@ -16,6 +16,7 @@ import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ class Clock:
         self.seconds: list[float] = []
         self.logged: list[tuple[float, float]] = []
         self.to_first_step_s = 0.0
+        self.pool_bytes: Callable[[], int] = lambda: 0
         self._cuda = torch.cuda.is_available()
         profile = torch.profiler.profile(activities=list(torch.profiler.supported_activities()))
 
@@ -47,6 +49,7 @@ class Clock:
             def on_step_end(self, args: Any, state: Any, *_: Any, **__: Any) -> None:
                 now = clock._now()
                 clock.seconds.append(now - clock._began)
+                print(f"STEP {state.global_step} {clock.seconds[-1]:.4f}", flush=True)  # what is known if it dies
                 if state.global_step == 1:
                     clock.to_first_step_s = time.time() - _process_began() - clock._waited
                 if state.global_step == 2 and clock._cuda:
@@ -91,7 +94,9 @@ class Clock:
         if self._cuda:
             import torch
 
-            allocated, reserved = torch.cuda.max_memory_allocated() / GIB, torch.cuda.max_memory_reserved() / GIB
+            # The allocator counts nothing of a step that is replayed.
+            peak = max(torch.cuda.max_memory_allocated(), torch.cuda.memory_allocated() + self.pool_bytes())
+            allocated, reserved = peak / GIB, torch.cuda.max_memory_reserved() / GIB
         return {
             "tokens_per_s": round(task.tokens / median),
             "rounds_tokens_per_s": [round(task.tokens / seconds) for seconds in rounds],
@@ -140,6 +145,7 @@ def ours(task: Task) -> dict[str, Any]:
 
     def listened(self: Any, **rest: Any) -> None:
         stock(self, **(rest | {"callbacks": [clock.callback, *rest["callbacks"]]}))
+        clock.pool_bytes = lambda: self.pool_bytes
 
     sft.TokenMeanTrainer.__init__ = listened  # type: ignore[method-assign]
     if worker.attempt(run):
@@ -175,13 +181,16 @@ def _recipe(task: Task, folder: Path) -> Any:
         "learning_rate": 1e-5,
         "schedule": "constant",
     }
+    checkpointing, _, graphs = task.mode.partition("+")
     return Recipe.build({
         "model": task.model, "method": "pretrain", "tuning": tuning,
         "data": [{"path": str(folder / "rows.jsonl"), "format": "text"}],
         "sequence_length": task.sequence_length, "batch_size": task.micro_batch, "micro_batch": task.micro_batch,
         "packing": False, "max_steps": task.steps, "evaluation": {"holdout": 0.0}, "epochs": 10,
         "optimizer": optimizer, "track": [],
-        "hardware": {"checkpointing": task.mode, "kernels": task.kernels, "precision": "bf16"},
+        "hardware": {
+            "checkpointing": checkpointing, "kernels": task.kernels, "precision": "bf16", "graphs": bool(graphs),
+        },
         "checkpoint": {"every": 10**6},
     })  # fmt: skip
 

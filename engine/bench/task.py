@@ -10,7 +10,8 @@ from pathlib import Path
 ARMS = {"finetui": "finetui", "unsloth": "unsloth", "trl-liger": "liger_kernel", "trl": "trl"}
 #: What every program knows of checkpointing; ours has more.
 COMMON = ("full", "none")
-MODES = (*COMMON, "selective", "offload", "auto")
+MODES = (*COMMON, "selective", "offload", "auto", "none+graphs", "full+graphs")
+TUNINGS = ("lora", "qlora", "lora-fp8", "full")
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 #: Steps in which a program may still be compiling.
 SETTLE = 6
@@ -23,7 +24,8 @@ class Task:
 
     Args:
         arm: of :data:`ARMS`.
-        mode: checkpointing, of :data:`MODES`.
+        mode: checkpointing, of :data:`MODES`; ``+graphs`` replays steps as CUDA graphs.
+        tuning: of :data:`TUNINGS`; other programs train plain LoRA where ours has its weights in e4m3.
         turn: timed steps of one round.
         turns: the folder through which this arm is given its turns; empty if it runs alone.
         profile: one more step is profiled.

@@ -30,7 +30,7 @@ class Arm:
         import os
 
         self.turns = folder / f"{task.arm}-{task.mode}"
-        self.turns.mkdir()
+        self.turns.mkdir(parents=True)
         self.task, self.log = replace(task, turns=str(self.turns)), self.turns / "log"
         command = [sys.executable, "-P", "-m", f"{__package__}.arms", self.task.to_json()]
         environment = {**os.environ, **import_environment()}
@@ -73,8 +73,9 @@ class Arm:
 
 
 def measure(
-    tasks: Sequence[Task], tell: Tell, *, timeout_s: float = 240.0, together: bool = False, profile: Path | None = None
-) -> list[dict[str, Any]]:
+    tasks: Sequence[Task], tell: Tell, *, timeout_s: float = 240.0, together: bool = False, profile: Path | None = None,
+    folder: Path | None = None, done: Callable[[dict[str, Any]], object] = lambda _: None,
+) -> list[dict[str, Any]]:  # fmt: skip
     """Let all arms run, turn by turn, and gather what each measured.
 
     Args:
@@ -82,8 +83,10 @@ def measure(
         together: arms load side by side, which spares time; their times to the first step then mean nothing, and are
             left out.
         profile: a file that gets each arm's table of what ran on the GPU; ``task.profile`` is set for it.
+        folder: for the turns and logs of the arms; a temporary one by default.
+        done: is told each result the moment it is known.
     """
-    folder = Path(tempfile.mkdtemp(prefix="finetui-turns-"))
+    folder = folder or Path(tempfile.mkdtemp(prefix="finetui-turns-"))
     arms: list[Arm] = []
     for task in tasks:
         tell(f"loading {task.arm}, checkpointing {task.mode}")
@@ -108,6 +111,7 @@ def measure(
         if together:
             result.pop("to_first_step_s", None)
         results.append(result)
+        done(result)
         told = arm.turns / "profile"
         if profile is not None and told.exists():
             with open(profile, "a", encoding="utf-8") as file:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ...planner.datasource import DataSource
+from ..modes import FOLDER
 from .sources import mark_of
 from .tokens import IGNORED, Encoded
 
@@ -55,7 +56,7 @@ def whole_folder(path: Path) -> Iterator[Path]:
     work = Path(tempfile.mkdtemp(prefix=".part-", dir=path.parent))
     try:
         yield work
-        work.chmod(0o755)
+        work.chmod(FOLDER)
         try:
             work.rename(path)
         except OSError:

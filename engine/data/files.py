@@ -14,7 +14,7 @@ from itertools import chain
 from typing import Any, NamedTuple
 
 from ...planner.errors import DataError, MissingExtraError
-from .places import Place, open_bytes, size_of, suffix_of
+from .places import Place, Unreadable, open_bytes, size_of, suffix_of
 
 _MEND = "Mend it there."
 
@@ -47,16 +47,22 @@ def read_file(path: Place, refuse: Refuse = stop) -> Iterator[Row]:
         ".tsv": _read_csv,
         ".txt": _read_text,
     }.get(suffix, _read_jsonl)
-    empty = True
+    rows = 0
     try:
         with open_bytes(path) as file:
             for row in reader(path, _decoded(path, file, refuse), refuse):
-                empty = False
+                rows += 1
                 yield row
     except (OSError, EOFError) as error:
-        what = f"the file can't be read on ({getattr(error, 'strerror', None) or error or type(error).__name__})"
+        why = getattr(error, "strerror", None) or error or type(error).__name__
+        what = f"the file can't be read on after {rows:,} rows ({why})"
         raise DataError(what, where=str(path), do="Fetch it again; it may have been cut off.") from None
-    if empty:
+    except Unreadable as error:
+        if not rows:
+            raise
+        do = "Start again when the network is steady, or fetch the file first."
+        raise DataError(f"the stream broke off after {rows:,} rows: {error.what}", where=str(path), do=do) from None
+    if not rows:
         what = "the file is empty" if size_of(path) == 0 else "the file holds no row"
         raise DataError(what, where=str(path), do="Leave it out, or give it rows.")
 
@@ -275,7 +281,7 @@ def _read_arrow(path: Place, batches: Callable[[Any], Iterator[Any]]) -> Iterato
                 for values in batch.to_pylist():
                     number += 1
                     yield Row(values, f"{path}:{number}")
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         named = "Parquet" if suffix_of(path.name) == ".parquet" else "Arrow"
         where = f"{path}:{number}" if number else str(path)
         what = f"the file is not valid {named}{', or ends too soon' if number else ''} ({str(error).splitlines()[0]})"

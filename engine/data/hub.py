@@ -48,8 +48,8 @@ def load_hub(source: DataSource, *, streaming: bool = False) -> Any:
 
 
 def hub_mark(source: DataSource) -> str:
-    """What changes when a hub dataset does: its commit if it is streamed, else the fingerprint of its download."""
-    if not source.streaming:
+    """What changes when a hub dataset does: its commit if it is never stored whole, else the fingerprint of that."""
+    if not source.streaming and source.limit is None:
         return str(load_hub(source)._fingerprint)
     from huggingface_hub import HfApi
 
@@ -72,14 +72,24 @@ def read_hub(source: DataSource, *, streaming: bool) -> Iterator[Row]:
     """Yield the rows of a hub dataset; ``where`` is ``id/split:row``."""
     dataset = load_hub(source, streaming=streaming)
     rows = enumerate(dataset, 1)
+    number = 0
     while True:
         try:
             number, values = next(rows)
         except StopIteration:
             return
         except Exception as error:
-            raise explain(error, source.path) from error
+            raise _broken_off(error, source.path, number) from error
         yield Row(values, f"{source.path}/{dataset.split}:{number}")
+
+
+def _broken_off(error: Exception, path: str, rows: int) -> UserError:
+    """An error in the middle of a stream, which the client has tried to go on with many times."""
+    why = explain(error, path)
+    if not isinstance(why, HubError):
+        return why
+    do = "Start again when the network is steady, or set a limit."
+    return HubError(f"the stream broke off after {rows:,} rows: {why.what}", where=path, do=do)
 
 
 def explain(error: Exception, path: str) -> UserError:
@@ -90,16 +100,22 @@ def explain(error: Exception, path: str) -> UserError:
     text = " ".join(str(item) for item in chain)
     kinds = {kind.__name__ for item in chain for kind in type(item).__mro__}
     endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
+    if "scripts are no longer supported" in text or "trust_remote_code" in text:
+        do = "Look for a version of it with .parquet or .jsonl files, such as its refs/convert/parquet branch."
+        return DataError("the dataset is a program that makes it, and finetui runs none", where=path, do=do)
     missing = f"there is neither a file nor a hub dataset called {path!r}"
-    if "gated" in text.lower() or "GatedRepoError" in kinds:
+    if "GatedRepoError" in kinds or "is a gated dataset" in text:
         do = f"Accept its terms at {endpoint}/datasets/{path}, then set HF_TOKEN."
         return HubError("the dataset is gated", where=path, do=do)
     if os.environ.get("HF_HUB_OFFLINE", "").upper() in {"1", "ON", "YES", "TRUE"} or "OfflineModeIsEnabled" in kinds:
         do = "Unset HF_HUB_OFFLINE, or give a local file."
         return HubError("the dataset is not in the cache, and the hub is switched off", where=path, do=do)
-    if configs := re.search(r"pick one among the available configs: (\[.*?\])|Available: (\[.*?\])", text):
-        named = configs.group(1) or configs.group(2)
-        return DataError("a subset of the dataset must be named", where=path, do=f"Set subset: to one of {named}.")
+    if configs := re.search(r"pick one among the available configs: (\[.*?\])", text):
+        what = "a subset of the dataset must be named"
+        return DataError(what, where=path, do=f"Set subset: to one of {configs.group(1)}.")
+    if configs := re.search(r"BuilderConfig '(.*?)' not found. Available: (\[.*?\])", text):
+        what = f"the dataset has no subset {configs.group(1)!r}"
+        return DataError(what, where=path, do=f"Set subset: to one of {configs.group(2)}.")
     if (unknown := re.search(r'Unknown split "(.*?)"\. Should be one of (\[.*?\])', text)) or (
         unknown := re.search(r"Bad split: (.*?)\. Available splits: (\[.*?\])", text)
     ):

@@ -1,7 +1,12 @@
-"""Where files lie: on this disk, or at an address that fsspec opens (s3:// gs:// https:// hf:// ...)."""
+"""Where files lie: on this disk, or at an address that fsspec opens (s3:// gs:// https:// hf:// ...).
+
+An address may name variables of the environment (``https://host/rows.jsonl?token=${DATA_TOKEN}``). Their values are
+put in when it is opened, and stand nowhere else: not in what is shown, and not in what is kept.
+"""
 
 from __future__ import annotations
 
+import io
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -10,6 +15,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from ...planner.errors import DataError, UserError
+from ...planner.secrets import conceal, expand, redact
 
 #: File types that are read, by file name; each may also be compressed.
 SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".arrow", ".feather", ".txt")
@@ -17,6 +23,10 @@ _COMPRESSED = {".gz": "gzip", ".bz2": "bz2", ".xz": "lzma"}
 #: The package that teaches fsspec an address, where it does not come with one.
 _PACKAGES = {"s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "http": "aiohttp", "https": "aiohttp",
              "abfs": "adlfs", "abfss": "adlfs", "az": "adlfs"}  # fmt: skip
+#: Addresses that are opened. fsspec knows more: some are this disk under another name, some read a file of references
+#: that may lead anywhere, and ``::`` chains them.
+_OPENED = {*_PACKAGES, "hf", "ftp", "sftp", "ssh", "hdfs", "webhdfs", "oci", "memory"}
+_WEB = frozenset({"http", "https"})
 
 
 def suffix_of(name: str) -> str:
@@ -27,7 +37,7 @@ def suffix_of(name: str) -> str:
 
 def is_address(path: str) -> bool:
     """Whether a path is an address rather than a name on this disk."""
-    return "://" in path
+    return "://" in path or path.startswith("${")
 
 
 @dataclass(frozen=True)
@@ -72,7 +82,7 @@ def open_bytes(place: Place) -> Iterator[Any]:
         return
     with told(place.address):
         filesystem, path = _open(place.address)
-        with filesystem.open(path, "rb") as raw:
+        with _reading(filesystem, path) as raw:
             if unpack is None:
                 yield raw
                 return
@@ -98,20 +108,53 @@ def list_files(address: str) -> list[Remote]:
         if not kept:
             do = "finetui reads " + " ".join(SUFFIXES) + "."
             raise DataError("the address holds no dataset file", where=address, do=do)
-        return [_remote(filesystem, name) for name in kept]
+        return [_remote(filesystem, name, address) for name in kept]
 
 
-def _remote(filesystem: Any, name: str) -> Remote:
+def _remote(filesystem: Any, name: str, address: str) -> Remote:
     about = filesystem.info(name)
     marks = [about.get(k) for k in ("ETag", "etag", "md5Hash", "mtime", "LastModified", "created", "size")]
-    return Remote(filesystem.unstrip_protocol(name), about.get("size"), str(marks))
+    return Remote(conceal(filesystem.unstrip_protocol(name), address), about.get("size"), str(marks))
 
 
 def _open(address: str) -> tuple[Any, str]:
     import fsspec
 
-    filesystem, path = fsspec.core.url_to_fs(address)
+    whole = expand(address)
+    protocol, colon, _ = whole.partition("://")
+    if not colon or protocol not in _OPENED or "::" in whole:
+        known = ", ".join(f"{name}://" for name in ("s3", "gs", "https", "hf"))
+        shown = conceal(f"{protocol}://" if colon and "::" not in whole else whole, address)
+        raise DataError(f"{shown} is no address that can be read", where=address, do=f"Use {known}.")
+    more = {"client_kwargs": {"timeout": _patience()}} if protocol in _WEB else {}
+    filesystem, path = fsspec.core.url_to_fs(whole, **more)
     return filesystem, path
+
+
+def _patience() -> Any:
+    """How long a web server may be silent; the whole file may take as long as its tokens take to be made."""
+    import aiohttp
+
+    return aiohttp.ClientTimeout(total=None, sock_connect=30, sock_read=120)
+
+
+def _reading(filesystem: Any, path: str) -> Any:
+    """A file to read, in parts wherever its server gives parts: that outlasts a slow reader and can jump."""
+    protocols = filesystem.protocol if isinstance(filesystem.protocol, tuple) else (filesystem.protocol,)
+    if not _WEB.intersection(protocols) or _gives_parts(filesystem, path):
+        return filesystem.open(path, "rb")
+    return io.BufferedReader(filesystem.open(path, "rb", block_size=0), 1 << 20)
+
+
+def _gives_parts(filesystem: Any, path: str) -> bool:
+    """Some web servers give a file from its beginning alone, and few say so."""
+    with filesystem.open(path, "rb", block_size=1 << 16) as file:
+        try:
+            file.seek(1)
+            file.read(1)
+        except ValueError:
+            return False
+    return True
 
 
 @contextmanager
@@ -128,6 +171,9 @@ def told(address: str) -> Iterator[None]:
         raise
     except (ImportError, ValueError) as error:
         protocol = address.partition("://")[0]
+        if isinstance(error, ValueError) and "Cannot seek streaming" in str(error):
+            what = "the server gives files from their beginning alone, and this type is read in parts"
+            raise Unreadable(what, where=address, do="Fetch the file first.") from None
         if isinstance(error, ValueError) and "rotocol" not in str(error):
             raise
         if isinstance(error, ValueError):
@@ -148,7 +194,11 @@ def told(address: str) -> Iterator[None]:
         raise _unreadable(address, error) from error
 
 
-def _unreadable(address: str, error: BaseException) -> DataError:
+class Unreadable(DataError):
+    """An address gave nothing, or not all of it."""
+
+
+def _unreadable(address: str, error: BaseException) -> Unreadable:
     first = (str(error).strip().splitlines() or ["no more is said"])[0]
-    what = f"the address can't be read ({type(error).__name__}: {first})"
-    return DataError(what, where=address, do="Check the network, the address and your credentials.")
+    what = f"the address can't be read ({type(error).__name__}: {redact(conceal(first, address))})"
+    return Unreadable(what, where=address, do="Check the network, the address and your credentials.")

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import gc
 import json
+import math
 import shutil
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -54,6 +55,8 @@ class DataSettings:
         seed: chooses the rows that are held out.
         method: what the rows are for, which decides on their columns.
         embeddings: tokens that the model has an embedding for; by default as its config.json says.
+        rows: rows that the run can train on, which is as far as a streamed source is read if the recipe says
+            ``max_steps``.
     """
 
     sequence_length: int
@@ -62,6 +65,12 @@ class DataSettings:
     seed: int = 42
     method: str = "sft"
     embeddings: int | None = None
+    rows: int | None = None
+
+    def of(self, recipe: Recipe) -> DataSettings:
+        """Without ``rows`` where they make no difference."""
+        ends = recipe.max_steps is not None and any(source.streaming for source in recipe.data)
+        return self if ends else replace(self, rows=None)
 
 
 @dataclass(frozen=True)
@@ -138,6 +147,7 @@ def prepare(
     """
     if not recipe.data:
         raise DataError("the recipe names no data", where="data", do="Add a line 'data: rows.jsonl'.")
+    settings = settings.of(recipe)
     path = Path(cache_dir) / cache.key(tokenizer, recipe.data, asdict(settings), recipe.evaluation.holdout)
     if not path.is_dir():
         with cache.whole_folder(path) as work:
@@ -212,6 +222,7 @@ class _Build:
         part.refused.append(refused)
         detected, rows = open_source(source, self.settings.method, refused)
         self.formats[source.path] = f"{detected.format}: {detected.why}"
+        before = replace(part.tally)
 
         def records() -> Iterator[Record]:
             for row in rows:
@@ -235,6 +246,22 @@ class _Build:
                     store.add(columns.ids, columns.values)
                     part.good += bool(columns.values.get("label"))
             self.progress(part.tally.examples)
+            if source.streaming and self._enough(part.tally, before):
+                read = part.tally.examples - before.examples
+                steps = f"{self.recipe.max_steps:,} steps"
+                self.formats[source.path] += f"; its first {read:,} examples are enough for {steps}"
+                break
+
+    def _enough(self, tally: Tally, before: Tally) -> bool:
+        """Whether one source alone has given what the run can train on, and what is held out of that."""
+        rows, holdout = self.settings.rows, self.recipe.evaluation.holdout
+        if rows is None:
+            return False
+        share = 0.05 if holdout == "auto" else float(holdout)
+        rows = math.ceil(rows / (1 - share))
+        if self.settings.packing:
+            return tally.tokens - before.tokens >= rows * self.settings.sequence_length
+        return tally.examples - before.examples >= rows
 
     def _encoded(
         self, records: Iterator[Record], refused: Refused

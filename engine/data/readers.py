@@ -135,6 +135,8 @@ def _read_plain_pair(row: Row, detected: Detected) -> Pair:
     asked = isinstance(row.values.get(prompt or ""), list) or "question" in columns or "messages" in columns
     if asked or detected.chat or "system" in columns:
         before = _asked(row, detected)
+        if isinstance(before, str):
+            raise bad(row, prompt or columns.get("messages", "prompt"), "is text here, and turns in other rows")
         answers = [(Message("assistant", text),) for text in (chosen, rejected)]
         check_order(row, before, prompt or columns.get("messages", "prompt"), answered=False)
         return Pair(row.where, before, answers[0], answers[1], _tools(row, columns))

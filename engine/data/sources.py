@@ -18,6 +18,8 @@ from typing import Any
 
 from ...planner.datasource import DataSource
 from ...planner.errors import DataError
+from ...planner.inside import inside, local_path
+from ..pickles import SUFFIXES as PICKLES
 from .files import Refuse, Row, read_file, stop
 from .hub import hub_mark, read_hub
 from .places import SUFFIXES, Place, is_address, list_files, suffix_of
@@ -34,7 +36,7 @@ def is_local(path: str) -> bool:
     """Whether a source's path means a file or folder, rather than a hub dataset."""
     if is_address(path):
         return False
-    local = Path(path).expanduser()
+    local = local_path(path, error=DataError)
     if path.startswith(("/", "./", "../", "~")) or local.exists() or suffix_of(path) in SUFFIXES:
         return True
     return _HUB_ID.fullmatch(path) is None or ("/" not in path and "." in path)
@@ -46,20 +48,40 @@ def source_files(source: DataSource) -> list[Path]:
     Raises:
         DataError: nothing is there, or nothing that can be read.
     """
-    path = Path(source.path).expanduser()
+    path = local_path(source.path, error=DataError)
     if path.is_dir():
         found = sorted(p for p in path.rglob("*") if suffix_of(p.name) in SUFFIXES and p.is_file())
         found = [p for p in found if p.name not in _METADATA and not p.relative_to(path).as_posix().startswith(".")]
         if not found:
+            _refuse_pickles(sorted(p for p in path.rglob("*") if p.suffix.lower() in PICKLES))
+            _refuse_scripts(path)
             raise DataError("the folder holds no dataset file", where=str(path), do=_ACCEPTED)
+        for file in found:
+            inside(path, file.relative_to(path).as_posix(), error=DataError)
         return found
     if not path.exists():
         raise DataError("there is no such file", where=str(path), do=_near(path))
     if suffix_of(path.name) not in SUFFIXES:
+        _refuse_pickles([path] if path.suffix.lower() in PICKLES else [])
         raise DataError(
             f"{suffix_of(path.name) or 'a file without suffix'} is no known dataset type", where=str(path), do=_ACCEPTED
         )
     return [path]
+
+
+def _refuse_pickles(files: Sequence[Path]) -> None:
+    if files:
+        what = "this is a pickle, which can run any program when it is read"
+        do = "Have whoever made it write its rows as .jsonl or .parquet, such as with DataFrame.to_parquet."
+        raise DataError(what, where=str(files[0]), do=do)
+
+
+def _refuse_scripts(folder: Path) -> None:
+    script = next(iter(sorted(folder.glob("*.py"))), None)
+    if script is not None:
+        what = "the folder holds no data but a program that makes it, and finetui runs none"
+        do = "Run it yourself if you trust it, and give what it writes as .jsonl or .parquet."
+        raise DataError(what, where=str(script), do=do)
 
 
 def mark_of(source: DataSource) -> list[Any]:

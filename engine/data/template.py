@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from contextlib import suppress
 from difflib import get_close_matches
 from functools import lru_cache
 from importlib.util import find_spec
@@ -15,6 +16,7 @@ from typing import Any
 
 from ...planner.errors import DataError, ModelError
 from .examples import Message, Span, Tools
+from .template_limits import ROW_S, prove, within
 
 #: ChatML (OpenAI 2023), with markers around what the assistant says. ``END`` is filled in by :func:`_chatml`.
 _CHATML = """\
@@ -250,9 +252,12 @@ def _render(
     template = template or own_template(tokenizer, tools)
     _refuse_silent_loss(template, messages, tools, where)
     names = tuple(tokenizer.special_tokens_map.items())
+    _proven(template, names)
     parts = _wants_parts(template, names)
     try:
-        rendered = _jinja(template, names, [as_dict(message, parts=parts) for message in messages], tools, **options)
+        with within(ROW_S, where):
+            chat = [as_dict(message, parts=parts) for message in messages]
+            rendered = _jinja(template, names, chat, tools, **options)
     except _errors() as error:
         what = f"the chat template refuses this conversation ({error})"
         do = "Change the row, or set chat_template: to a template that takes it."
@@ -266,7 +271,8 @@ def _errors() -> tuple[type[Exception], ...]:
     """What templates raise of themselves, and by using a value wrongly."""
     from jinja2 import TemplateError
 
-    return (TemplateError, TypeError, ValueError, KeyError, AttributeError, IndexError)
+    deep = (RecursionError, SyntaxError, MemoryError)  # of what Jinja makes of too deep an expression
+    return (TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError, *deep)
 
 
 def _jinja(template: str, names: tuple[tuple[str, Any], ...], chat: Any, tools: Tools = (), **options: Any) -> Any:
@@ -275,6 +281,26 @@ def _jinja(template: str, names: tuple[tuple[str, Any], ...], chat: Any, tools: 
     return render_jinja_template(
         conversations=[chat], tools=list(tools) or None, chat_template=template, **options, **dict(names)
     )
+
+
+@lru_cache(maxsize=64)
+def _proven(template: str, names: tuple[tuple[str, Any], ...]) -> None:
+    """Refuse a template that does not end, or not within reason, on short conversations of different shapes."""
+    turns = [as_dict(Message(role, _PROBE)) for role in ("user", "assistant")]
+    system = as_dict(Message("system", _PROBE))
+    chats = (turns[:1], turns, [system, *turns], turns * 4)
+
+    def lengths() -> int:
+        longest = 0
+        for chat in chats:
+            with suppress(*(kind for kind in _errors() if kind is not MemoryError)):
+                longest = max(longest, len(_jinja(template, names, chat)[0][0]))
+        return longest
+
+    _errors()  # imported here, where no limit of the copy is in the way
+    with suppress(*_errors()):
+        _jinja("{{ messages[0].content }}", names, turns[:1])
+    prove(lengths, "chat template")
 
 
 @lru_cache(maxsize=64)

@@ -9,6 +9,7 @@ from pathlib import Path
 from ...planner.errors import RunError
 from ..chat import result_folder
 from ..checkpoint import MANIFEST
+from ..modes import give_usual_modes
 from ..output import written_whole
 from ..run import Run
 
@@ -16,11 +17,9 @@ from ..run import Run
 _FOR_RESUMING = (
     MANIFEST,
     "optimizer.*",
-    "scheduler.*",
-    "scaler.*",
-    "rng_state*",
+    "rank[0-9]*.safetensors",
+    "adalora.*",
     "trainer_state.json",
-    "progress.json",
 )
 
 
@@ -44,3 +43,4 @@ def export_adapter(run: Run, destination: Path) -> Path:
 def copy_model_files(source: Path, target: Path) -> None:
     """Copy a model or adapter folder without what only resuming needs."""
     shutil.copytree(source, target, ignore=shutil.ignore_patterns(*_FOR_RESUMING), dirs_exist_ok=True)
+    give_usual_modes(target)  # in the run they were for its user alone

@@ -2,19 +2,23 @@
 
     python -P -m finetui.engine.rewards.host     (a JSON object per line on stdin, one per line back)
 
-The first line names the reward: ``{"function": "path.py:name"}`` or ``{"shipped": name, "options": {…}}``. Each further
-line is one batch, ``{"prompts", "completions", "texts", "columns"}``; its answer is ``{"rewards", "errors"}``: a number
-or null per completion, and ``[row, message]`` for each that could not be scored. What a reward prints goes to stderr.
+The first line names the reward: ``{"function": "path.py:name", "limits": {…}}`` or ``{"shipped": name, "options":
+{…}}``. Each further line is one batch, ``{"prompts", "completions", "texts", "columns"}``; its answer is ``{"rewards",
+"errors"}``: a number or null per completion, and ``[row, message]`` for each that could not be scored. What a reward
+prints goes to stderr.
 """
 
 from __future__ import annotations
 
 import asyncio
+import ctypes
 import importlib.util
 import inspect
 import json
 import math
 import os
+import resource
+import signal
 import sys
 import traceback
 from collections.abc import Callable
@@ -22,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from .answers import exact_answer, matches, numeric
+from .jail import forbid_network
 from .sandbox import python_tests
 from .schema import json_schema
 
@@ -76,6 +81,32 @@ def from_file(target: str) -> Score:
         return list(told)
 
     return score
+
+
+def limit(memory_mib: int, network: bool) -> None:
+    """Limit this process, and all that it starts, for good: memory, files of at most a GiB, and the network.
+
+    The function is the user's own, yet it is fed by whatever a model writes. It ends with the trainer.
+
+    Args:
+        memory_mib: private memory, without what files are mapped to.
+    """
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+    for kind, most in (
+        (resource.RLIMIT_DATA, memory_mib * 2**20),
+        (resource.RLIMIT_FSIZE, 2**30),
+        (resource.RLIMIT_CORE, 0),
+    ):
+        hard = resource.getrlimit(kind)[1]
+        most = most if hard == resource.RLIM_INFINITY else min(most, hard)
+        resource.setrlimit(kind, (most, most))
+    if network:
+        return
+    try:
+        forbid_network()
+    except OSError as error:
+        print(f"this system can't keep the reward from the network ({error})", file=sys.stderr)
 
 
 async def _awaited(told: Any) -> Any:
@@ -134,6 +165,8 @@ def main() -> int:
 
     wanted = json.loads(sys.stdin.readline())
     try:
+        if "limits" in wanted:
+            limit(**wanted["limits"])
         score = from_file(wanted["function"]) if "function" in wanted else shipped(wanted["shipped"], wanted["options"])
     except BaseException as error:  # whatever a user's file does when it is loaded
         traceback.print_exc()

@@ -12,6 +12,9 @@ from ...planner.rollout import SHIPPED_REWARDS, Reward, column_of
 from .process import RewardProcess
 from .schema import unknown_keyword
 
+#: Memory of the process of a user's function: enough for a small model on the CPU.
+FUNCTION_MIB = 16384
+
 
 class Judge:
     """One reward as TRL calls it: ``judge(prompts, completions, **columns)`` gives a number or None per completion."""
@@ -20,7 +23,8 @@ class Judge:
         self.__name__ = reward.name
         """What TRL calls it in its metrics."""
         self.reward = reward
-        self.process = RewardProcess(reward.name, _wanted(reward), timeout_s=reward.timeout_s, emit=emit)
+        keep = tuple(reward.environment)
+        self.process = RewardProcess(reward.name, _wanted(reward), timeout_s=reward.timeout_s, emit=emit, keep=keep)
 
     def __call__(
         self,
@@ -101,7 +105,9 @@ def check_rewards(recipe: Recipe, columns: list[str] | None = None) -> None:
 def _wanted(reward: Reward) -> dict[str, Any]:
     if reward.function not in SHIPPED_REWARDS:
         path, _, name = reward.function.rpartition(":")
-        return {"function": f"{Path(path).expanduser()}:{name}"}
+        memory = reward.memory_mib if "memory_mib" in reward.model_fields_set else FUNCTION_MIB
+        limits = {"memory_mib": memory, "network": reward.network}
+        return {"function": f"{Path(path).expanduser()}:{name}", "limits": limits}
     options = {
         "column": column_of(reward),
         "pattern": reward.pattern,

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from ...planner.errors import RecipeError, TrainingError
+from ...planner.secrets import without_secrets
 from ..events import Warn
 
 #: Batches in a row without a single score after which a run ends.
@@ -39,10 +40,19 @@ class RewardProcess:
         wanted: the first line that ``host.py`` reads.
         timeout_s: for one batch of completions.
         emit: receives warnings.
+        keep: variables of the environment that it gets although they hold secrets.
     """
 
-    def __init__(self, name: str, wanted: dict[str, Any], *, timeout_s: float, emit: Callable[[Any], object]) -> None:
-        self.name, self.wanted, self.timeout_s, self.emit = name, wanted, timeout_s, emit
+    def __init__(
+        self,
+        name: str,
+        wanted: dict[str, Any],
+        *,
+        timeout_s: float,
+        emit: Callable[[Any], object],
+        keep: tuple[str, ...] = (),
+    ) -> None:
+        self.name, self.wanted, self.timeout_s, self.emit, self.keep = name, wanted, timeout_s, emit, keep
         self.failures: Counter[str] = Counter()
         """Completions without a score so far, by reason."""
         self._empty = 0
@@ -57,7 +67,8 @@ class RewardProcess:
         """
         # The package may be a checkout that was never installed: the child must find the same one.
         path = os.pathsep.join([str(_ROOT.parent), *filter(None, [os.environ.get("PYTHONPATH")])])
-        environment = {**os.environ, "PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": ""}
+        own = without_secrets(os.environ, keep=self.keep)
+        environment = {**own, "PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": ""}
         package = __package__ or "finetui.engine.rewards"
         self._process = subprocess.Popen(
             [sys.executable, "-P", "-m", f"{package}.host"],
@@ -71,7 +82,10 @@ class RewardProcess:
         if answer is None or "failed" in answer:
             why = "it takes too long to load" if answer is None else answer["failed"]
             self.close()
-            raise RecipeError(f"the reward {self.name} can't be loaded ({why})", where="rewards", do="Mend its file.")
+            do = "Mend its file."
+            if "PermissionError" in why or "MemoryError" in why or "KeyError" in why:
+                do = "Mend its file, or give it what it needs: network: true, memory_mib, environment: [NAME]."
+            raise RecipeError(f"the reward {self.name} can't be loaded ({why})", where="rewards", do=do)
 
     def score(
         self, prompts: Sequence[Any], completions: Sequence[Any], texts: Sequence[str], columns: dict[str, list[Any]]

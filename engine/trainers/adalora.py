@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-_STATE, _PATTERN = "adalora.safetensors", "adalora.json"
+STATE, PATTERN = "adalora.safetensors", "adalora.json"
 _KEPT = ("ipt", "exp_avg_ipt", "exp_avg_unc")
 
 
@@ -50,30 +50,28 @@ def add_penalty(model: Any, share: float) -> None:
         p.grad = gradient.to(p.dtype) if p.grad is None else p.grad.add_(gradient)
 
 
-def save_state(model: Any, folder: Path) -> None:
-    """All parameters at their first rank and what is known of their importance: PEFT's own file drops both."""
-    from safetensors.torch import save_file
-
-    tensors = {f"parameter.{n}": p.detach().contiguous() for n, p in model.named_parameters() if p.requires_grad}
+def state_of(model: Any) -> tuple[dict[str, torch.Tensor], bytes]:
+    """All parameters at their first rank and what is known of their importance, as :data:`STATE` has them, and the
+    ranks that are left, as :data:`PATTERN` has them: PEFT's own file drops both."""
+    tensors = {f"parameter.{n}": p.detach() for n, p in model.named_parameters() if p.requires_grad}
     for kept in _KEPT:
         known = getattr(model.base_model.rankallocator, kept)
-        tensors |= {f"{kept}.{name}": value.contiguous() for name, value in known.items()}
-    save_file(tensors, folder / _STATE)
+        tensors |= {f"{kept}.{name}": value for name, value in known.items()}
     pattern = model.peft_config[model.base_model.trainable_adapter_name].rank_pattern
-    (folder / _PATTERN).write_text(json.dumps(pattern), encoding="utf-8")
+    return tensors, json.dumps(pattern).encode()
 
 
 @torch.no_grad()
 def load_state(model: Any, folder: Path) -> None:
-    """Read back what :func:`save_state` wrote."""
+    """Read back what :func:`state_of` gave."""
     from safetensors.torch import load_file
 
     named = dict(model.named_parameters())
-    for key, value in load_file(folder / _STATE).items():
+    for key, value in load_file(folder / STATE).items():
         group, _, name = key.partition(".")
         if group == "parameter":
             named[name].copy_(value)
         else:
             getattr(model.base_model.rankallocator, group)[name] = value.to(model.device)
-    pattern = json.loads((folder / _PATTERN).read_text(encoding="utf-8"))
+    pattern = json.loads((folder / PATTERN).read_text(encoding="utf-8"))
     model.peft_config[model.base_model.trainable_adapter_name].rank_pattern = pattern

@@ -9,8 +9,8 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-import time
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,23 +22,34 @@ from torch.utils.data import DataLoader
 from ...planner.plan import Resolved
 from .. import checkpoint
 from ..evaluate import reduce_sum
-from ..events import CheckpointSaved
 from ..initial import as_trained
 from ..model import Emit, Numerics
 from ..optimizers import OWN, averaged, optimizer_for
-from .adalora import TakesRanks, add_penalty, allocates, load_state, save_state
+from .adalora import PATTERN, TakesRanks, add_penalty, allocates, load_state, state_of
+from .adalora import STATE as ADALORA
 from .flat import flatten, shorten_walks
 from .fused_adamw import fused_adamw
 from .order import Order
-from .save import save_weights
+from .saving import Saver
+from .state import (
+    ADAPTER,
+    OPTIMIZER,
+    Part,
+    Snapshot,
+    as_part,
+    copied_tree,
+    descriptions,
+    random_state,
+    rank_file,
+    set_random_state,
+    weights_of,
+)
+from .tree import read_tree
 
 if TYPE_CHECKING:
     from transformers import Trainer as _Trainer
 else:
     _Trainer = object
-
-PROGRESS = "progress.json"
-"""What a checkpoint notes down beside the trainer's own state."""
 
 
 class RunTrainer(_Trainer):
@@ -50,11 +61,14 @@ class RunTrainer(_Trainer):
         keep: checkpoints that stay on disk.
         emit: receives events (of rank 0).
         resolved: the plan, for an optimiser that the trainer does not have.
+        identity: what a checkpoint notes down so that a resume can tell whether it goes on with the same run.
         rest: what the trainer of TRL takes.
     """
 
     may_rest = False
     """A step without any gradient is no mistake: all completions scored alike."""
+    pool_bytes = 0
+    """Device memory of steps that are replayed; see :mod:`..graphs`."""
 
     def __init__(
         self,
@@ -65,14 +79,22 @@ class RunTrainer(_Trainer):
         emit: Emit,
         numerics: Numerics,
         resolved: Resolved | None = None,
+        identity: dict[str, Any] | None = None,
         **rest: Any,
     ) -> None:
         self.order, self.held_out = order, held_out
-        self.keep, self.emit, self.numerics, self.resolved = keep, emit, numerics, resolved
+        self.emit, self.numerics, self.resolved = emit, numerics, resolved
         self.tokens = 0
         """Non-padding tokens processed so far, over all ranks and attempts."""
         self.grad_norm: torch.Tensor | float = math.nan
         """Norm of the gradient of the step in progress, before clipping."""
+        self.saver = Saver(Path(str(rest["args"].output_dir)), keep, emit)
+        self.identity = identity or {}
+        self.on_saved: Callable[[], None] = lambda: None
+        """Called when a checkpoint is complete, perhaps from another thread."""
+        self._described: dict[str, bytes] = {}
+        self._resumed_state: Any = None
+        self._resumed_rank: Any = None
         self._counts: torch.Tensor | None = None
         self._trained: list[tuple[str, torch.nn.Parameter]] = []
         with adapters_kept_in_their_format(rest["model"]):
@@ -199,80 +221,143 @@ class RunTrainer(_Trainer):
 
     # --- checkpoints
 
-    def save_model_weights(self, folder: Path) -> None:
-        """Write what ``from_pretrained`` will read."""
-        save_weights(self.model, self.processing_class, folder)
-
     def finish(self) -> None:
         """Leave the model as it is to be written out; most have nothing to take off."""
 
-    def save_extra(self, folder: Path) -> None:
-        """Write what this rank of a method needs beside weights, optimiser and random state; most need nothing."""
+    def model_to_save(self) -> contextlib.AbstractContextManager[Any]:
+        """The model as its checkpoint shall have it."""
+        return contextlib.nullcontext(self.model)
 
-    def load_extra(self, folder: Path) -> None:
-        """Read back what :meth:`save_extra` wrote."""
+    def own_state(self) -> Any:
+        """What each rank of a method needs beside weights, optimiser and random numbers: a tree; most need nothing."""
+        return None
+
+    def load_own_state(self, state: Any) -> None:
+        """Take back what :meth:`own_state` gave, all its tensors on the CPU."""
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        """All ranks write their part into a hidden folder; rank 0 gives it its name when every part is there."""
-        began = time.perf_counter()
+        """Rank 0 gathers what the ranks have to themselves and saves all of it."""
         step = self.state.global_step
-        directory = Path(str(self.args.output_dir))
-        partial = directory / f"{checkpoint.PARTIAL_PREFIX}{checkpoint.folder_name(step)}"
-        with self._all_or_none(partial):
+        mine = {"random": random_state(self.args.device), "own": self.own_state()}
+        ranks = gathered(copied_tree(mine), self.args.should_save)
+        with self._all_or_none():
             if self.args.should_save:
-                checkpoint.begin(directory, step)
-        facts = {"tokens": self.tokens, "rows": self.order.rows, "batch_size": self.order.batch_size}
-        with self._all_or_none(partial):
-            if self.args.should_save:
-                self.save_model_weights(partial)
-            self._save_optimizer_and_scheduler(str(partial))
-            self._save_scaler(str(partial))
-            self._save_rng_state(str(partial))
-            if allocates(self.model) and self.args.should_save:
-                save_state(self.model, partial)
-            self.save_extra(partial)
-            if self.args.should_save:
-                self.state.save_to_json(str(partial / "trainer_state.json"))
-                (partial / PROGRESS).write_text(json.dumps(facts), encoding="utf-8")
-        with self._all_or_none(partial):
-            if self.args.should_save:
-                saved = checkpoint.commit(partial, step, keep=self.keep, facts=facts)
-                seconds = round(time.perf_counter() - began, 3)
-                self.emit(CheckpointSaved(step, f"checkpoints/{saved.path.name}", saved.bytes, seconds))
+                facts = {**self.identity, "tokens": self.tokens, "world_size": self.args.world_size}
+                facts |= {"rows": self.order.rows, "batch_size": self.order.batch_size}
+                self.saver.save(step, self._snapshot(ranks), facts, self.on_saved)
+
+    def _snapshot(self, ranks: list[Any]) -> Snapshot:
+        with self.model_to_save() as model:
+            if not self._described:  # a tokenizer does not change, and may be many megabytes
+                self._described = descriptions(model, self.processing_class)
+            parts, weights, arrange = weights_of(model)
+            files = self._described | (descriptions(model) if hasattr(model, "peft_config") else {})
+        scaler = getattr(self.accelerator, "scaler", None)
+        optimizer: Any = self.optimizer
+        scheduler: Any = self.lr_scheduler
+        state = {"optimizer": optimizer.state_dict(), "scheduler": scheduler.state_dict()}
+        state["scaler"] = scaler.state_dict() if scaler is not None else None
+        parts[OPTIMIZER] = as_part(state)
+        for rank, own in enumerate(ranks):
+            parts[rank_file(rank)] = as_part(own)
+        if allocates(self.model):
+            tensors, pattern = state_of(self.model)
+            parts[ADALORA] = Part(tensors)
+            files[PATTERN] = pattern
+        files["trainer_state.json"] = json.dumps(_plain(self.state), indent=1).encode()
+        return Snapshot(files, parts, weights, arrange)
+
+    def agree_on_failed_save(self, failed: bool) -> None:
+        """After all ranks have learned of it: every rank ends, the one that could not write with the reason."""
+        if not failed:
+            return
+        self.saver.wait()
+        raise RuntimeError("rank 0 could not write a checkpoint")
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Train; returns when the last checkpoint is on the disk."""
+        try:
+            done = super().train(*args, **kwargs)
+            with self._all_or_none():
+                self.saver.wait()
+        finally:
+            self.saver.end()
+        return done
 
     @contextlib.contextmanager
-    def _all_or_none(self, partial: Path) -> Iterator[None]:
-        """If a rank fails in the block, every rank fails after it, none waits for ever, and nothing partial stays."""
+    def _all_or_none(self) -> Iterator[None]:
+        """If a rank fails in the block, every rank fails after it, and none waits for ever."""
         failure: Exception | None = None
         try:
-            with checkpoint.reported_as_disk_error("the checkpoint can't be written", partial.parent):
+            with checkpoint.reported_as_disk_error("the checkpoint can't be written", self.saver.directory):
                 yield
         except Exception as error:
             failure = error
         failed = reduce_sum(torch.tensor(int(failure is not None)), self.args.device).item()
-        if failed and self.args.should_save:
-            checkpoint.discard(partial)
         if failure is not None:
             raise failure
         if failed:
-            raise RuntimeError("another rank could not write its part of the checkpoint")
+            raise RuntimeError("rank 0 could not write a checkpoint")
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         """Adapters are read back in place; a full model was loaded from the checkpoint in the first place."""
         folder = Path(resume_from_checkpoint)
-        self.tokens = json.loads((folder / PROGRESS).read_text(encoding="utf-8"))["tokens"]
+        self.tokens = json.loads((folder / checkpoint.MANIFEST).read_text(encoding="utf-8"))["facts"]["tokens"]
+        self._resumed_state = read_tree(folder / OPTIMIZER)
         if allocates(self.model):
             load_state(self.model, folder)
-        elif (folder / "adapter_model.safetensors").is_file():
+        elif (folder / ADAPTER).is_file():
             from peft import set_peft_model_state_dict
             from safetensors.torch import load_file
 
-            result: Any = set_peft_model_state_dict(
-                self.model, as_trained(load_file(folder / "adapter_model.safetensors"), self.model)
-            )
+            result: Any = set_peft_model_state_dict(self.model, as_trained(load_file(folder / ADAPTER), self.model))
             strange = set(result.unexpected_keys) - {"prompt_embeddings"}  # read by name into the prompt encoder
             assert not strange, f"adapter of another shape: {sorted(strange)[:3]}"
-        self.load_extra(folder)
+        mine = folder / rank_file(self.args.process_index)
+        if mine.is_file():
+            self._resumed_rank = read_tree(mine)
+        if self._resumed_rank is not None and self._resumed_rank["own"] is not None:
+            self.load_own_state(self._resumed_rank["own"])
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if self._resumed_state is not None:
+            optimizer: Any = self.optimizer
+            scheduler: Any = self.lr_scheduler
+            optimizer.load_state_dict(self._resumed_state["optimizer"])
+            scheduler.load_state_dict(self._resumed_state["scheduler"])
+
+    def _load_scaler(self, checkpoint: str | None) -> None:
+        scaler = getattr(self.accelerator, "scaler", None)
+        if self._resumed_state is not None and scaler is not None and self._resumed_state["scaler"] is not None:
+            scaler.load_state_dict(self._resumed_state["scaler"])
+        self._resumed_state = None
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        """Random numbers go on where they were; a rank that was not there then begins with numbers of its own."""
+        if checkpoint is None:
+            return
+        if self._resumed_rank is not None:
+            set_random_state(self._resumed_rank["random"], self.args.device)
+        else:
+            torch.manual_seed(self.args.seed + 1_000_003 * self.args.process_index + self.state.global_step)
+        self._resumed_rank = None
+
+
+def gathered(tree: Any, here: bool) -> list[Any]:
+    """The trees of all ranks, where they are wanted; elsewhere nothing."""
+    if not torch.distributed.is_initialized():
+        return [tree]
+    found: list[Any] | None = [None] * torch.distributed.get_world_size() if here else None
+    torch.distributed.gather_object(tree, found, dst=0)
+    return found or []
+
+
+def _plain(state: Any) -> dict[str, Any]:
+    """A trainer's state as it stores it itself."""
+    with tempfile.TemporaryDirectory() as folder:
+        state.save_to_json(f"{folder}/state.json")
+        tree: dict[str, Any] = json.loads(Path(folder, "state.json").read_text(encoding="utf-8"))
+        return tree
 
 
 @contextlib.contextmanager

@@ -15,6 +15,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from ..events import LogLine, read_events
 from ..output import written_whole
+from .save import save_result
 
 if TYPE_CHECKING:
     from .job import Job
@@ -70,9 +71,7 @@ class KeepsBest(TrainerCallback):
 
 def keep(job: Job, model: Any, step: int, loss: float) -> None:
     """Write the weights as a result is written, with a note of what they are."""
-    from ..worker import save_result
-
-    save_result(job.run, job.run.best_path, model, job.tokenizer, job.folder)
+    save_result(job.run.best_path, model, job.tokenizer, job.folder)
     note(job.run.best_path, step, loss)
 
 

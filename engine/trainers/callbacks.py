@@ -52,7 +52,10 @@ class Reporter(TrainerCallback):
         self._totals: list[int] = [0]
         self._bad_steps = 0
         self._first_step = 0
-        self._asked_checkpoint = False
+        self._serving = False
+        """A checkpoint that was asked for is being written."""
+        self._unproven = True
+        """This attempt has not saved yet: it does so after its first good step, to know that it can."""
 
     # --- the steps of a run, in the order in which the trainer calls them
 
@@ -77,15 +80,17 @@ class Reporter(TrainerCallback):
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Agree with the other ranks on counts and on what to do after this step."""
-        asked = [0, 0]
+        asked = [0, 0, int(self.trainer.saver.failed)]
         if self.rank == 0:
-            asked = [int(self.run.requested("stop")), int(self.run.requested("checkpoint"))]
+            wanted = self.run.requested("checkpoint") and not self._serving
+            asked[:2] = [int(self.run.requested("stop")), int(wanted)]
         counts = self.trainer.take_counts()
         agreed = reduce_sum(torch.cat([counts, counts.new_tensor(asked)]), args.device).tolist()
-        *self._totals, stop, save = agreed
+        *self._totals, stop, save, failed = agreed
+        self.trainer.agree_on_failed_save(bool(failed))
         self.trainer.tokens += self._totals[0]
         last = state.global_step >= self.length.steps
-        self._asked_checkpoint = bool(save)
+        self._serving = self._serving or bool(save)
         if stop and not last:
             self.stopped = True
             control.should_training_stop = True
@@ -93,7 +98,7 @@ class Reporter(TrainerCallback):
                 self.run.update(state="stopping")
         control.should_log = True
         due = state.global_step % self.length.checkpoint_every == 0
-        control.should_save = bool(last or stop or save or due)
+        control.should_save = bool(last or stop or save or due or self._unproven)
         measured = last or state.global_step % self.length.eval_every == 0
         control.should_evaluate = self.trainer.held_out is not None and measured and not self.stopped
 
@@ -164,10 +169,15 @@ class Reporter(TrainerCallback):
         self._marked = time.perf_counter()
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """A request for a checkpoint is done; its time does not count as a step's."""
-        if self._asked_checkpoint and self.rank == 0:
-            self.run.withdraw("checkpoint")
+        """The time that a checkpoint is waited for does not count as a step's."""
+        self._unproven = False
         self._marked = time.perf_counter()
+
+    def saved(self) -> None:
+        """A checkpoint is on the disk: if one was asked for, that is done."""
+        if self._serving and self.rank == 0:
+            self.run.withdraw("checkpoint")
+            self._serving = False
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Close what is open."""
@@ -215,7 +225,7 @@ class Reporter(TrainerCallback):
         if not early and now - self._memory_told < _MEMORY_EVERY_S:
             return
         self._memory_told = now
-        self.emit(memory_use(device, self.rank))
+        self.emit(memory_use(device, self.rank, self.trainer.pool_bytes))
 
 
 def _short(figures: dict[str, float]) -> dict[str, float]:
@@ -223,11 +233,15 @@ def _short(figures: dict[str, float]) -> dict[str, float]:
     return {name: float(f"{value:.6g}") for name, value in figures.items()}
 
 
-def memory_use(device: torch.device, rank: int) -> MemoryUse:
-    """What the CUDA allocator holds; on the CPU, what the process holds."""
+def memory_use(device: torch.device, rank: int, pool: int = 0) -> MemoryUse:
+    """What the CUDA allocator holds; on the CPU, what the process holds.
+
+    Args:
+        pool: bytes that a replayed step uses without the allocator counting them.
+    """
     if device.type == "cuda":
         held = torch.cuda.memory_allocated(device), torch.cuda.memory_reserved(device)
-        figures = [*held, torch.cuda.max_memory_allocated(device)]
+        figures = [*held, max(torch.cuda.max_memory_allocated(device), held[0] + pool)]
     else:
         import resource
 

@@ -39,7 +39,9 @@ def flatten(optimizer: torch.optim.Optimizer) -> int:
 
     def gather(*_: Any) -> None:
         for whole, members in joined:
-            if any(p.grad is not None for p in members):
+            if (together := _end_to_end([p.grad for p in members])) is not None:
+                whole.grad = together
+            elif any(p.grad is not None for p in members):
                 parts = [torch.zeros_like(p) if p.grad is None else p.grad for p in members]
                 whole.grad = torch.cat([part.reshape(-1) for part in parts])
 
@@ -51,6 +53,21 @@ def flatten(optimizer: torch.optim.Optimizer) -> int:
         optimizer.register_step_pre_hook(gather)
         optimizer.register_step_post_hook(release)
     return sum(len(members) for _, members in joined)
+
+
+def _end_to_end(parts: list[torch.Tensor | None]) -> torch.Tensor | None:
+    """Tensors that follow one another in one memory, as those of :mod:`..graphs` do, as one; None if they do not."""
+    first, size = parts[0], 0
+    if first is None:
+        return None
+    memory, start = first.untyped_storage().data_ptr(), first.storage_offset()
+    for part in parts:
+        if part is None or not part.is_contiguous() or part.dtype != first.dtype:
+            return None
+        if part.untyped_storage().data_ptr() != memory or part.storage_offset() != start + size:
+            return None
+        size += part.numel()
+    return first.as_strided((size,), (1,), start)
 
 
 def shorten_walks(model: Any, trained: list[torch.nn.Parameter]) -> None:

@@ -16,6 +16,9 @@ import torch
 from torch import nn
 from transformers.utils import ModelOutput
 
+#: Share of labelled positions up to which it pays to leave the others out: gathering rows takes time too.
+_FEW = 0.9
+
 
 @dataclass
 class TokenLoss(ModelOutput):
@@ -33,10 +36,12 @@ class Wanted:
     Args:
         num_items: what the summed loss is divided by, on the device.
         labelled: positions with a label in this batch, known on the host.
+        alone: the last layer may leave out the others: it is one of ours (``kernels/decoder_layer.py``).
     """
 
     num_items: torch.Tensor
     labelled: int
+    alone: bool = False
 
 
 def give_token_loss(model: Any, context: contextlib.AbstractContextManager[Any]) -> str:
@@ -64,15 +69,18 @@ def give_token_loss(model: Any, context: contextlib.AbstractContextManager[Any])
     def forward(*args: Any, token_loss: Wanted | None = None, **kwargs: Any) -> Any:
         if token_loss is None:
             return stock(*args, **kwargs)
-        from ...kernels.linear_cross_entropy import scored, shift_labels
+        from ...kernels.decoder_layer import Needed
+        from ...kernels.linear_cross_entropy import labelled_rows, scored, shift_labels
 
-        labels = kwargs.pop("labels")
+        labels = shift_labels(kwargs.pop("labels"))
+        if token_loss.alone and 0 < token_loss.labelled <= _FEW * labels.numel():
+            kwargs["needed"] = Needed(labelled_rows(labels, token_loss.labelled))
         out = causal.base_model(*args, **(kwargs | {"use_cache": False}))
         weight = causal.get_output_embeddings().weight
         loss, right = scored(
             out.last_hidden_state,
             weight,
-            shift_labels(labels),
+            labels,
             num_items=token_loss.num_items,
             labelled=token_loss.labelled,
             softcap=cap,

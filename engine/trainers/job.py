@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -47,6 +47,8 @@ class Job:
     emit: Emit
     resumed: bool
     whole_layers: bool = False
+    identity: dict[str, Any] = field(default_factory=dict)
+    """What checkpoints note down about the run that they belong to."""
 
     @property
     def numerics(self) -> Numerics:
@@ -82,6 +84,7 @@ class Job:
             "emit": self.emit,
             "numerics": self.numerics,
             "resolved": self.resolved,
+            "identity": self.identity,
             "model": self.model,
             "train_dataset": self.rows.train,
             "processing_class": self.tokenizer,

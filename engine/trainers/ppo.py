@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,7 +27,6 @@ from .job import Job
 from .rl import RolloutTrainer, generation_settings, initial_policy, rollout_parts
 
 _HEAD = "value_head"
-_FILE = "value_head.pt"
 
 
 class ValueHead(nn.Module):
@@ -220,30 +218,23 @@ class ProximalTrainer(RolloutTrainer, GRPOTrainer):
     # --- checkpoints: the head is saved beside the model, not in it
 
     @contextlib.contextmanager
-    def _headless(self) -> Iterator[None]:
+    def model_to_save(self) -> Iterator[Any]:
+        """The policy alone."""
         model: Any = self.model
         head = self.value_head
         delattr(model, _HEAD)
         try:
-            yield
+            yield model
         finally:
             model.add_module(_HEAD, head)
 
-    def save_model_weights(self, folder: Path) -> None:
-        """Write the policy alone."""
-        with self._headless():
-            super().save_model_weights(folder)
+    def own_state(self) -> dict[str, Any]:
+        """Also the value head and the coefficient of KL, which are the same on every rank."""
+        return {**super().own_state(), "head": dict(self.value_head.state_dict()), "beta": self.control_kl.beta}
 
-    def save_extra(self, folder: Path) -> None:
-        """Also the value head and the coefficient of KL."""
-        super().save_extra(folder)
-        if self.args.should_save:
-            torch.save({"head": self.value_head.state_dict(), "beta": self.control_kl.beta}, folder / _FILE)
-
-    def load_extra(self, folder: Path) -> None:
+    def load_own_state(self, state: Any) -> None:
         """The value head goes on with what it has learned."""
-        super().load_extra(folder)
-        state = torch.load(folder / _FILE, map_location=self.args.device, weights_only=True)
+        super().load_own_state(state)
         self.value_head.load_state_dict(state["head"])
         self.control_kl.beta = state["beta"]
 

@@ -11,7 +11,6 @@ import contextlib
 import importlib.util
 import math
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -140,18 +139,24 @@ class RolloutTrainer(RunTrainer):
             for judge in self.judges:
                 judge.process.close()
 
-    def save_extra(self, folder: Path) -> None:
+    def own_state(self) -> dict[str, Any]:
         """Where this rank is among the uses of its latest completions, and these if they have further ones."""
         every = self.args.steps_per_generation * self.num_iterations
         kept = self._buffered_inputs if self._step % every else None
-        state = {"step": self._step, "completions": kept}
-        torch.save(state, folder / f"rollout_{self.args.process_index}.pt")
+        return {"step": self._step, "completions": kept}
 
-    def load_extra(self, folder: Path) -> None:
+    def load_own_state(self, state: Any) -> None:
         """Go on with the same completions."""
-        path = folder / f"rollout_{self.args.process_index}.pt"
-        state = torch.load(path, map_location=self.args.device, weights_only=True)
-        self._step, self._buffered_inputs = state["step"], state["completions"]
+        self._step, self._buffered_inputs = state["step"], moved(state["completions"], self.args.device)
+
+
+def moved(tree: Any, device: torch.device) -> Any:
+    """A tree with its tensors on a device."""
+    if isinstance(tree, torch.Tensor):
+        return tree.to(device)
+    if isinstance(tree, dict):
+        return {name: moved(value, device) for name, value in tree.items()}
+    return [moved(value, device) for value in tree] if isinstance(tree, list) else tree
 
 
 class GroupTrainer(RolloutTrainer, GRPOTrainer):

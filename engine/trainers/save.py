@@ -9,6 +9,21 @@ import torch
 from safetensors.torch import save_file
 
 from ..initial import as_on_disk
+from ..model import stored_dtype
+from ..modes import give_usual_modes
+from ..output import set_generation, write_output
+
+
+def save_result(target: Path, model: Any, tokenizer: Any, base: Path) -> None:
+    """Write a run's result: an adapter as it is; a full model in the format that its base was stored in.
+
+    Args:
+        target: the folder, which is there whole or not at all.
+        base: where the base model lies.
+    """
+    set_generation(model, tokenizer)
+    dtype = stored_dtype(base)
+    write_output(target, lambda partial: save_weights(model, tokenizer, partial, dtype=dtype), model)
 
 
 def save_weights(model: Any, tokenizer: Any, folder: Path, *, dtype: torch.dtype | None = None) -> None:
@@ -37,5 +52,4 @@ def save_weights(model: Any, tokenizer: Any, folder: Path, *, dtype: torch.dtype
         finally:
             model.config.dtype, model.config.use_cache = before, cache
     tokenizer.save_pretrained(str(folder))
-    for file in folder.iterdir():
-        file.chmod(0o644)  # safetensors writes through a private temporary file, which nobody else could serve
+    give_usual_modes(folder)  # safetensors writes through a private temporary file, which nobody else could serve

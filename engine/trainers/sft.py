@@ -6,6 +6,8 @@ divided by their number, so it does not depend on how the batch is cut up.
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,9 +16,12 @@ from trl import SFTConfig, SFTTrainer
 from ...kernels.attention import Documents
 from ..evaluate import IGNORED, Collate, held_out_loss, reduce_sum, score
 from ..events import Fallback
+from ..graphs import CudaRecorder
 from .base import RunTrainer
 from .head import Wanted, give_token_loss
 from .job import Job
+from .replay import Replays, obstacle
+from .unasked import no_masks, plainly_causal
 
 
 class TokenMeanTrainer(RunTrainer, SFTTrainer):
@@ -31,6 +36,11 @@ class TokenMeanTrainer(RunTrainer, SFTTrainer):
         self.collate = collate
         self.fuses_loss = False
         """The loss comes from labelled positions alone, in one operation with the output head."""
+        self.whole_layers = False
+        """Every decoder layer is one function, and knows the documents of its rows."""
+        self.replays: Replays | None = None
+        self._next: tuple[list[Any], Any] | None = None
+        self._read: Callable[[], tuple[list[Any], Any]] | None = None
         super().__init__(data_collator=self._collate_counted, **rest)
         # The loss below is normalised over the whole global batch already: transformers from 5.18 asks the second
         # attribute, before that the first.
@@ -49,6 +59,11 @@ class TokenMeanTrainer(RunTrainer, SFTTrainer):
         if why:
             self.emit(Fallback("loss: by the trainer's own output head", why))
 
+    @property
+    def pool_bytes(self) -> int:  # type: ignore[override]
+        """Device memory of steps that are replayed."""
+        return self.replays.graphs.pool_bytes if self.replays is not None else 0
+
     # --- data
 
     def _collate_counted(self, rows: list[Any]) -> dict[str, Any]:
@@ -64,9 +79,32 @@ class TokenMeanTrainer(RunTrainer, SFTTrainer):
         return batch
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> torch.Tensor:
-        return reduce_sum(torch.tensor(sum(batch["num_labelled"] for batch in batch_samples)), device)
+        labelled = sum(batch["num_labelled"] for batch in batch_samples)
+        if self.args.world_size == 1:
+            return torch.full((), labelled, device=device)  # filled, not copied: nobody waits for the device
+        return reduce_sum(torch.tensor(labelled), device)
+
+    def get_batch_samples(
+        self, epoch_iterator: Any, num_batches: int, device: torch.device
+    ) -> tuple[list[Any], torch.Tensor | int | None]:
+        """The micro-batches of a step: made while the device was busy with the step before, if there was one."""
+        ready, self._next = self._next, None
+        stock = super().get_batch_samples
+        self._read = lambda: stock(epoch_iterator, num_batches, device)
+        return self._read() if ready is None else ready
 
     # --- loss
+
+    def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
+        """Forward and backward of one micro-batch; after the last of a step, the next step's are made ready."""
+        if self.replays is not None:
+            loss = self.replays.step(inputs, num_items_in_batch)
+        else:
+            loss = super().training_step(model, inputs, num_items_in_batch)
+        # From here on the host would only wait for the device. Other ranks add up what they read, so all do as ever.
+        if self.accelerator.sync_gradients and self._read is not None and self.args.world_size == 1:
+            self._next = self._read()
+        return loss
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
@@ -84,7 +122,7 @@ class TokenMeanTrainer(RunTrainer, SFTTrainer):
         loss = scored.loss / num_items_in_batch.clamp(min=1) * self.accelerator.num_processes
         if scored.auxiliary is not None:
             loss = loss + self.router_aux_loss_coef * scored.auxiliary / self.args.gradient_accumulation_steps
-        self._count(tokens, labelled, scored.right)
+        self.count_tokens(tokens, labelled, scored.right)
         return loss
 
     def _fused_loss(
@@ -93,13 +131,37 @@ class TokenMeanTrainer(RunTrainer, SFTTrainer):
         # Rows are padded on the right, where no labelled position of a causal model looks: without the mask attention
         # runs at its full speed, and nobody has to ask the device whether the mask is all ones.
         inputs.pop("attention_mask", None)
-        wanted = Wanted(num_items.clamp(min=1).float() / self.accelerator.num_processes, labelled)
-        out = model(**inputs, use_cache=False, token_loss=wanted)
-        self._count(tokens, labelled, out.right)
+        out = self.token_loss(model, inputs, num_items, labelled)
+        self.count_tokens(tokens, labelled, out.right)
         loss: torch.Tensor = out.loss
         return loss
 
-    def _count(self, tokens: int, labelled: int, right: torch.Tensor) -> None:
+    def token_loss(self, model: Any, inputs: dict[str, Any], num_items: torch.Tensor, labelled: int) -> Any:
+        """Loss and hits of a micro-batch without a mask (:class:`.head.TokenLoss`); it waits for nothing.
+
+        Args:
+            inputs: ``input_ids`` and ``labels``; of packed rows also ``position_ids`` and ``documents``.
+            labelled: how many labels there are, or a bound on it.
+        """
+        share = num_items.clamp(min=1).float() / self.accelerator.num_processes
+        wanted = Wanted(share, labelled, alone=self._last_layer_is_ours())
+        config, length = self.model.config.get_text_config(), inputs["input_ids"].shape[1]  # type: ignore[union-attr, operator]
+        known = self.whole_layers and ("documents" in inputs or "position_ids" not in inputs)
+        with no_masks() if known and plainly_causal(config, length) else contextlib.nullcontext():
+            return model(**inputs, use_cache=False, token_loss=wanted)
+
+    def _last_layer_is_ours(self) -> bool:
+        if not self.whole_layers:
+            return False
+        from ...kernels.layers import ends_with_ours
+        from ...kernels.patch import STATE
+
+        model: Any = self.model
+        causal = model.get_base_model() if hasattr(model, "get_base_model") else model
+        return ends_with_ours(causal.base_model, STATE)
+
+    def count_tokens(self, tokens: int, labelled: int, right: torch.Tensor) -> None:
+        """Count one micro-batch: its tokens, its labels, and how many of these the model would have chosen."""
         right = right.to(torch.int64)
         # Filled, not copied from the host, which would wait for the device.
         self.count(torch.stack([torch.full_like(right, tokens), torch.full_like(right, labelled), right]))
@@ -150,6 +212,13 @@ def sft_trainer(job: Job) -> TokenMeanTrainer:
     )
     collate = Collator(job.tokenizer.pad_token_id, multiple_of=job.multiple_of)
     trainer = TokenMeanTrainer(collate=collate, args=args, **job.common())
+    trainer.whole_layers = job.whole_layers
     if job.device.type == "cuda" and job.resolved.kernels != "off":
         trainer.fuse_loss()
+    if job.resolved.graphs:
+        why = obstacle(trainer, job.resolved, whole_layers=job.whole_layers)
+        if why:
+            job.emit(Fallback("graphs: steps are launched kernel by kernel", why))
+        else:
+            trainer.replays = Replays(trainer, CudaRecorder(job.device))
     return trainer

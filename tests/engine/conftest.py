@@ -6,6 +6,7 @@ import dataclasses
 import os
 import subprocess
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,7 @@ def _own_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Tests neither see the runs of whoever runs them, nor leave theirs behind."""
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
     monkeypatch.setenv("FINETUI_RUNS", str(tmp_path / "runs"))
+    monkeypatch.setenv("FINETUI_GPU_LOCKS", str(tmp_path / "gpus"))
 
 
 @pytest.fixture
@@ -142,6 +144,27 @@ def training_run(
         return make_run({**asked, **(recipe or {})}, **{**knobs, **plan})
 
     return make
+
+
+@pytest.fixture
+def power_cut(monkeypatch: pytest.MonkeyPatch) -> Callable[..., AbstractContextManager[None]]:
+    """Within it, a run in this process ends right after it has told of a step, the third unless said."""
+    from finetui.engine.trainers.callbacks import Reporter
+
+    tell = Reporter.on_log
+
+    @contextmanager
+    def cut(step: int = 3) -> Iterator[None]:
+        def tell_and_end(self: Any, args: Any, state: Any, *rest: Any, **more: Any) -> None:
+            tell(self, args, state, *rest, **more)
+            if state.global_step == step:
+                raise RuntimeError("power cut")
+
+        with monkeypatch.context() as patched:
+            patched.setattr(Reporter, "on_log", tell_and_end)
+            yield
+
+    return cut
 
 
 @pytest.fixture

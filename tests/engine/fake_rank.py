@@ -8,7 +8,12 @@ import time
 from pathlib import Path
 
 from finetui.engine.events import EventLog, Failure, Step
+from finetui.engine.heartbeat import Pulse, leave_stacks
 from finetui.engine.run import Run
+
+
+def hang_here() -> None:
+    time.sleep(120)
 
 
 def main(mode: str, folder: str) -> int:
@@ -19,6 +24,8 @@ def main(mode: str, folder: str) -> int:
     os.dup2(log, 2)
     (Path(folder) / f"pid{rank}").write_text(str(os.getpid()))
     (Path(folder) / f"environment{rank}").write_text("\n".join(f"{k}={v}" for k, v in os.environ.items()))
+    leave_stacks()
+    pulse, attempt = Pulse(rank), run.recorded.attempt
     with EventLog(run.events_path) as events:
         if rank == 0:
             run.update(state="running")
@@ -30,7 +37,9 @@ def main(mode: str, folder: str) -> int:
             case "silent-crash":
                 print("Traceback\nRuntimeError: the last words", flush=True)
                 return 3
-            case "killed":
+            case "killed-once" if attempt > 1:
+                return 0
+            case "killed" | "killed-once":
                 os.kill(os.getpid(), signal.SIGKILL)
             case "second-dies" if rank == 1:
                 time.sleep(0.3)
@@ -42,14 +51,21 @@ def main(mode: str, folder: str) -> int:
             case "deaf":  # ends for nothing but SIGKILL
                 signal.signal(signal.SIGTERM, signal.SIG_IGN)
                 time.sleep(120)
+        hangs = mode == "hang" or (mode == "hang-once" and attempt == 1)
         for step in range(1, 2400 if mode in {"endless", "second-dies"} else 16):
+            if hangs and rank == int(os.environ["WORLD_SIZE"]) - 1 and step == 3:
+                hang_here()
+            if hangs and step > 3:  # waits for its peer, as in a collective
+                time.sleep(120)
+            pulse.beat(step)
             if rank == 0:
                 events.append(Step(step, 0.1, 2.0 / step, 1e-4, 1.0, step * 10, 100.0, 0.05, 16))
             if run.requested("stop"):
                 if rank == 0:
                     run.update(state="stopping")
-                return 0
+                break
             time.sleep(0.05)
+    pulse.rest()
     return 0
 
 

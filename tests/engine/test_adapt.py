@@ -208,6 +208,15 @@ def test_only_an_adapter_of_the_same_shape_goes_on(tmp_path) -> None:
             _quietly(_model("llama", "cpu"), resolved)
 
 
+@pytest.mark.parametrize("targets", ["all-linear", ["q_proj", "down_proj"]])
+def test_experts_are_named_once(targets) -> None:
+    """PEFT counts them once, so the planner must not count them twice."""
+    architecture = Architecture.from_config({"model_type": "qwen3_moe", **SHAPES["qwen2_moe"]}, "mix")
+    tuning = {"type": "lora", "rank": 4, "targets": targets, "target_parameters": ["mlp.experts.down_proj"]}
+    with pytest.raises(RecipeError, match=r"down_proj has no effect: targets put adapters on the experts of mix"):
+        make_plan(Recipe.build({"model": "m", "tuning": tuning}), architecture, cpu_node())
+
+
 @pytest.mark.parametrize(
     ("tuning", "words"),
     [

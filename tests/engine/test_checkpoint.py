@@ -23,7 +23,7 @@ def write(directory: Path, step: int, keep: int = 3) -> checkpoint.Checkpoint:
 
 
 def test_found_again_in_order_with_facts(tmp_path: Path) -> None:
-    for step in (200, 20, 1_000_000):
+    for step in (20, 200, 1_000_000):
         write(tmp_path, step)
     found = checkpoint.find(tmp_path)
     assert [c.step for c in found] == [20, 200, 1_000_000]
@@ -114,6 +114,53 @@ def test_a_damaged_one_of_the_same_step_is_replaced(tmp_path: Path) -> None:
     (write(tmp_path, 5).path / "optimizer.pt").unlink()
     write(tmp_path, 5)
     assert checkpoint.damage(tmp_path / "step-000005") is None
+
+
+def test_a_damaged_later_one_never_outlives_a_sound_one(tmp_path: Path) -> None:
+    write(tmp_path, 10)
+    weights = write(tmp_path, 20).path / "model.safetensors"
+    weights.write_bytes(b"x" + weights.read_bytes()[1:])  # of full size, so that only its content tells
+    assert checkpoint.latest(tmp_path).checkpoint == checkpoint.find(tmp_path)[0]
+    write(tmp_path, 11, keep=1)  # training went on from 10
+    assert [found.step for found in checkpoint.find(tmp_path)] == [11]
+    assert checkpoint.latest(tmp_path).skipped == []
+
+
+def test_a_sound_one_of_the_same_step_stays_as_it_is(tmp_path: Path) -> None:
+    first = write(tmp_path, 5).path / "optimizer.pt"
+    inode = first.stat().st_ino
+    assert write(tmp_path, 5, keep=1).step == 5
+    assert first.stat().st_ino == inode
+    assert [path.name for path in tmp_path.iterdir()] == ["step-000005"]
+
+
+def test_one_that_is_removed_while_it_is_looked_at_is_no_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import shutil
+
+    path = write(tmp_path, 5).path
+    look = checkpoint._shallow_damage
+
+    def then_gone(path: Path) -> str | None:
+        told = look(path)
+        shutil.rmtree(path)
+        return told
+
+    monkeypatch.setattr(checkpoint, "_shallow_damage", then_gone)
+    assert checkpoint.find(tmp_path) == []
+    monkeypatch.undo()
+    path = write(tmp_path, 6).path
+    monkeypatch.setattr(checkpoint, "_shallow_damage", then_gone)
+    assert "can't be read" in str(checkpoint.damage(path))
+
+
+def test_folders_inside_are_flushed_and_listed_too(tmp_path: Path) -> None:
+    partial = checkpoint.begin(tmp_path, 1)
+    (partial / "adapter").mkdir()
+    (partial / "adapter" / "weights").write_bytes(b"w")
+    path = checkpoint.commit(partial, 1, keep=1).path
+    assert checkpoint.damage(path) is None
+    (path / "adapter" / "weights").write_bytes(b"v")
+    assert checkpoint.damage(path) == "adapter/weights has other content than was written"
 
 
 def test_the_manifest_lists_every_file(tmp_path: Path) -> None:

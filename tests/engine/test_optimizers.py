@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from types import SimpleNamespace
 from typing import Any
 
@@ -20,6 +21,7 @@ from finetui.planner.options import OptimizerOptions  # noqa: E402
 from finetui.planner.storage import low_rank_bytes  # noqa: E402
 
 MakeRun = Callable[..., Run]
+PowerCut = Callable[..., AbstractContextManager[None]]
 #: Optimiser, what is tuned, and a rate at which a tiny model learns in six steps.
 RUNS = {
     "sgd": ("full", 0.5, {"momentum": 0.5}),
@@ -43,22 +45,12 @@ def losses(run: Run) -> dict[int, float]:
 
 
 @pytest.mark.parametrize("name", RUNS)
-def test_trains_and_continues_exactly(training_run: MakeRun, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    from finetui.engine.trainers.callbacks import Reporter
-
+def test_trains_and_continues_exactly(training_run: MakeRun, name: str, power_cut: PowerCut) -> None:
     tuning, rate, options = RUNS[name]
     knobs = {"tuning": tuning, "optimizer": name.split()[0], "learning_rate": rate, "optimizer_options": options}
     whole, cut = training_run(**knobs), training_run(**knobs)
     assert attempt(whole) == 0, events(whole, "failure")
-    tell = Reporter.on_log
-
-    def power_cut(self: Any, args: Any, state: Any, *rest: Any, **more: Any) -> None:
-        tell(self, args, state, *rest, **more)
-        if state.global_step == 3:
-            raise RuntimeError("power cut")
-
-    with monkeypatch.context() as patched:
-        patched.setattr(Reporter, "on_log", power_cut)
+    with power_cut():
         assert attempt(cut) == 1
     assert attempt(cut) == 0, events(cut, "failure")
     assert losses(cut) == losses(whole)

@@ -22,7 +22,7 @@ import pytest
 import finetui
 from finetui.engine import preflight as module
 from finetui.engine.preflight import GIB, PACKAGES, Check, preflight
-from finetui.planner.plan import HardwareSummary, Memory, Plan
+from finetui.planner.plan import Disk, HardwareSummary, Memory, Plan
 from finetui.planner.recipe import Recipe
 
 
@@ -225,13 +225,13 @@ def test_a_model_folder_that_lacks_files(recipe: Recipe) -> None:
 
 def test_disk(recipe: Recipe, make_plan: Callable[..., Plan], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     plan = make_plan()
-    plan = with_(plan, model=dataclasses.replace(plan.model, trainable=10**9))
-    # 4 bytes of weights and 8 of AdamW per parameter, in 3 checkpoints, and 4 in the output.
-    need = (4 + 8) * 3 + 4
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=need * 10**9))
+    plan = with_(plan, disk=Disk(checkpoint_gib=12.0, checkpoints_gib=36.0, output_gib=4.0))
+    need = 40 * GIB + 2**26
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=need - 1))
     (check,) = module._disk(recipe, plan, tmp_path)
-    assert (check.status, f"{(need * 10**9 + 2**26) / GIB:.1f} needed" in check.detail) == ("fail", True)
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=(need + 1) * 10**9))
+    assert check.status == "fail"
+    assert "40.1 needed (3 checkpoints of 12.0 GiB, and the result)" in check.detail
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=need))
     assert module._disk(recipe, plan, tmp_path)[0].status == "ok"
 
 

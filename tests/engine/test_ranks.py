@@ -59,7 +59,7 @@ def test_two_ranks_train_like_one(training_run: MakeRun, tuning: str) -> None:
     ranks = {e.data["rank"] for e in read_events(two.events_path) if e.type == "memory"}
     assert ranks == {0, 1}
     saved = {path.name for path in (two.path / "checkpoints" / "step-000004").iterdir()}
-    assert {"rng_state_0.pth", "rng_state_1.pth"} <= saved
+    assert {"rank0.safetensors", "rank1.safetensors"} <= saved
 
 
 @pytest.mark.slow

@@ -56,7 +56,7 @@ def test_a_run_holds_what_was_asked_and_decided(make_run: Callable[..., Run], ma
     assert run.status.state == "preparing"
     assert run.status.version
     assert {p.name for p in run.path.iterdir()} >= {"log", "control", "checkpoints", "events.jsonl", "run.json"}
-    assert (run.path.stat().st_mode & 0o777) == 0o755
+    assert (run.path.stat().st_mode & 0o777) == 0o700
 
 
 def test_death_while_a_run_is_made_leaves_no_run(tmp_path: Path, make_plan: Callable[..., Plan]) -> None:

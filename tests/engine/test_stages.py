@@ -128,6 +128,30 @@ def test_a_staged_run_is_stopped_and_killed_and_goes_on_where_it_was(staged: Cal
     assert Run(run.path.parent / "flow.1-sft").status.attempt == 1
 
 
+@pytest.mark.slow
+def test_stages_train_on_two_ranks(staged: Callable[..., Run], tmp_path: Path) -> None:
+    rows = [{"prompt": f"colour {i}?", "chosen": " red like a rose", "rejected": " grey"} for i in range(12)]
+    pairs = tmp_path / "pairs.jsonl"
+    pairs.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    run = staged(
+        [
+            {"max_steps": 2},
+            {"method": "dpo", "data": str(pairs), "max_steps": 2, "tuning": {"start_from": "previous"}},
+            {"do": "merge"},
+        ],
+        hardware={"device": "cpu", "gpus": 2, "strategy": "ddp"},
+    )
+    start(run)
+    wait(run)
+    assert run.status.state == "finished", [e.data for e in read_events(run.events_path) if e.type == "failure"]
+    first, second = (Run(run.path.parent / f"flow.{name}") for name in ("1-sft", "2-dpo"))
+    assert steps(run) == [1, 2, 3, 4]
+    for stage in (first, second):
+        assert stage.plan.resolved.strategy == "ddp"
+        assert sorted(path.name for path in (stage.path / "log").glob("rank*.log")) == ["rank0.log", "rank1.log"]
+    assert (second.path / "merged" / "model.safetensors").is_file()
+
+
 def test_the_shipped_workflow_plans_and_trains(
     in_process: Callable[[Run], int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

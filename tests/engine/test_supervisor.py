@@ -114,7 +114,7 @@ def test_a_worker_that_does_not_exist_is_a_crash(make_run: Callable[..., Run]) -
 def test_a_killed_rank_is_told_from_one_out_of_memory(
     make_run: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    outcome = carry_out(make_run(), "killed")
+    outcome = carry_out(make_run({"limits": {"restarts": 0}}), "killed")
     assert (outcome.cause, "SIGKILL" in outcome.message) == ("crash", True)
     counts = iter([4, 5])
     monkeypatch.setattr("finetui.engine.supervisor.oom_kills", lambda: next(counts))

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from finetui.engine.events import EventLog, read_events
-from finetui.engine.telemetry import RETRY_S, GpuMonitor, HostMonitor, Sampler, gpu_interval_s
+from finetui.engine.events import EventLog, GpuSample, read_events
+from finetui.engine.telemetry import RETRY_S, SLOW_INTERVAL_S, GpuMonitor, HostMonitor, Sampler, gpu_interval_s
 from finetui.planner.cgroup import MemoryLimit
 
 GIB = 2**30
@@ -49,8 +49,11 @@ class FakeNvml:
 
     def __init__(self, count: int = 1) -> None:
         self.count, self.fail, self.reasons = count, dict[Any, NVMLError](), 0
+        self.asked: list[str] = []
+        self.kib = (0, 0)
 
     def _answer(self, name: str, index: int | None, value: Any) -> Any:
+        self.asked.append(name)
         error = self.fail.get(name) or self.fail.get((name, index)) or self.fail.get("*")
         if error is not None:
             raise error
@@ -84,10 +87,28 @@ class FakeNvml:
         return self._answer("temperature", handle, 61)
 
     def nvmlDeviceGetClockInfo(self, handle: int, clock: int) -> int:
-        return self._answer("clock", handle, 1980)
+        return self._answer("memory clock" if clock == 2 else "clock", handle, 2619 if clock == 2 else 1980)
 
     def nvmlDeviceGetCurrentClocksThrottleReasons(self, handle: int) -> int:
         return self._answer("throttle", handle, self.reasons)
+
+    def nvmlDeviceGetEnforcedPowerLimit(self, handle: int) -> int:
+        return self._answer("limit", handle, 700_000)
+
+    def nvmlDeviceGetPcieThroughput(self, handle: int, counter: int) -> int:
+        return self._answer("pcie", handle, [400_000, 1_200_000][counter])
+
+    def nvmlDeviceGetTotalEccErrors(self, handle: int, kind: int, counter: int) -> int:
+        return self._answer("ecc", handle, [5, 2][kind])
+
+    def nvmlDeviceGetFieldValues(self, handle: int, fields: list[tuple[int, int]]) -> list[Any]:
+        out, into = self.kib
+        counted = {138: out, 139: into}
+        return self._answer(
+            "nvlink",
+            handle,
+            [SimpleNamespace(nvmlReturn=0, value=SimpleNamespace(ullVal=counted[number])) for number, _ in fields],
+        )
 
 
 class Clock:
@@ -138,6 +159,99 @@ def test_a_figure_that_is_not_given_is_none_and_the_others_stay(
     others = {"sm_percent", "power_w", "temperature_c", "sm_clock_mhz", "memory_used_gib"} - {field}
     assert all(getattr(sample, other) is not None for other in others)
     assert gpus.take_warnings() == []
+
+
+SLOW = {"memory clock", "limit", "pcie", "ecc", "nvlink"}
+
+
+def test_traffic_errors_and_limits(clock: Clock) -> None:
+    nvml = FakeNvml()
+    gpus = monitor(nvml, clock)
+    (first,) = gpus.sample()
+    assert (first.memory_clock_mhz, first.power_limit_w) == (2619.0, 700.0)
+    assert (first.pcie_in_gb_s, first.pcie_out_gb_s) == (1.2, 0.4)
+    assert (first.ecc_corrected, first.ecc_uncorrected) == (5, 2)
+    assert (first.nvlink_in_gb_s, first.nvlink_out_gb_s) == (None, None)  # it takes two looks to see traffic
+    clock.now += SLOW_INTERVAL_S
+    nvml.kib = (10_000_000, 20_000_000)
+    (second,) = gpus.sample()
+    assert second.nvlink_out_gb_s == pytest.approx(10_000_000 * 1024 / SLOW_INTERVAL_S / 1e9, abs=1e-3)
+    assert second.nvlink_in_gb_s == pytest.approx(20_000_000 * 1024 / SLOW_INTERVAL_S / 1e9, abs=1e-3)
+    clock.now += SLOW_INTERVAL_S
+    nvml.kib = (0, 0)  # the driver was loaded anew
+    assert gpus.sample()[0].nvlink_in_gb_s is None
+
+
+def test_what_is_slow_to_ask_is_asked_every_few_seconds_only(clock: Clock) -> None:
+    nvml = FakeNvml()
+    gpus = monitor(nvml, clock)
+    first = gpus.sample()[0]
+    nvml.asked.clear()
+    clock.now += SLOW_INTERVAL_S - 0.1
+    again = gpus.sample()[0]
+    assert not SLOW & set(nvml.asked)
+    assert again == first
+    clock.now += 0.1
+    gpus.sample()
+    assert set(nvml.asked) >= SLOW
+
+
+def test_what_is_slow_is_told_every_few_seconds_only(clock: Clock, tmp_path: Path) -> None:
+    gpus, sampler = monitor(FakeNvml(8), clock), Sampler(tmp_path / "events.jsonl", list(range(8)))
+    told = []
+    for _ in range(30):
+        told += sampler._thinned(gpus.sample(), clock.now)
+        clock.now += 1.0
+    assert len(told) == 30 * 8
+    assert sum(sample.pcie_in_gb_s is not None for sample in told) == 3 * 8
+    with EventLog(tmp_path / "events.jsonl") as log:
+        for sample in told:
+            log.append(sample)
+    size = (tmp_path / "events.jsonl").stat().st_size
+    per_day = size / len(told) * 8 * 3600 + _with_slow(told, tmp_path) / 2 * 8 * (86400 - 3600) / 5
+    assert per_day < 46e6  # what gpu_interval_s promises
+
+
+def _with_slow(told: list[GpuSample], folder: Path) -> float:
+    """Bytes of a pair of events, one with the slow figures and one without."""
+    with EventLog(folder / "pair.jsonl") as log:
+        log.append(told[0])
+        log.append(told[8])
+    return (folder / "pair.jsonl").stat().st_size
+
+
+class NVMLError_Unknown(NVMLError):
+    """What some virtual GPUs answer to whatever they do not know."""
+
+
+@pytest.mark.parametrize("error", [NVMLError_NotSupported, NVMLError_NoPermission, NVMLError_Unknown])
+def test_figures_that_a_card_does_not_give_are_nothing(clock: Clock, error: type[NVMLError]) -> None:
+    nvml = FakeNvml(8)
+    nvml.fail |= dict.fromkeys(SLOW, error())
+    gpus = monitor(nvml, clock)
+    samples = gpus.sample()
+    assert len(samples) == 8
+    for sample in samples:
+        assert (sample.power_w, sample.sm_clock_mhz) == (301.4, 1980.0)
+        assert sample.pcie_in_gb_s is sample.ecc_corrected is sample.nvlink_in_gb_s is sample.power_limit_w is None
+    assert gpus.take_warnings() == []
+
+
+def test_an_old_library_without_these_calls(clock: Clock) -> None:
+    class Old(FakeNvml):
+        nvmlDeviceGetFieldValues = nvmlDeviceGetPcieThroughput = nvmlDeviceGetTotalEccErrors = None  # type: ignore[assignment]
+        nvmlDeviceGetEnforcedPowerLimit = None  # type: ignore[assignment]
+
+    (sample,) = monitor(Old(), clock).sample()
+    assert (sample.pcie_in_gb_s, sample.power_limit_w, sample.power_w) == (None, None, 301.4)
+
+
+def test_a_gpu_that_is_lost_while_traffic_is_asked_for(clock: Clock) -> None:
+    nvml = FakeNvml(2)
+    nvml.fail["pcie", 1] = NVMLError_GpuIsLost()
+    gpus = monitor(nvml, clock)
+    assert [sample.power_w for sample in gpus.sample()] == [301.4, None]
+    assert "GPU 1 does not answer" in gpus.take_warnings()[0].what
 
 
 def test_memory_falls_back_to_the_first_version_of_the_call(clock: Clock) -> None:

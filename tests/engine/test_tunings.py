@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import warnings
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,7 @@ from finetui.planner.options import TUNING_KEYS  # noqa: E402
 from finetui.planner.tuning import Tuning  # noqa: E402
 
 MakeRun = Callable[..., Run]
+PowerCut = Callable[..., AbstractContextManager[None]]
 
 TUNINGS: dict[str, Any] = {
     "freeze": {"type": "freeze", "trained_layers": 1},
@@ -94,41 +97,46 @@ def two_adapters(tuned_run: MakeRun) -> list[str]:
 
 
 def test_a_mixture_of_adapters_trains_and_continues_exactly(
-    tuned_run: MakeRun, two_adapters: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    tuned_run: MakeRun, two_adapters: list[str], monkeypatch: pytest.MonkeyPatch, power_cut: PowerCut, tmp_path: Path
 ) -> None:
     spec = {"type": "xlora", "experts": two_adapters}
-    trains_continues_exactly_and_loads(tuned_run, "xlora", spec, 0.1, monkeypatch, tmp_path, by=0.0)
+    trains_continues_exactly_and_loads(tuned_run, "xlora", spec, 0.1, monkeypatch, power_cut, tmp_path, by=0.0)
+
+
+def test_experts_train_and_continue_exactly(
+    tuned_run: MakeRun, monkeypatch: pytest.MonkeyPatch, power_cut: PowerCut, tmp_path: Path
+) -> None:
+    spec = {"type": "lora", "rank": 4, "targets": ["q_proj"], "target_parameters": ["mlp.experts.down_proj"]}
+    mixture = functools.partial(tuned_run, family="mixtral")
+    trains_continues_exactly_and_loads(mixture, "experts", spec, 1e-2, monkeypatch, power_cut, tmp_path, by=0.02)
 
 
 @pytest.mark.parametrize("name", TUNINGS)
 def test_trains_continues_exactly_and_loads(
-    tuned_run: MakeRun, name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    tuned_run: MakeRun, name: str, monkeypatch: pytest.MonkeyPatch, power_cut: PowerCut, tmp_path: Path
 ) -> None:
     trains_continues_exactly_and_loads(
-        tuned_run, name, TUNINGS[name], RATES.get(name, 1e-2), monkeypatch, tmp_path, by=0.02
+        tuned_run, name, TUNINGS[name], RATES.get(name, 1e-2), monkeypatch, power_cut, tmp_path, by=0.02
     )
 
 
 def trains_continues_exactly_and_loads(
-    tuned_run: MakeRun, name: str, spec: Any, rate: float, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, by: float
+    tuned_run: MakeRun,
+    name: str,
+    spec: Any,
+    rate: float,
+    monkeypatch: pytest.MonkeyPatch,
+    power_cut: PowerCut,
+    tmp_path: Path,
+    by: float,
 ) -> None:
-    from finetui.engine.trainers.callbacks import Reporter
-
     warnings.simplefilter("ignore")
     whole, cut = (tuned_run(spec, learning_rate=rate, steps=4) for _ in range(2))
     assert attempt(whole) == 0, events(whole, "failure")
-    tell = Reporter.on_log
-
-    def power_cut(self: Any, args: Any, state: Any, *rest: Any, **more: Any) -> None:
-        tell(self, args, state, *rest, **more)
-        if state.global_step == 3:
-            raise RuntimeError("power cut")
-
     with monkeypatch.context() as patched:
-        patched.setattr(Reporter, "on_log", power_cut)
         patched.setattr("finetui.engine.samples.held_out_prompts", lambda _: [])  # which takes half of the time
-        assert attempt(cut) == 1
-        patched.setattr(Reporter, "on_log", tell)
+        with power_cut():
+            assert attempt(cut) == 1
         assert attempt(cut) == 0, events(cut, "failure")
     assert losses(cut) == losses(whole)
 

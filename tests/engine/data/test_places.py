@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import bz2
+import contextlib
 import gzip
 import json
 import lzma
+import threading
 from collections.abc import Iterator
+from functools import partial
+from http.server import BaseHTTPRequestHandler, SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -88,10 +92,6 @@ def test_addresses_that_can_not_be_read(bucket: Any, path: str, message: str) ->
 
 
 def test_a_file_over_http(tmp_path: Path) -> None:
-    import threading
-    from functools import partial
-    from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
-
     class Quiet(SimpleHTTPRequestHandler):
         def log_message(self, *_: Any) -> None:
             return
@@ -105,6 +105,79 @@ def test_a_file_over_http(tmp_path: Path) -> None:
         with pytest.raises(DataError, match=r"y\.jsonl: there is nothing at this address"):
             texts(address.replace("x.jsonl", "y.jsonl"))
         server.shutdown()
+
+
+class Whole(BaseHTTPRequestHandler):
+    """A server that gives a file from its beginning alone, and of ``broken.jsonl`` a half."""
+
+    body = b""
+
+    def log_message(self, *_: Any) -> None:
+        return
+
+    def do_GET(self) -> None:
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(self.body)))
+        self.end_headers()
+        if self.command == "GET":
+            with contextlib.suppress(ConnectionError):  # who asked for a part has heard enough
+                self.wfile.write(self.body[: len(self.body) // 2] if "broken" in self.path else self.body)
+
+    do_HEAD = do_GET
+
+
+def test_a_server_that_gives_no_parts_is_read_from_the_beginning(tmp_path: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as parquet
+
+    wide = [{"text": f"{i}" + "x" * 980} for i in range(8_000)]  # 8 MB: more than is asked for at a time
+    with ThreadingHTTPServer(("127.0.0.1", 0), Whole) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        address = f"http://127.0.0.1:{server.server_address[1]}"
+        Whole.body = "".join(json.dumps(row) + "\n" for row in wide).encode()
+        assert texts(f"{address}/x.jsonl") == [row["text"] for row in wide]
+        with pytest.raises(DataError, match=r"broken\.jsonl: the stream broke off after [\d,]+ rows: ") as told:
+            texts(f"{address}/broken.jsonl")
+        count = int(str(told.value).partition("after ")[2].partition(" rows")[0].replace(",", ""))
+        assert 3_000 < count <= 4_000
+        Whole.body = gzip.compress(Whole.body)
+        assert texts(f"{address}/y.jsonl.gz", limit=7000)[-1] == wide[6999]["text"]
+        table = pa.table({"a": list(range(200_000))})
+        parquet.write_table(table, tmp_path / "x.parquet", compression="none", use_dictionary=False)
+        Whole.body = (tmp_path / "x.parquet").read_bytes()
+        with pytest.raises(DataError, match=r"this type is read in parts\. Fetch the file first"):
+            texts(f"{address}/x.parquet")
+        server.shutdown()
+
+
+def test_a_bucket(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Against a server that answers as S3 does; needs s3fs and moto[server], which the test extra does not bring."""
+    s3fs, moto = pytest.importorskip("s3fs"), pytest.importorskip("moto.server")
+    boto3 = pytest.importorskip("boto3")
+    server = moto.ThreadedMotoServer(port=0, verbose=False)
+    server.start()
+    for name, value in {
+        "AWS_ENDPOINT_URL": f"http://127.0.0.1:{server.get_host_and_port()[1]}", "AWS_DEFAULT_REGION": "us-east-1",
+        "AWS_ACCESS_KEY_ID": "x", "AWS_SECRET_ACCESS_KEY": "y",
+    }.items():  # fmt: skip
+        monkeypatch.setenv(name, value)
+    s3fs.S3FileSystem.clear_instance_cache()
+    try:
+        client = boto3.client("s3")
+        client.create_bucket(Bucket="bucket")
+        for key, body in {"d/a.jsonl": LINES, "d/b.jsonl.gz": gzip.compress(LINES), "d/readme.md": b"no data"}.items():
+            client.put_object(Bucket="bucket", Key=key, Body=body)
+        one = [row["text"] for row in ROWS]
+        assert texts("s3://bucket/d/a.jsonl") == one
+        assert texts("s3://bucket/d") == one * 2
+        assert texts("s3://bucket/d/*.gz") == one
+        with pytest.raises(DataError, match=r"none\.jsonl: there is nothing at this address"):
+            texts("s3://bucket/none.jsonl")
+        with pytest.raises(DataError, match=r"other/x\.jsonl: the address can't be read \(NoSuchBucket"):
+            texts("s3://other/x.jsonl")
+    finally:
+        server.stop()
+        s3fs.S3FileSystem.clear_instance_cache()
 
 
 def test_local_files_are_not_streamed_by_wish(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 
 import finetui.engine.data.prepare as module
+from finetui.engine.data.files import Row
 from finetui.engine.data.holdout import holdout_size
 from finetui.engine.data.labels import IGNORED
 from finetui.engine.data.prepare import DataSettings, Prepared, prepare
@@ -277,3 +279,29 @@ def test_lengths_of_rows_that_are_not_packed(run: Callable[..., Prepared], write
     plain, packed = run(recipe(path)), run(recipe(path), packing=True)
     assert plain.lengths() == [len(row["input_ids"]) for row in plain.train]
     assert packed.lengths() is None
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_a_stream_without_end_is_read_as_far_as_the_run_needs(
+    run: Callable[..., Prepared], monkeypatch: pytest.MonkeyPatch, packing: bool
+) -> None:
+    read = 0
+
+    def endless(source: Any, *, streaming: bool) -> Any:
+        nonlocal read
+        assert streaming
+        for line in itertools.count():
+            read += 1
+            chat = [{"role": "user", "content": f"What is {line}?"}, {"role": "assistant", "content": "It is so."}]
+            yield Row({"messages": chat}, f"{source.path}/train:{line}")
+
+    monkeypatch.setattr("finetui.engine.data.sources.read_hub", endless)
+    monkeypatch.setattr("finetui.engine.data.sources.hub_mark", lambda _: "1")
+    source = {"path": "org/endless", "streaming": True}
+    asked = Recipe.build({"model": "m", "data": [source], "max_steps": 100, "evaluation": {"holdout": 0.1}})
+    made = run(asked, rows=800, packing=packing)
+    assert 800 <= made.facts.train_rows < 800 + 1024
+    assert read < 12_000
+    assert made.facts.formats["org/endless"].endswith("examples are enough for 100 steps")
+    # What is asked for is part of what the rows are kept under: a longer run reads on.
+    assert run(asked, rows=1600, packing=packing).facts.train_rows >= 1600

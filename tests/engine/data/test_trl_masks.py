@@ -46,6 +46,17 @@ CHATS: dict[str, tuple[Message, ...]] = {
 }
 
 
+_CALL = {"type": "function", "function": {"name": "add", "arguments": {"a": 12, "b": 30}}}
+CALLS = (
+    Message("user", "What is 12 + 30?"),
+    Message("assistant", "", tool_calls=(_CALL,)),
+    Message("tool", "42", name="add"),
+    Message("assistant", "It is e."),
+)
+ADD = {"type": "function", "function": {"name": "add", "description": "Adds.", "parameters": {
+    "type": "object", "properties": {"a": {"type": "integer"}, "b": {"type": "integer"}}}}}  # fmt: skip
+
+
 @pytest.fixture
 def tokenizer_of(make_tokenizer: Make) -> Make:
     def _tokenizer(name: str) -> Any:
@@ -65,16 +76,18 @@ def test_masks_equal(tokenizer_of: Make, name: str) -> None:
     tokenizer = tokenizer_of(name)
     marked = (_folder() / f"{name}_training.jinja").read_text()
     compared = []
-    for kind, messages in CHATS.items():
+    for kind, messages in {**CHATS, "tools": CALLS}.items():
+        tools = (ADD,) if kind == "tools" else ()
         try:
-            ours = encode(Example("chat", "x:1", messages=messages), tokenizer)
-        except DataError:  # Gemma has no system role, others no thoughts
+            ours = encode(Example("chat", "x:1", messages=messages, tools=tools), tokenizer)
+        except DataError:  # Gemma has no system role, others no thoughts or tools
             continue
         theirs = tokenizer.apply_chat_template(
             [as_dict(message, parts=name in _PARTS) for message in messages],
             chat_template=marked,
             return_dict=True,
             return_assistant_tokens_mask=True,
+            **({"tools": list(tools)} if tools else {}),
         )
         assert ours.input_ids == theirs["input_ids"]
         assert [label != IGNORED for label in ours.labels] == [bool(mark) for mark in theirs["assistant_masks"]]

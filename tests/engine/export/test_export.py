@@ -65,7 +65,7 @@ def test_a_stopped_run_exports_its_checkpoint(training_run: MakeRun, tmp_path: P
     assert attempt(run) == 0
     path = export_run(run, "merged", tmp_path / "out")
     AutoModelForCausalLM.from_pretrained(path)
-    assert not {"optimizer.pt", "manifest.json", "rng_state.pth"} & {p.name for p in path.iterdir()}
+    assert not {"optimizer.safetensors", "manifest.json", "rank0.safetensors"} & {p.name for p in path.iterdir()}
 
 
 def test_what_can_not_be_exported_is_said(training_run: MakeRun, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ from finetui.planner.errors import RecipeError  # noqa: E402
 from finetui.planner.recipe import Recipe  # noqa: E402
 
 MakeRun = Callable[..., Run]
+PowerCut = Callable[..., AbstractContextManager[None]]
 
 
 #: A held-out loss that falls to step 4 and rises from there.
@@ -64,24 +66,14 @@ def test_the_best_weights_are_the_result(training_run: MakeRun, tuning: str, tru
 
 
 def test_training_ends_when_it_no_longer_improves(
-    training_run: MakeRun, truth: dict[int, float], monkeypatch: pytest.MonkeyPatch
+    training_run: MakeRun, truth: dict[int, float], power_cut: PowerCut
 ) -> None:
-    from finetui.engine.trainers.callbacks import Reporter
-
     run, cut = (a_run(training_run, patience=2) for _ in range(2))
     assert attempt(run) == 0
     assert steps(run) == 8
     assert told(run)["step"] == 4
 
-    tell = Reporter.on_log
-
-    def power_cut(self: Any, args: Any, state: Any, *rest: Any, **more: Any) -> None:
-        tell(self, args, state, *rest, **more)
-        if state.global_step == 7:
-            raise RuntimeError("power cut")
-
-    with monkeypatch.context() as patched:
-        patched.setattr(Reporter, "on_log", power_cut)
+    with power_cut(7):
         assert attempt(cut) == 1
     assert attempt(cut) == 0
     assert steps(cut) == 8

@@ -93,3 +93,21 @@ def test_shorter_walks_do_the_same():
     assert layers[0].training
     layers.train(False)
     assert not layers[0].training
+
+
+def test_gradients_that_lie_end_to_end_are_taken_as_they_are():
+    parameters = [torch.nn.Parameter(torch.ones(4096)), torch.nn.Parameter(torch.ones(2, 4096))]
+    optimizer = torch.optim.SGD(parameters, lr=1.0)
+    assert flatten(optimizer) == 2
+    (whole,) = optimizer.param_groups[0]["params"]
+    memory = torch.arange(4 * 4096.0)
+    parameters[0].grad, parameters[1].grad = memory[4096:8192], memory[8192:].view(2, 4096)
+    seen = []
+    optimizer.register_step_pre_hook(lambda *_: seen.append(whole.grad.data_ptr()))
+    optimizer.step()
+    assert seen == [memory[4096:].data_ptr()]
+    assert torch.equal(whole.detach(), 1 - memory[4096:])
+    parameters[0].grad, parameters[1].grad = memory[:4096], memory[8192:].view(2, 4096)  # with a gap
+    optimizer.step()
+    assert seen[1] not in (memory.data_ptr(), seen[0])
+    assert torch.equal(parameters[1].detach().view(-1), 1 - 2 * memory[8192:])

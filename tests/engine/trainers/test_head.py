@@ -8,7 +8,9 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from finetui.engine.trainers.head import give_token_loss
+from finetui.engine.trainers.head import Wanted, give_token_loss
+from finetui.kernels import decoder_mlp
+from finetui.kernels.patch import patch_model
 
 SMALL = {
     "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2,
@@ -61,3 +63,28 @@ def test_other_heads_are_left():
     heard = model("llama")
     heard.lm_head.register_forward_hook(lambda *_: None)
     assert "listens" in give_token_loss(heard, contextlib.nullcontext())
+
+
+def test_the_last_layer_is_spared_positions_without_a_label(monkeypatch):
+    peft = pytest.importorskip("peft")
+    lora = peft.LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
+    made = peft.get_peft_model(model("llama").requires_grad_(False), lora).train()
+    assert all(item.replaced for item in patch_model(made, only=["decoder_layer"]).items)
+    assert give_token_loss(made, contextlib.nullcontext()) == ""
+    rows = []
+    stock = decoder_mlp.forward
+    monkeypatch.setattr(decoder_mlp, "forward", lambda s, *rest, **more: rows.append(len(s)) or stock(s, *rest, **more))
+
+    def trained(labels, *, alone):
+        made.zero_grad()
+        wanted = Wanted(torch.tensor(2.0), int((labels[:, 1:] != -100).sum()), alone=alone)
+        out = made(input_ids=torch.arange(6).reshape(1, 6), labels=labels, token_loss=wanted)
+        out.loss.backward()
+        return torch.cat([out.loss.detach().view(1), *(p.grad.view(-1) for p in made.parameters() if p.requires_grad)])
+
+    few = torch.tensor([[-100, -100, -100, 3, -100, 5]])
+    spared, whole = trained(few, alone=True), trained(few, alone=False)
+    assert (spared - whole).norm() < 1e-5 * whole.norm()
+    assert rows == [2, 6]
+    trained(torch.full((1, 6), -100), alone=True)  # nothing to compute is no shape for a kernel
+    assert rows[2:] == [6]

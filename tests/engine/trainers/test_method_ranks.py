@@ -57,7 +57,7 @@ def test_two_ranks_train_like_one(method_run: MakeRun, method: str, tuning: str)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["ppo"])
+@pytest.mark.parametrize("method", ["grpo", "rloo", "ppo"])
 def test_two_ranks_share_the_completions_of_a_prompt(training_run: MakeRun, tmp_path: Path, method: str) -> None:
     (tmp_path / "mine.py").write_text("def length(completions):\n    return [len(text) / 10 for text in completions]\n")
     rows = write_rows(tmp_path / "prompts.jsonl", [{"prompt": f"colour {i}?", "answer": "red"} for i in range(8)])
@@ -74,4 +74,5 @@ def test_two_ranks_share_the_completions_of_a_prompt(training_run: MakeRun, tmp_
     assert rewards
     assert all(spread > 0 for spread in rewards)
     assert len(losses(run)) == 4
-    assert {"rollout_0.pt", "rollout_1.pt"} <= {p.name for p in (run.path / "checkpoints" / "step-000004").iterdir()}
+    saved = {path.name for path in (run.path / "checkpoints" / "step-000004").iterdir()}
+    assert {"rank0.safetensors", "rank1.safetensors"} <= saved

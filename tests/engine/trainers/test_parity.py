@@ -124,6 +124,47 @@ def test_ten_steps_are_those_of_plain_trl(
     assert len(theirs) == STEPS
 
 
+@pytest.mark.parametrize(("method", "tuning"), [("sft", "lora"), ("sft", "full"), ("pretrain", "full")])
+def test_ten_steps_of_supervised_training_are_those_of_plain_trl(
+    method_run: MakeRun, tmp_path: Path, method: str, tuning: str
+) -> None:
+    """Two micro-batches of unequal length make a step, so that the mean over its tokens is no mean of means."""
+    import trl
+    from peft import LoraConfig
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    asked = [{"prompt": row["prompt"], "completion": row["chosen"]} for row in pairs()]
+    if method == "pretrain":
+        asked = [{"text": row["prompt"] + row["completion"]} for row in asked]
+    run = method_run(
+        method, tuning, rows=asked, steps=STEPS, accumulation=2, learning_rate=RATE,
+        train_on="all" if method == "pretrain" else "answers",
+    )  # fmt: skip
+    assert attempt(run) == 0, run.events_path.read_text()
+
+    order = Order(rows=len(asked), steps=STEPS, micro_batch=MICRO, accumulation=2, seed=0)
+    args = trl.SFTConfig(
+        output_dir=str(tmp_path / "trl"), per_device_train_batch_size=MICRO, gradient_accumulation_steps=2,
+        max_steps=STEPS, learning_rate=RATE, lr_scheduler_type="linear", warmup_steps=0, optim="adamw_torch_fused",
+        weight_decay=0.0, max_grad_norm=1.0, seed=0, use_cpu=True, bf16=False, report_to="none", save_strategy="no",
+        logging_strategy="steps", logging_steps=1, disable_tqdm=True, gradient_checkpointing=False,
+        train_sampling_strategy="sequential", max_length=128,
+    )  # fmt: skip
+    trainer = trl.SFTTrainer(
+        model=AutoModelForCausalLM.from_pretrained(run.recipe.model, dtype=torch.float32),
+        args=args,
+        train_dataset=Dataset.from_list([asked[i] for batch in order for i in batch]),
+        processing_class=AutoTokenizer.from_pretrained(run.recipe.model),
+        peft_config=LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
+        if tuning == "lora"
+        else None,
+    )
+    trainer.train()
+    theirs = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert len(theirs) == STEPS
+    assert losses(run) == pytest.approx(theirs, rel=2e-5, abs=2e-6)
+
+
 @pytest.mark.parametrize(
     ("method", "tuning", "rollout", "options"),
     [

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from finetui.engine.worker import attempt
 from .conftest import events, losses
 
 MakeRun = Callable[..., Run]
+PowerCut = Callable[..., AbstractContextManager[None]]
 FIGURES = {"rewards/chosen", "rewards/rejected", "rewards/margins"}
 
 
@@ -66,23 +68,13 @@ def test_learns_to_prefer_and_says_so(method_run: MakeRun, method: str) -> None:
     ],
 )
 def test_an_interrupted_run_continues_exactly(
-    method_run: MakeRun, monkeypatch: pytest.MonkeyPatch, method: str, tuning: str, preference: dict[str, Any]
+    method_run: MakeRun, power_cut: PowerCut, method: str, tuning: str, preference: dict[str, Any]
 ) -> None:
-    from finetui.engine.trainers.callbacks import Reporter
-
     recipe = {"preference": preference} if preference else {}
     recipe |= {"evaluation": {"holdout": 0.2, "every": 2}}
     whole, cut = (method_run(method, tuning, recipe, accumulation=2) for _ in range(2))
     assert attempt(whole) == 0
-    tell = Reporter.on_log
-
-    def power_cut(self: Any, args: Any, state: Any, *rest: Any, **more: Any) -> None:
-        tell(self, args, state, *rest, **more)
-        if state.global_step == 3:
-            raise RuntimeError("power cut")
-
-    with monkeypatch.context() as patched:
-        patched.setattr(Reporter, "on_log", power_cut)
+    with power_cut():
         assert attempt(cut) == 1
     assert attempt(cut) == 0
     assert [step["step"] for step in events(cut, "step")] == [1, 2, 3, 3, 4, 5, 6]
@@ -196,6 +188,9 @@ def test_a_reward_model_loads_and_tells_good_from_bad(method_run: MakeRun, tunin
 
 
 def test_what_a_method_can_not_be_asked_is_said(method_run: MakeRun) -> None:
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
     from finetui.engine.chat import load_tuned
     from finetui.engine.evaluate import evaluate_run
     from finetui.planner.errors import RunError
@@ -206,7 +201,14 @@ def test_what_a_method_can_not_be_asked_is_said(method_run: MakeRun) -> None:
         load_tuned(reward)
     with pytest.raises(RunError, match="no loss per token"):
         evaluate_run(pairs)
-    assert load_tuned(pairs).model is not None
+    words = torch.arange(3, 12)[None]
+    base = AutoModelForCausalLM.from_pretrained(pairs.recipe.model)
+    with torch.no_grad():
+        untuned = base(words).logits
+        expected = PeftModel.from_pretrained(base, str(pairs.output_path))(words).logits
+        spoken = load_tuned(pairs).model(words).logits
+    torch.testing.assert_close(spoken, expected)
+    assert not torch.allclose(spoken, untuned, atol=1e-4)
 
 
 def test_a_reward_adapter_merges_into_a_model_that_scores(method_run: MakeRun, tmp_path: Path) -> None:

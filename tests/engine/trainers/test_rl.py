@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from finetui.engine.worker import attempt
 from .conftest import events, losses, write_rows
 
 MakeRun = Callable[..., Run]
+PowerCut = Callable[..., AbstractContextManager[None]]
 MINE = """
 def red(completions, **_):
     return [float(text.strip().startswith("r")) for text in completions]
@@ -159,22 +161,12 @@ def test_figures_and_completions_are_told(rollout_run: MakeRun, method: str, tun
     ],
 )
 def test_an_interrupted_run_continues_exactly(
-    rollout_run: MakeRun, monkeypatch: pytest.MonkeyPatch, method: str, tuning: str, rollout: dict[str, Any]
+    rollout_run: MakeRun, power_cut: PowerCut, method: str, tuning: str, rollout: dict[str, Any]
 ) -> None:
-    from finetui.engine.trainers.callbacks import Reporter
-
     recipe = {"rollout": {"max_completion_length": 6, "num_generations": 4, **rollout}}
     whole, cut = (rollout_run(method, tuning, recipe) for _ in range(2))
     assert attempt(whole) == 0, whole.events_path.read_text()
-    tell = Reporter.on_log
-
-    def power_cut(self: Any, args: Any, state: Any, *rest: Any, **more: Any) -> None:
-        tell(self, args, state, *rest, **more)
-        if state.global_step == 3:
-            raise RuntimeError("power cut")
-
-    with monkeypatch.context() as patched:
-        patched.setattr(Reporter, "on_log", power_cut)
+    with power_cut():
         assert attempt(cut) == 1
     assert attempt(cut) == 0
     assert [step["step"] for step in events(cut, "step")] == [1, 2, 3, 3, 4, 5, 6]

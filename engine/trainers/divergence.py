@@ -1,0 +1,147 @@
+"""Steps that would spoil the weights: found before the update, left out, and named by the rows that they are of.
+
+A loss or gradient that is not finite, or a loss far above those of the latest steps, is known before the optimiser
+steps. Such an update is dropped, so one bad batch costs one step; after ``limits.nan_steps`` of them in a row the run
+fails, with the weights and checkpoints of the last good step.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import math
+import statistics
+from collections import deque
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from ...planner.errors import TrainingError
+from ...planner.recipe import PACKABLE_METHODS, Recipe
+from ..evaluate import reduce_sum
+from ..events import Warn
+from ..model import Emit
+from .base import RunTrainer
+
+#: Nats per token above the median of the latest steps that no batch of text reaches by chance: a model that knows
+#: nothing is at ln(vocabulary), 10 to 12.5, a trained one at 1 to 3.
+EXPLOSION = 5.0
+#: Good steps that a loss is held against, and the fewest of them.
+_LATEST, _FEWEST = 32, 8
+#: Rows that are named, and letters of each.
+_NAMED, _LETTERS = 8, 48
+
+
+def explosion_of(recipe: Recipe) -> float | None:
+    """The rise of the loss that counts as an explosion, or None where none does."""
+    if recipe.limits.explosion != "auto":
+        return recipe.limits.explosion
+    return EXPLOSION if recipe.method in PACKABLE_METHODS else None
+
+
+class Divergence(TrainerCallback):
+    """Watches one rank's micro-batches.
+
+    Args:
+        explosion: nats above the median of the latest steps; None: only what is not finite counts.
+        nan_steps: exploding steps in a row after which the run fails.
+    """
+
+    def __init__(self, trainer: RunTrainer, emit: Emit, *, explosion: float | None, nan_steps: int) -> None:
+        self.trainer, self.emit, self.explosion, self.nan_steps = trainer, emit, explosion, nan_steps
+        self._losses: list[torch.Tensor] = []
+        """Of this step's micro-batches: shares of the step's mean, on the device."""
+        self._good: deque[float] = deque(maxlen=_LATEST)
+        self._exploded = 0
+        # Whatever carries a micro-batch out, eagerly or as a graph, is called by this name.
+        inner = trainer.training_step
+
+        def training_step(*args: Any, **kwargs: Any) -> torch.Tensor:
+            loss = inner(*args, **kwargs)
+            self._losses.append(loss.detach().clone())  # a graph writes the next one into the same memory
+            return loss
+
+        trainer.training_step = training_step  # type: ignore[method-assign]
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        """Leave an update out whose loss explodes, and name the rows of one that is left out."""
+        losses: list[float] = torch.stack(self._losses).tolist() if self._losses else []
+        self._losses = []
+        step = state.global_step + 1
+        here = loss = sum(losses)
+        broken = not math.isfinite(float(self.trainer.grad_norm))
+        if torch.distributed.is_initialized() and (self.explosion is not None or broken):
+            # Every rank must come to the same judgement, and all have the same gradient.
+            loss = reduce_sum(torch.tensor(loss), args.device).item() / args.world_size
+        if broken or not math.isfinite(loss):
+            if not math.isfinite(here):
+                self._tell(step, "loss", "is not finite", losses)
+            elif math.isfinite(loss) and not args.fp16:  # whose scaler looks for its scale in this way
+                self._tell(step, "gradient", "is not finite", losses)
+            return
+        usual = statistics.median(self._good) if len(self._good) >= _FEWEST else None
+        if self.explosion is None or usual is None or loss <= usual + self.explosion:
+            self._good.append(loss)
+            self._exploded = 0
+            return
+        for _name, parameter in self.trainer.trained_parameters():
+            parameter.grad = None
+        self._exploded += 1
+        self._tell(step, "loss", f"rose from {usual:.2f} to {loss:.2f}", losses)
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **_: Any,
+    ) -> None:
+        """End the run once too many steps in a row have exploded."""
+        if self._exploded < self.nan_steps or not logs or "loss" not in logs:
+            return
+        raise TrainingError(
+            f"the loss exploded for {self._exploded} steps in a row, up to step {state.global_step}",
+            cause="nan",
+            do="Lower optimizer.learning_rate, or look at the rows that the warnings name; limits.explosion says how "
+            "far it may rise. The last good checkpoint is kept.",
+        )
+
+    def _tell(self, step: int, what: str, how: str, losses: list[float]) -> None:
+        batches = rows_of_step(self.trainer, step)
+        guilty = [rows for rows, loss in zip(batches, losses, strict=False) if not math.isfinite(loss)]
+        rows = [row for batch in guilty or batches for row in batch]
+        self.emit(
+            Warn(
+                f"the {what} of step {step} {how}: its update is left out",
+                where=f"rows {describe(self.trainer, rows)}",
+                do="Look at these rows with 'finetui data', or lower optimizer.learning_rate.",
+            )
+        )
+
+
+def rows_of_step(trainer: RunTrainer, step: int) -> list[list[int]]:
+    """The numbers of the rows that this rank trained on in a step (counted from 1), micro-batch by micro-batch."""
+    each = trainer.order.accumulation
+    return list(itertools.islice(trainer.order, (step - 1) * each, step * each))
+
+
+def describe(trainer: RunTrainer, rows: Iterable[int]) -> str:
+    """Rows as ``number sha256 'how it begins'``: numbers move when data is added, the hash of the tokens does not."""
+    data: Any = trainer.train_dataset
+    tokenizer: Any = trainer.processing_class
+    told = []
+    unique = list(dict.fromkeys(rows))
+    for row in unique[:_NAMED]:
+        columns = {name: values for name, values in data[row].items() if name.endswith("_ids")}
+        tokens = [int(token) for values in columns.values() for token in values]
+        content = " ".join(map(str, tokens)) if tokens else repr(sorted(data[row].items()))  # prompts are text
+        digest = hashlib.sha256(content.encode()).hexdigest()[:12]
+        begins = tokenizer.decode(tokens[: _LETTERS // 2])[:_LETTERS] if tokens else ""
+        told.append(f"{row} {digest} {begins!r}")
+    more = f" and {len(unique) - _NAMED} more" if len(unique) > _NAMED else ""
+    return "; ".join(told) + more

@@ -1,0 +1,132 @@
+"""A tree of tensors and plain values as one safetensors file: what a checkpoint keeps of optimisers and random numbers.
+
+Nothing that can run is written or read, as a pickle could. Tensors lie in the file under numbers; the tree itself is
+JSON in the file's metadata, in which ``{"$tensor": "7"}`` stands for one of them. The file is written here and not by
+the safetensors library, whose writer holds the interpreter lock from beginning to end: training would stand still
+while a thread writes. Format: https://huggingface.co/docs/safetensors, "Format".
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+#: The format's names of dtypes.
+_NAMES = {
+    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
+    torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2", torch.int64: "I64", torch.int32: "I32",
+    torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL", torch.uint16: "U16",
+    torch.uint32: "U32", torch.uint64: "U64",
+}  # fmt: skip
+#: Bytes that are hashed and written at a time.
+_PIECE = 8 * 2**20
+
+Tree = Any
+"""Dictionaries, lists and tuples of tensors, numbers, strings, booleans and None, nested as they like."""
+
+
+def taken_apart(tree: Tree) -> tuple[Tree, dict[str, torch.Tensor]]:
+    """A tree as what JSON can say, and its tensors by number.
+
+    Raises:
+        TypeError: something in it is neither a tensor nor a plain value.
+    """
+    tensors: dict[str, torch.Tensor] = {}
+
+    def told(value: Any) -> Any:
+        if isinstance(value, torch.Tensor):
+            name = str(len(tensors))
+            tensors[name] = value.detach()
+            return {"$tensor": name}
+        if isinstance(value, Mapping):
+            return {"$map": [[told(key), told(item)] for key, item in value.items()]}
+        if isinstance(value, tuple):
+            return {"$tuple": [told(item) for item in value]}
+        if isinstance(value, list):
+            return [told(item) for item in value]
+        if value is None or isinstance(value, bool | int | float | str):
+            return value
+        raise TypeError(f"a checkpoint has no room for a {type(value).__name__}")
+
+    return told(tree), tensors
+
+
+def put_together(told: Tree, tensors: Mapping[str, torch.Tensor]) -> Tree:
+    """The tree again."""
+    if isinstance(told, list):
+        return [put_together(item, tensors) for item in told]
+    if not isinstance(told, dict):
+        return told
+    if "$tensor" in told:
+        return tensors[told["$tensor"]]
+    if "$tuple" in told:
+        return tuple(put_together(item, tensors) for item in told["$tuple"])
+    return {put_together(key, tensors): put_together(item, tensors) for key, item in told["$map"]}
+
+
+def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> str:
+    """Write a safetensors file; returns the SHA-256 of what was meant to be in it, taken from memory.
+
+    Args:
+        tensors: on any device; one that is not on the CPU is copied there by itself.
+
+    Raises:
+        OSError: the disk is full.
+        ValueError: the format has no name for a dtype.
+    """
+    # The widest elements first, then by name, so that each begins at a multiple of its element's size.
+    names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
+    header: dict[str, Any] = {"__metadata__": dict(metadata)}
+    end = 0
+    for name in names:
+        tensor = tensors[name]
+        if tensor.dtype not in _NAMES:
+            raise ValueError(f"safetensors has no name for {tensor.dtype}")
+        begin, end = end, end + tensor.numel() * tensor.element_size()
+        header[name] = {"dtype": _NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [begin, end]}
+    head = json.dumps(header, separators=(",", ":")).encode()
+    head += b" " * (-len(head) % 8)
+    digest = hashlib.sha256()
+    with open(path, "wb", buffering=0) as file:
+        for piece in _pieces(head, (tensors[name] for name in names)):
+            digest.update(piece)
+            while piece:
+                piece = piece[file.write(piece) :]
+    return digest.hexdigest()
+
+
+def _pieces(head: bytes, tensors: Iterator[torch.Tensor]) -> Iterator[memoryview]:
+    yield memoryview(len(head).to_bytes(8, "little") + head)
+    for tensor in tensors:
+        if tensor.numel():
+            flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+            whole = flat.numpy().data.cast("B")
+            for begin in range(0, len(whole), _PIECE):
+                yield whole[begin : begin + _PIECE]
+
+
+def write_tree(path: Path, tree: Tree) -> str:
+    """Write a tree as one file; returns its SHA-256."""
+    told, tensors = taken_apart(tree)
+    return write_tensors(path, tensors, {"tree": json.dumps(told)})
+
+
+def read_tree(path: Path) -> Tree:
+    """Read back what :func:`write_tree` wrote; tensors are on the CPU.
+
+    Raises:
+        OSError: the file can't be read.
+        ValueError: it is another file.
+    """
+    from safetensors import safe_open
+
+    with safe_open(path, "pt") as file:
+        told = (file.metadata() or {}).get("tree")
+        if told is None:
+            raise ValueError(f"{path} holds no tree")
+        return put_together(json.loads(told), {name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
