@@ -1,4 +1,4 @@
-"""FinetuiApp: four screens over the same files that the command line reads and writes.
+"""FinetuiApp: nine screens over the same files that the command line reads and writes.
 
 What the first picture does not need is imported later, in a worker: pydantic alone, for recipes, takes 0.1 s.
 """
@@ -7,51 +7,42 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast
 
 from rich.style import Style
 from textual.app import App, SystemCommand
+from textual.await_complete import AwaitComplete
 from textual.filter import LineFilter
 from textual.screen import Screen
-from textual.theme import Theme
 
-from ..planner.errors import FinetuiError, UserError
+from ..planner import preferences as settings
+from ..planner.errors import FinetuiError, SettingsError, UserError
 from ..planner.plan import Plan
-from . import terminal
+from ..planner.preferences import Preferences, Value
+from . import (
+    format,  # noqa: A004
+    terminal,
+)
 from .backend import Backend
 from .form import Tree
-from .keys import bindings, keys_of
+from .keys import bindings, key_map, keys_of, rebound
 from .planning import DraftPlanner
+from .stylesheet import SteadyStylesheet
+from .themes import THEMES, theme_named
+from .widgets.lines import ROLES
 
 if TYPE_CHECKING:
     from ..engine.run import Run
     from ..planner.recipe import Recipe
 
-Mode = Literal["plan", "gpus", "data", "launch", "monitor", "runs", "compare", "logs"]
+Mode = Literal["plan", "gpus", "data", "launch", "monitor", "runs", "compare", "logs", "settings"]
 
 #: What is planned when nothing is asked for: a well-known model, on a GPU that many have.
 FIRST_TREE: Tree = {"model": "Qwen/Qwen3-8B", "tuning": {"type": "qlora"}}
 FIRST_GPU = "RTX-4090"
-
-#: Quiet colours: one accent, and green, amber and red for what they always mean.
-THEME = Theme(
-    name="finetui",
-    primary="#7aa2c4",
-    secondary="#b294bb",
-    accent="#6fb3b8",
-    success="#8fb573",
-    warning="#d9a860",
-    error="#d16d6d",
-    foreground="#d3d7de",
-    background="#14171c",
-    surface="#14171c",
-    panel="#1d2229",
-    boost="#232932",
-    dark=True,
-    variables={"border-blurred": "#3c4653"},
-)
 
 
 def _plan_screen() -> Screen[Any]:
@@ -102,6 +93,12 @@ def _logs_screen() -> Screen[Any]:
     return LogsScreen()
 
 
+def _settings_screen() -> Screen[Any]:
+    from .screens.settings import SettingsScreen
+
+    return SettingsScreen()
+
+
 class FinetuiApp(App[None]):
     """The app.
 
@@ -111,10 +108,12 @@ class FinetuiApp(App[None]):
         recipe: what Plan begins with; ``recipe_path`` is the file that holds exactly that, if one does.
         backend: what does the work; tests give their own.
         ascii_only: draw in ASCII.
-        theme: a theme by its name.
+        theme: a theme by Textual's name for it, for when the user's preferences name none.
+        preferences: the user's; read from their file if None.
     """
 
     CSS_PATH = "theme.tcss"
+    COMPONENT_CLASSES = {f"lines--{role}" for role in ROLES}  # noqa: RUF012
     TITLE = "finetui"
     BINDINGS = bindings("app")
     MODES: ClassVar[dict[str, str | Callable[[], Screen[Any]]]] = {
@@ -126,6 +125,7 @@ class FinetuiApp(App[None]):
         "runs": _runs_screen,
         "compare": _compare_screen,
         "logs": _logs_screen,
+        "settings": _settings_screen,
     }
     PAUSE_GC_ON_SCROLL = True
 
@@ -139,10 +139,14 @@ class FinetuiApp(App[None]):
         backend: Backend | None = None,
         ascii_only: bool = False,
         theme: str = "finetui",
+        preferences: Preferences | None = None,
         driver_class: Any = None,
     ) -> None:
         # The filter for NO_COLOR is chosen before the theme is: without this hint it would paint black on black.
         super().__init__(driver_class=driver_class, ansi_color=True if theme.startswith("ansi-") else None)
+        self.stylesheet = SteadyStylesheet(variables=self.get_css_variables())
+        self.preferences = preferences or settings.load()
+        self.own_keys: dict[str, str] = {}
         self.backend = backend or Backend()
         self.planner = DraftPlanner(self.backend)
         self.watched = run
@@ -150,6 +154,10 @@ class FinetuiApp(App[None]):
         """Runs that are compared; without any, the two newest."""
         self.draft: Tree = recipe.to_dict() if recipe is not None else dict(FIRST_TREE)
         self.recipe_path = recipe_path
+        self.origin: tuple[str, Tree] | None = None
+        """The recipe that the draft came from: what it is called, and what it said."""
+        if recipe is not None and recipe_path is not None:
+            self.origin = (recipe_path.name, recipe.to_dict())
         self.recipe: Recipe | None = None
         self.plan: Plan | None = None
         self.edited = False
@@ -159,29 +167,64 @@ class FinetuiApp(App[None]):
         self._asked_to_leave = False
         self._ascii = ascii_only
         self.animation_level = "none"
-        self.register_theme(THEME)
-        self.theme = theme if theme in self.available_themes else "finetui"
+        for known in THEMES:
+            self.register_theme(known)
+        self._automatic_theme = theme if theme in self.available_themes else "finetui"
+        self._problems = [*self.preferences.problems, *self._apply_preferences()]
 
     def on_mount(self) -> None:
         """Open the first screen and look at this machine."""
         self.switch_mode(self._first_mode)
+        if self._problems:
+            self.notify("\n".join(self._problems), title="settings", severity="warning", timeout=20, markup=False)
         self.call_after_refresh(  # the first picture comes first
             self.run_worker, self._look_around, thread=True, group="machine", exit_on_error=False
         )
 
     def get_line_filters(self) -> Sequence[LineFilter]:
-        """Textual's filters, and ASCII last where the terminal has nothing else."""
+        """Textual's filters, one for what a terminal would obey, and ASCII last where it has nothing else."""
+        from .printable_filter import PrintableFilter
+
+        filters = [*super().get_line_filters(), PrintableFilter()]
         if not self._ascii:
-            return super().get_line_filters()
+            return filters
         from .charset import AsciiFilter
 
-        return [*super().get_line_filters(), AsciiFilter()]
+        return [*filters, AsciiFilter()]
 
     def role_style(self, role: str) -> Style:
         """The colour of a role for widgets that are not :class:`Lines`."""
         names = {"good": "success", "warn": "warning", "bad": "error", "accent": "accent"}
         color = getattr(self.current_theme, names.get(role, ""), None) if role in names else None
         return Style.parse(color.removeprefix("ansi_")) if color else Style()
+
+    # --- preferences
+
+    def _apply_preferences(self) -> list[str]:
+        """Do as the user prefers; gives back what is wrong with the user's keys."""
+        self.theme = theme_named(self.preferences.theme, self._automatic_theme)
+        format.use_memory_unit(self.preferences.memory_unit)
+        self.own_keys, problems = key_map(self.preferences.keys)
+        self.set_keymap(self.own_keys)
+        return problems
+
+    def prefer(self, name: str, value: Value) -> None:
+        """Keep one setting, in the file and from now on.
+
+        Raises:
+            SettingsError: it can't have this value, a key would mean two things, or the file can't be written.
+        """
+        if name == "keys":
+            _, problems = key_map(cast("Mapping[str, str]", value))
+            if problems:
+                raise SettingsError(problems[0].removeprefix("keys: "), where="keys", do="Choose another key.")
+        self.preferences = settings.save(name, value)
+        self._apply_preferences()
+
+    def reread_preferences(self) -> list[str]:
+        """Read the file of settings again; gives back what is wrong with it."""
+        self.preferences = settings.load()
+        return [*self.preferences.problems, *self._apply_preferences()]
 
     def _look_around(self) -> None:
         try:
@@ -211,6 +254,7 @@ class FinetuiApp(App[None]):
 
         recipe = Recipe.load(path)
         self.draft, self.recipe_path, self.edited = recipe.to_dict(), path.resolve(), False
+        self.origin = (_called(self.recipe_path), self.draft)
         self.recipe = self.plan = None
 
     def edit(self, draft: Tree) -> None:
@@ -225,18 +269,23 @@ class FinetuiApp(App[None]):
         if len(self.screen_stack) == 1 and self.current_mode != mode:
             self.switch_mode(mode)
 
+    def pop_screen(self) -> AwaitComplete:
+        """Close the dialog in front. Of two keys on their way that close it, the second finds it closed."""
+        return super().pop_screen() if len(self.screen_stack) > 1 else AwaitComplete.nothing()
+
     def action_keys(self) -> None:
         """List all keys."""
         from .screens.help import Help
 
         if len(self.screen_stack) == 1:
-            self.push_screen(Help(str(self.current_mode)))
+            self.push_screen(Help(str(self.current_mode), self.own_keys))
 
     def action_leave(self) -> None:
         """Leave; a recipe that was edited and not saved is worth a second press."""
-        if self.edited and self.current_mode == "plan" and not self._asked_to_leave:
+        if self.edited and self.current_mode in ("plan", "launch") and not self._asked_to_leave:
             self._asked_to_leave = True
-            self.notify("This plan is not saved. s saves it, q again leaves.", severity="warning")
+            how = "s saves it" if self.current_mode == "plan" else "s on Plan saves it"
+            self.notify(f"This plan is not saved. {how}, q again leaves.", severity="warning")
             self.set_timer(6, self._forget_question)
             return
         self.exit()
@@ -247,7 +296,7 @@ class FinetuiApp(App[None]):
     def get_system_commands(self, screen: Screen[Any]) -> Iterable[SystemCommand]:
         """Every key of the table by what it does, for the command palette."""
         scope = str(self.current_mode)
-        for key in [*keys_of(scope), *keys_of("app")]:
+        for key in rebound([*keys_of(scope), *keys_of("app")], self.own_keys):
             name, _, argument = key.action.partition("(")
             target = self if name.startswith("app.") else screen
             act = getattr(target, f"action_{name.removeprefix('app.')}", None)
@@ -261,8 +310,18 @@ class FinetuiApp(App[None]):
             )
 
 
+def _called(path: Path) -> str:
+    """A recipe by the name that tells it from others: that of its run where it is a run's."""
+    return f"{path.parent.name}'s recipe" if (path.parent / "run.json").is_file() else path.name
+
+
 def run_app(
-    *, mode: Mode | None = None, run: Run | None = None, recipe: Recipe | None = None, recipe_path: Path | None = None
+    *,
+    mode: Mode | None = None,
+    run: Run | None = None,
+    recipe: Recipe | None = None,
+    recipe_path: Path | None = None,
+    backend: Backend | None = None,
 ) -> None:
     """Open the app on this terminal; returns when the user leaves.
 
@@ -270,27 +329,40 @@ def run_app(
         mode: the screen to begin with; None is Monitor for a run or when one is live, else Plan.
         run: the run to watch.
         recipe: what to plan, and ``recipe_path`` its file.
+        backend: what does the work; runs of another machine have their own.
 
     Raises:
         UserError: this terminal can't show it; the message names what to use instead.
+        SystemExit: a signal or a mistake of ours has ended it.
     """
+    from .console import Console
+    from .driver import ForgivingDriver
+
     # Textual draws on standard error and reads standard input.
     tty = all(stream is not None and stream.isatty() for stream in (sys.__stdin__, sys.__stdout__, sys.__stderr__))
     browser = "TEXTUAL_DRIVER" in os.environ  # textual-serve brings its own, on pipes
     if not browser and (why := terminal.refusal(os.environ, tty=tty)):
         raise UserError(why, do="Use a verb instead, such as: finetui plan, finetui runs or finetui attach RUN")
     os.environ.setdefault("TEXTUAL_SMOOTH_SCROLL", "0")
+    preferences = settings.load()
+    charset = {"FINETUI_CHARSET": preferences.charset, **terminal.surroundings()}
+    chosen = "NO_COLOR" not in os.environ and "TEXTUAL_THEME" not in os.environ
     app = FinetuiApp(
         mode or ("monitor" if run is not None else "plan"),
         run,
         recipe,
         recipe_path=recipe_path,
-        ascii_only=not browser and terminal.wants_ascii(os.environ),
+        backend=backend,
+        ascii_only=not browser and terminal.wants_ascii(charset),
+        preferences=preferences if chosen else replace(preferences, theme="auto"),
         theme="finetui" if browser else terminal.theme_for(os.environ),
-        driver_class=None if browser else terminal.forgiving_driver(),
+        driver_class=None if browser else ForgivingDriver,
     )
+    app.error_console = Console(markup=False, highlight=False, stderr=True)
     terminal.watch_for_hangup()
-    app.run(mouse=os.environ.get("FINETUI_MOUSE", "1") != "0")
+    app.run(mouse=os.environ.get("FINETUI_MOUSE", "1" if preferences.mouse else "0") != "0")
     watched = app.watched
-    if watched is not None and watched.path.is_dir() and watched.live:
+    if watched is not None and backend is None and watched.path.is_dir() and watched.live:
         print(f"{watched.name} goes on. Watch it again with: finetui attach {watched.name}", file=sys.stderr)
+    if app.return_code:
+        raise SystemExit(app.return_code)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from ..engine.run import Run
     from ..planner.plan import Plan
     from ..planner.recipe import Recipe
+    from ..planner.terms import Term
     from .data_look import DataLook
     from .offers import OfferRow
 
@@ -32,6 +33,12 @@ def _plan(recipe: Recipe) -> Plan:
     from ..engine.planning import plan_for
 
     return plan_for(recipe)
+
+
+def _explain(recipe: Recipe) -> Mapping[str, Term]:
+    from ..engine.planning import explain
+
+    return explain(recipe)[1]
 
 
 def _check(recipe: Recipe, plan: Plan, root: Path) -> Iterable[Check]:
@@ -90,9 +97,15 @@ def _gpus() -> list[str]:
 
 
 def _models() -> list[str]:
-    presets = Path(__file__).parents[1] / "presets" / "models"
-    known = sorted((path.name.replace("--", "/", 1) for path in presets.glob("*--*")), key=str.lower)
-    return list(dict.fromkeys([*_recent_models(), *known]))
+    from ..planner.hub_search import cached, shipped
+
+    return list(dict.fromkeys([*_recent_models(), *cached(), *sorted(shipped(), key=str.lower)]))
+
+
+def _search_hub(text: str) -> Sequence[str]:
+    from ..planner.hub_search import search
+
+    return search(text)
 
 
 def _recent_models() -> list[str]:
@@ -183,6 +196,10 @@ def _runs() -> list[Run]:
     return list_runs()
 
 
+def _open(run: Run) -> Run:
+    return run
+
+
 def _root() -> Path:
     from ..engine.run import default_root
 
@@ -194,6 +211,8 @@ class Backend:
     """The functions; every one may raise a :class:`FinetuiError`, and all but ``now`` and ``root`` may take a while."""
 
     plan: Callable[[Recipe], Plan] = _plan
+    explain: Callable[[Recipe], Mapping[str, Term]] = _explain
+    """Each figure of a recipe's plan with its formula, by its name."""
     check: Callable[[Recipe, Plan, Path], Iterable[Check]] = _check
     start: Callable[[Recipe, Plan, Path, str | None], Run] = _start
     stop: Callable[[Run], None] = _stop
@@ -202,7 +221,12 @@ class Backend:
     resume: Callable[[Run], None] = _resume
     delete: Callable[[Run], None] = _delete
     runs: Callable[[], list[Run]] = _runs
+    open: Callable[[Run], Run] = _open
+    """Makes a run ready to be read closely: nothing for one of this machine."""
     models: Callable[[], list[str]] = _models
+    """Models that need no network: used lately, in the Hub's cache, and shipped shapes."""
+    search_hub: Callable[[str], Sequence[str]] = _search_hub
+    """Models of the Hub by part of their name."""
     gpus: Callable[[], list[str]] = _gpus
     offers: Callable[[Recipe, bool], list[OfferRow]] = _offers
     """Every offer for a recipe, at spot prices if the second argument says so, and this machine's GPUs first."""

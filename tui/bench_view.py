@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
 from rich.table import Table
+
+from .console import Console
 
 if TYPE_CHECKING:
     from ..engine.bench.ceilings import Figure

@@ -6,13 +6,17 @@ has to know and none can forget.
 
 from __future__ import annotations
 
+import codecs
+import sys
+from io import TextIOWrapper
+
 from rich.cells import cell_len
 from rich.segment import Segment
 from textual.color import Color
 from textual.filter import LineFilter
 
 _TABLE: dict[str, str] = {
-    **dict.fromkeys("─━═╌┄┈╴╶╼╾–—−", "-"),
+    **dict.fromkeys("─━═╌┄┈╴╶╼╾–—−▔", "-"),
     **dict.fromkeys("│┃║╎┆┊╵╷▏▕", "|"),
     **dict.fromkeys("┌┐└┘├┤┬┴┼╭╮╯╰╔╗╚╝╠╣╦╩╬┏┓┗┛┣┫┳┻╋", "+"),
     **dict.fromkeys("█▓▉▊▋▌▐■◼▇▆▅▄▀", "#"),
@@ -21,6 +25,7 @@ _TABLE: dict[str, str] = {
     "✔": "+", "✘": "x", "●": "*", "◌": "~", "◐": "~", "◆": "o", "▸": ">", "▶": ">", "▾": "v", "▼": "v", "▲": "^",
     "‹": "<", "›": ">", "←": "<", "→": ">", "↑": "^", "↓": "v", "×": "x", "±": "~", "≈": "~", "…": "~", "°": " ",
     "≤": "<", "≥": ">", "“": '"', "”": '"', "‘": "'", "’": "'", "Δ": "d", "α": "a", "\u00a0": " ",
+    "🔎": "/ ", "⏎": "$",
 }  # fmt: skip
 
 
@@ -36,6 +41,20 @@ def _one(character: str) -> str:
         upper, lower = code & 0b00011011, code & 0b11100100
         return ":" if upper and lower else "'" if upper else "." if lower else " "
     return _TABLE.get(character) or "?" * cell_len(character)
+
+
+def use_likenesses() -> None:
+    """Make standard output and error write the likeness of what their encoding does not have, instead of failing."""
+    codecs.register_error("likeness", _likeness)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="likeness")
+
+
+def _likeness(error: UnicodeError) -> tuple[str, int]:
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    return to_ascii(error.object[error.start : error.end]), error.end
 
 
 class AsciiFilter(LineFilter):

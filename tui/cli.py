@@ -6,16 +6,12 @@ stdout is data, stderr is talk. Exit codes: 0 done, 1 a failure, 2 a mistake tha
 from __future__ import annotations
 
 import gc
-import importlib
 import json
 import os
 import sys
-from typing import Annotated
-
-import typer
 
 from ..planner.errors import FinetuiError
-from ..planner.version import VERSION
+from .outlet import guard_streams
 
 #: Verb → module in ``commands/``, in the order of the help page.
 VERBS: dict[str, str] = {
@@ -29,6 +25,7 @@ VERBS: dict[str, str] = {
     "attach": "attach",
     "logs": "logs",
     "compare": "compare",
+    "report": "report",
     "top": "top",
     "serve": "serve",
     "stop": "stop",
@@ -38,6 +35,8 @@ VERBS: dict[str, str] = {
     "export": "export",
     "bench": "bench",
     "doctor": "doctor",
+    "trust": "trust",
+    "settings": "settings",
 }
 
 
@@ -45,15 +44,26 @@ def main(arguments: list[str] | None = None) -> None:
     """Entry point of ``finetui`` and of ``python -m finetui``."""
     arguments = sys.argv[1:] if arguments is None else arguments
     verb = next((word for word in arguments if not word.startswith("-")), None)
+    if not all(
+        "utf" in (stream.encoding or "utf").lower() for stream in (sys.stdout, sys.stderr) if stream is not None
+    ):
+        from .charset import use_likenesses
+
+        use_likenesses()
+    guard_streams()
     gc.disable()  # while modules are imported the collector finds nothing to free
     try:
         if not arguments:  # the app paints before any verb is imported
             from .app import run_app
 
+            gc.freeze()  # nor will it in what is imported
             gc.enable()
             run_app()
             return
-        app = _build([verb] if verb in VERBS else list(VERBS))
+        from .verbs import build
+
+        _prefer(quiet="--json" in arguments or verb == "settings")
+        app = build({verb: VERBS[verb]} if verb in VERBS else VERBS)
         gc.enable()
         app(args=arguments, prog_name="finetui", standalone_mode=True)
     except FinetuiError as error:
@@ -66,31 +76,15 @@ def main(arguments: list[str] | None = None) -> None:
         raise SystemExit(141) from None
 
 
-def _build(verbs: list[str]) -> typer.Typer:
-    app = typer.Typer(
-        help="Plan a fine-tune before you download or rent anything, then run that very plan.",
-        no_args_is_help=False,
-        add_completion=False,
-        pretty_exceptions_enable=False,
-        rich_markup_mode=None,
-        context_settings={"help_option_names": ["-h", "--help"]},
-    )
+def _prefer(*, quiet: bool) -> None:
+    """Show figures as the user's settings say; ``quiet`` leaves out what is wrong with these."""
+    from ..planner.preferences import load
+    from .format import use_memory_unit
 
-    @app.callback(invoke_without_command=True)
-    def root(
-        context: typer.Context,
-        version: Annotated[bool, typer.Option("--version", help="Print the version and leave.")] = False,
-    ) -> None:
-        if version:
-            print(VERSION)
-            raise typer.Exit
-        if context.invoked_subcommand is None:
-            print(context.get_help())
-
-    for verb in verbs:
-        module = importlib.import_module(f".commands.{VERBS[verb]}", __package__)
-        app.command(verb)(getattr(module, verb))
-    return app
+    preferences = load()
+    use_memory_unit(preferences.memory_unit)
+    for problem in () if quiet else preferences.problems:
+        print(f"! {problem}", file=sys.stderr)
 
 
 def _report(error: FinetuiError, *, as_json: bool) -> None:

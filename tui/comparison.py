@@ -25,6 +25,10 @@ AXES: tuple[Axis, ...] = ("step", "tokens", "time", "$")
 #: What a curve can show: figures of step events, and the held-out loss.
 CURVES = ("loss", "held-out loss", "grad norm", "tokens/s")
 _STEP_FIELDS = {"loss": "loss", "grad norm": "grad_norm", "tokens/s": "tokens_per_s"}
+#: Buckets of a method's own figures: there can be dozens of them, on four axes each.
+_FURTHER_BUCKETS = 256
+#: Times the planned figure from which on a percentage is hard to read.
+_FAR_OFF = 10.0
 #: Settings that differ in every pair of runs and mean nothing.
 _IDLE = {"checkpoint_every", "eval_every", "warmup_steps", "gpus", "device"}
 
@@ -58,9 +62,10 @@ class Contender:
     def take(self, events: Iterable[Event]) -> None:
         """Take in what the run has said since the last time."""
         for event in events:
-            self._take(event)
+            self.apply(event)
 
-    def _take(self, event: Event) -> None:
+    def apply(self, event: Event) -> None:
+        """Take in one event."""
         self.history.apply(event)
         if event.type == "state" and event.data.get("state") == "preparing":
             self._last = event.time
@@ -72,8 +77,15 @@ class Contender:
                 self._add(name, number(event.data.get(key)))
         elif event.type == "eval":
             self._add("held-out loss", number(event.data.get("loss")))
+        elif event.type == "metrics":
+            for name, value in (event.data.get("values") or {}).items():
+                self._add(name, number(value), _FURTHER_BUCKETS)
 
-    def _add(self, name: str, value: float) -> None:
+    def further(self) -> list[str]:
+        """Names of the method's own figures, those that one looks at first in front."""
+        return self.history.telling_metrics()
+
+    def _add(self, name: str, value: float, buckets: int = 2048) -> None:
         history = self.history
         places: dict[Axis, float] = {
             "step": history.step,
@@ -82,7 +94,10 @@ class Contender:
             "$": self.elapsed_s * self.usd_per_h / 3600,
         }
         for axis, x in places.items():
-            self.curves.setdefault((name, axis), Series()).append(x, value)
+            series = self.curves.get((name, axis))
+            if series is None:
+                series = self.curves[name, axis] = Series(buckets)
+            series.append(x, value)
 
     def curve(self, name: str, axis: Axis) -> Series:
         """One curve; empty if the run has said nothing of it."""
@@ -151,8 +166,10 @@ def outcome_rows(outcomes: Sequence[Outcome]) -> list[tuple[str, list[str]]]:
     def against(measured: float, planned: float, show: Callable[[float], str]) -> str:
         if not math.isfinite(measured) or not measured:
             return f"– (plan {show(planned)})" if math.isfinite(planned) else "–"
-        off = f" ({measured / planned - 1:+.0%})" if math.isfinite(planned) and planned else ""
-        return f"{show(measured)}{off}"
+        off = measured / planned if math.isfinite(planned) and planned else math.nan
+        if not math.isfinite(off):
+            return show(measured)
+        return f"{show(measured)} ({f'{off - 1:+.0%}' if off < _FAR_OFF else f'× {off:,.0f}'})"
 
     return [
         ("loss, mean", [format.loss(one.loss) if math.isfinite(one.loss) else "–" for one in outcomes]),

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
 from ..planner.fit import Fit
 from ..planner.hardware import Gpu
+from .console import Console
 from .format import count, duration, rate, usd
 
 

@@ -120,6 +120,31 @@ FIELDS: tuple[FieldSpec, ...] = (
     ),
 )
 
+#: What Launch asks beside the plan: when a run is ended, and what is kept of it.
+LAUNCH_FIELDS: tuple[FieldSpec, ...] = (
+    FieldSpec("limits.cost_usd", "stop at $", "Stop, saved, before this much is spent", ("none",), auto=False),
+    FieldSpec("limits.hours", "stop after h", "Stop, saved, after so many hours", ("none",), auto=False),
+    FieldSpec("hardware.usd_per_h", "$ per hour", "What this machine costs; none is free", ("none",), auto=False),
+    FieldSpec(
+        "limits.nan_steps", "bad steps", "Fail after so many in a row: NaN, infinity or an explosion",
+        ("1", "2", "3", "5", "10"), auto=False,
+    ),
+    FieldSpec(
+        "limits.restarts", "restarts", "Go on by itself after a hang or a crash, so many times",
+        ("0", "1", "2", "3", "5", "10"), auto=False,
+    ),
+    FieldSpec(
+        "limits.at_end", "at the end", "nothing, shutdown, or a command of yours for the shell",
+        ("nothing", "shutdown"), auto=False,
+    ),
+    FieldSpec(
+        "checkpoint.every", "checkpoints", "Steps between checkpoints",
+        ("auto", "10", "20", "50", "100", "200", "500", "1000"),
+        resolved=lambda plan: f"every {plan.resolved.checkpoint_every:,} steps",
+    ),
+    FieldSpec("checkpoint.keep", "  kept", "How many of the latest stay", ("1", "2", "3", "5", "10"), auto=False),
+)  # fmt: skip
+
 
 def get(tree: Tree, key: str) -> str:
     """A field's value as the user would write it; ``auto`` or the default where the recipe says nothing."""
@@ -132,6 +157,9 @@ def get(tree: Tree, key: str) -> str:
     if key == "hardware.gpu":
         hardware = tree.get("hardware") or {}
         return hardware.get("gpu") or (CPU if hardware.get("device") == "cpu" else THIS_MACHINE)
+    if key == "limits.at_end":
+        wish = (tree.get("limits") or {}).get("at_end") or "nothing"
+        return str(wish if isinstance(wish, str) else wish.get("command") or wish.get("do", "nothing"))
     node: Any = {"type": tree["tuning"]} if key.startswith("tuning") and isinstance(tree.get("tuning"), str) else None
     parts = key.split(".")
     for part in parts if node is None else parts[1:]:
@@ -145,7 +173,11 @@ def _held_out(source: Any) -> bool:
     return isinstance(source, dict) and source.get("split") == "eval"
 
 
-_DEFAULTS = {"model": "", "method": "sft", "tuning.type": "lora", "tuning.rank": "16", "epochs": "1"}
+_DEFAULTS = {
+    "model": "", "method": "sft", "tuning.type": "lora", "tuning.rank": "16", "epochs": "1", "limits.cost_usd": "none",
+    "limits.hours": "none", "limits.nan_steps": "3", "limits.restarts": "3", "limits.at_end": "nothing",
+    "checkpoint.keep": "2", "hardware.usd_per_h": "none",
+}  # fmt: skip
 
 
 def put(tree: Tree, key: str, text: str) -> Tree:
@@ -187,6 +219,9 @@ def _put_data(tree: Tree, text: str) -> None:
 def _put_value(tree: Tree, key: str, text: str) -> None:
     section, _, name = key.rpartition(".")
     target = _section(tree, section) if section else tree
+    if key == "limits.at_end" and text not in ("", "nothing", "shutdown"):  # a line for the shell, whatever it says
+        target[name] = {"do": "command", "command": text}
+        return
     if text in ("", _DEFAULTS.get(key, "auto")):
         target.pop(name, None)
     else:
@@ -260,7 +295,7 @@ def shown(tree: Tree, spec: FieldSpec, plan: Plan | None) -> tuple[str, str]:
 def field_of(where: str) -> str:
     """The field that an error's ``where`` points at, or an empty string: ``recipe: tuning.rank`` is ``tuning.rank``."""
     named = where.rpartition(": ")[2]
-    for spec in FIELDS:
+    for spec in (*FIELDS, *LAUNCH_FIELDS):
         if named == spec.key or named.startswith(f"{spec.key}."):
             return spec.key
     return {"tuning": "tuning.type", "hardware": "hardware.gpu", "batch_tokens": "batch_size"}.get(named, "")

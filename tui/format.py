@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import re
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 #: Glyph and word of each run state: never colour alone, and each glyph exists in ASCII too (second item).
@@ -17,6 +19,9 @@ STATE_GLYPHS: dict[str, tuple[str, str]] = {
     "lost": ("?", "?"),
 }
 
+#: Glyph of what came of a check.
+CHECK_GLYPHS = {"ok": "✔", "warn": "!", "fail": "✘"}
+
 
 def count(value: float) -> str:
     """A count with at most three significant digits: ``8.03 B``, ``41.9 M``, ``512``."""
@@ -26,9 +31,45 @@ def count(value: float) -> str:
     return f"{value:.0f}"
 
 
+@dataclass(frozen=True)
+class MemoryUnit:
+    """What memory is shown in; figures come in GiB."""
+
+    name: str
+    smaller: str
+    per_gib: float
+    step: float
+
+
+_UNITS = {"GiB": MemoryUnit("GiB", "MiB", 1.0, 1024.0), "GB": MemoryUnit("GB", "MB", 2**30 / 1e9, 1000.0)}
+_unit = _UNITS["GiB"]
+
+
+def use_memory_unit(name: str) -> None:
+    """Show memory in ``GiB`` or ``GB`` from now on: the user's preference, set once where the program begins."""
+    global _unit
+    _unit = _UNITS[name]
+
+
+def memory_unit() -> str:
+    """The unit that memory is shown in."""
+    return _unit.name
+
+
 def gib(value: float) -> str:
-    """Memory in GiB: ``14.6 GiB``; below a tenth in MiB."""
-    return f"{value * 1024:.0f} MiB" if 0 <= value < 0.1 else f"{value:.1f} GiB"
+    """Memory given in GiB: ``14.6 GiB``; below a tenth in MiB; or both in the user's unit."""
+    shown = value * _unit.per_gib
+    return f"{shown * _unit.step:.0f} {_unit.smaller}" if 0 <= shown < 0.1 else f"{shown:.1f} {_unit.name}"
+
+
+def bare_gib(value: float, digits: int = 1) -> str:
+    """Memory given in GiB as a bare number, for where the unit stands beside it."""
+    return f"{value * _unit.per_gib:.{digits}f}"
+
+
+def gib_of(used: float, total: float) -> str:
+    """``14.6 of 23.6 GiB``."""
+    return f"{bare_gib(used)} of {bare_gib(total)} {_unit.name}"
 
 
 def duration(seconds: float) -> str:
@@ -66,6 +107,14 @@ def loss(value: float | None) -> str:
     if value is None:
         return "–"
     return f"{value:.4f}" if math.isfinite(value) else str(value)
+
+
+_NOISE = re.compile(r"\b(NVIDIA|GeForce|Tesla|Quadro|Graphics|Device|HBM\w*|PCIe)\b")
+
+
+def short_name(name: str) -> str:
+    """A GPU's name without what all of them have in common."""
+    return re.sub(r"[ -]+", " ", _NOISE.sub("", name)).strip() or name
 
 
 def path(value: Path) -> str:

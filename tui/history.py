@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections import deque
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from ..engine.events import Event
 from ..planner.plan import Plan
@@ -18,8 +19,16 @@ from .series import Series
 SETTLING_STEPS = 3
 #: Steps that the pace is taken from.
 _PACE_STEPS = 256
-#: Weight of the newest loss in the moving average.
+#: Weights of the newest loss in the moving averages, from hardly smoothed to smooth.
+EMA_WEIGHTS = (0.3, 0.1, 0.02)
+#: The one that is shown unless the user asks for another.
 EMA_WEIGHT = 0.1
+#: Buckets of a further figure's curve: there can be dozens of them, and each is drawn small.
+_FIGURE_BUCKETS = 512
+#: Prompts whose answers are kept: a run that learns from rollouts tells thousands.
+_ANSWERS = 64
+#: Marks kept per kind; of more, every other is forgotten.
+_MARKS = 512
 
 
 @dataclass(frozen=True)
@@ -29,6 +38,38 @@ class LogEntry:
     time: float
     kind: str
     text: str
+
+
+class StepEntry(NamedTuple):
+    """A step as a line for the log pane; its words are made only for the few that are looked at."""
+
+    time: float
+    step: int
+    loss: float
+    learning_rate: float
+    grad_norm: float
+    tokens_per_s: float
+
+    @property
+    def kind(self) -> str:
+        """See :class:`LogEntry`."""
+        return "step"
+
+    @property
+    def text(self) -> str:
+        """See :class:`LogEntry`."""
+        rate = format.rate(self.tokens_per_s) if math.isfinite(self.tokens_per_s) else "–"
+        return (
+            f"step {self.step}  loss {format.loss(self.loss)}  lr {self.learning_rate:.2e}"
+            f"  grad norm {self.grad_norm:.3g}  {rate} tok/s"
+        )
+
+
+class Mark(NamedTuple):
+    """Something that happened at a step and belongs on its curves; ``kind`` is an event type, or ``attempt``."""
+
+    step: float
+    kind: str
 
 
 @dataclass
@@ -58,7 +99,8 @@ class History:
     tokens: int = 0
     checkpoint_step: int | None = None
     loss: Series = field(default_factory=Series)
-    average: Series = field(default_factory=Series)
+    averages: dict[float, Series] = field(default_factory=lambda: {weight: Series() for weight in EMA_WEIGHTS})
+    """The loss smoothed, by the weight of the newest one."""
     evaluation: Series = field(default_factory=Series)
     learning_rate: Series = field(default_factory=Series)
     grad_norm: Series = field(default_factory=Series)
@@ -68,10 +110,15 @@ class History:
     gpus: dict[int, dict] = field(default_factory=dict)
     gpu_times: dict[int, float] = field(default_factory=dict)
     host: dict = field(default_factory=dict)
+    allocated_gib: dict[int, float] = field(default_factory=dict)
+    """What each rank's allocator holds now."""
     peak_gib: dict[int, float] = field(default_factory=dict)
+    """The most that each rank ever allocated, and below the most that it ever reserved."""
     reserved_gib: dict[int, float] = field(default_factory=dict)
     answers: dict[str, Answer] = field(default_factory=dict)
-    log: deque[LogEntry] = field(default_factory=lambda: deque(maxlen=400))
+    marks: dict[str, list[Mark]] = field(default_factory=dict)
+    """What happened on the way, by kind."""
+    log: deque[LogEntry | StepEntry] = field(default_factory=lambda: deque(maxlen=400))
     logged: int = 0
     not_finite: int = 0
     last_time: float = 0.0
@@ -80,10 +127,11 @@ class History:
 
     def apply(self, event: Event) -> None:
         """Take in one event; types of a later release are passed over."""
-        self.last_time = max(self.last_time, event.time)
-        handler = getattr(self, f"_on_{event.type}", None)
+        if event.time > self.last_time:
+            self.last_time = event.time
+        handler = _HANDLERS.get(event.type)
         if handler is not None:
-            handler(event.data, event.time)
+            handler(self, event.data, event.time)
 
     # --- what screens ask
 
@@ -97,6 +145,24 @@ class History:
             return math.nan
         (start, first), (end, last) = self._pace[0], self._pace[-1]
         return max(self.steps - self.step, 0) * (end - start) / (last - first) if last > first else math.nan
+
+    @property
+    def average(self) -> Series:
+        """The loss smoothed as it is shown unless the user asks for another."""
+        return self.averages[EMA_WEIGHT]
+
+    def mfu(self, plan: Plan | None) -> float:
+        """Share of the devices' peak that useful arithmetic reaches now, or NaN: the plan's, by measured speed.
+
+        The plan says how many FLOPs a token takes, so its MFU and its tokens/s are in the same proportion as any.
+        """
+        if plan is None or not plan.speed.tokens_per_s or not plan.speed.mfu:
+            return math.nan
+        return plan.speed.mfu * self.median_rate() / plan.speed.tokens_per_s
+
+    def projected_usd(self, plan: Plan | None, elapsed_s: float) -> float:
+        """What the run will have cost at its end, at this session's pace; NaN while there is none."""
+        return self.cost_usd(plan, elapsed_s + self.eta_s())
 
     def cost_usd(self, plan: Plan | None, elapsed_s: float) -> float:
         """What was spent so far at the plan's price; 0 on hardware that is already there."""
@@ -121,10 +187,18 @@ class History:
         self.log.append(LogEntry(time, kind, text))
         self.logged += 1
 
+    def _mark(self, kind: str, step: float | None = None) -> None:
+        marks = self.marks.setdefault(kind, [])
+        marks.append(Mark(self.step if step is None else step, kind))
+        if len(marks) > _MARKS:
+            del marks[1:-1:2]
+
     def _on_state(self, data: dict, time: float) -> None:
         self.state, self.cause = data.get("state", "?"), data.get("cause")
         self.message, self.do = data.get("message", ""), data.get("do", "")
         if data.get("attempt", self.attempt) != self.attempt:
+            if self.attempt and self.step:
+                self._mark("attempt")
             self.attempt, self._settling = data["attempt"], SETTLING_STEPS
             self._pace.clear()
         text = self.state + (f" ({self.cause})" if self.cause else "")
@@ -139,26 +213,24 @@ class History:
             self._settling -= 1
         else:
             self._pace.append((time, step))
-        loss = number(data.get("loss"))
-        grad_norm = number(data.get("grad_norm"))
-        before = self.average.latest if self.average else math.nan
+        loss, grad_norm = number(data.get("loss")), number(data.get("grad_norm"))
+        finite = math.isfinite(loss)
         self.loss.append(step, loss)
-        if math.isfinite(loss):
-            # Early on, the plain mean: an average that starts at the first loss would lag behind for 1 / weight steps.
-            weight = max(EMA_WEIGHT, 1 / max(step, 1))
-            self.average.append(step, loss if math.isnan(before) else before + weight * (loss - before))
-        if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+        for wanted, series in self.averages.items():
+            if finite:
+                before = series.latest
+                # Early on, the plain mean: an average that starts at the first loss would lag behind at first.
+                weight = max(wanted, 1 / max(step, 1))
+                series.append(step, loss if math.isnan(before) else before + weight * (loss - before))
+        if not (finite and math.isfinite(grad_norm)):
             self.not_finite += 1
-        self.learning_rate.append(step, number(data.get("learning_rate")))
+            self._mark("nan")
+        learning_rate, rate = number(data.get("learning_rate")), number(data.get("tokens_per_s"))
+        self.learning_rate.append(step, learning_rate)
         self.grad_norm.append(step, grad_norm)
-        self.tokens_per_s.append(step, number(data.get("tokens_per_s")))
-        rate = number(data.get("tokens_per_s"))
-        self._say(
-            time,
-            "step",
-            f"step {step}  loss {format.loss(loss)}  lr {number(data.get('learning_rate')):.2e}"
-            f"  grad norm {grad_norm:.3g}  {format.rate(rate) if math.isfinite(rate) else '–'} tok/s",
-        )
+        self.tokens_per_s.append(step, rate)
+        self.log.append(StepEntry(time, step, loss, learning_rate, grad_norm, rate))
+        self.logged += 1
 
     def _on_eval(self, data: dict, time: float) -> None:
         loss = number(data.get("loss"))
@@ -168,16 +240,20 @@ class History:
     def _on_metrics(self, data: dict, time: float) -> None:
         step = int(data.get("step", 0))
         for name, value in (data.get("values") or {}).items():
-            self.metrics.setdefault(name, Series()).append(step, number(value))
+            series = self.metrics.get(name)
+            if series is None:
+                series = self.metrics[name] = Series(_FIGURE_BUCKETS)
+            series.append(step, number(value))
 
     def _on_memory(self, data: dict, time: float) -> None:
         rank = int(data.get("rank", 0))
+        self.allocated_gib[rank] = number(data.get("allocated_gib"))
         self.peak_gib[rank] = max(number(data.get("peak_gib")), self.peak_gib.get(rank, 0.0))
         self.reserved_gib[rank] = max(number(data.get("reserved_gib")), self.reserved_gib.get(rank, 0.0))
 
     def _on_gpu(self, data: dict, time: float) -> None:
         index = int(data.get("index", 0))
-        self.gpus[index], self.gpu_times[index] = data, time
+        self.gpus[index], self.gpu_times[index] = {**self.gpus.get(index, {}), **data}, time
 
     def _on_host(self, data: dict, time: float) -> None:
         self.host = data
@@ -192,13 +268,16 @@ class History:
 
     def _on_checkpoint(self, data: dict, time: float) -> None:
         self.checkpoint_step = int(data.get("step", 0))
+        self._mark("checkpoint", self.checkpoint_step)
         size, seconds = format.gib(data.get("bytes", 0) / 2**30), format.duration(data.get("seconds", 0))
         self._say(time, "checkpoint", f"checkpoint at step {self.checkpoint_step}  {size} in {seconds}")
 
     def _on_fallback(self, data: dict, time: float) -> None:
+        self._mark("fallback")
         self._say(time, "fallback", f"{data.get('what', '')}: {data.get('why', '')}")
 
     def _on_warning(self, data: dict, time: float) -> None:
+        self._mark("warning")
         where = f"{data['where']}: " if data.get("where") else ""
         self._say(time, "warning", f"{where}{data.get('what', '')}. {data.get('do', '')}".rstrip(". ") + ".")
 
@@ -206,17 +285,21 @@ class History:
         self._say(time, "log", str(data.get("line", "")))
 
     def _on_failure(self, data: dict, time: float) -> None:
+        self._mark("failure")
         self._say(time, "failure", f"rank {data.get('rank', 0)}: {data.get('message', '')}")
 
     def _on_sample(self, data: dict, time: float) -> None:
         prompt, answer, step = data.get("prompt", ""), data.get("answer", ""), int(data.get("step", 0))
         known = self.answers.get(prompt)
         if known is None:
+            while len(self.answers) >= _ANSWERS:
+                del self.answers[next(iter(self.answers))]
             self.answers[prompt] = Answer(prompt, data.get("expected", ""), answer, answer, step)
         else:
             known.after, known.step = answer, step
 
 
+_HANDLERS = {name.removeprefix("_on_"): handler for name, handler in vars(History).items() if name.startswith("_on_")}
 #: What one looks at first, by what the name holds: whether answers get better, and whether the model drifts away.
 _TELLING = ("accuracies", "reward", "margins", "kl", "accuracy", "entropy")
 

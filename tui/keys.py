@@ -6,9 +6,13 @@ Where there is a function key there is a letter too, and escape is never the onl
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import difflib
+import unicodedata
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 
 from textual.binding import Binding, BindingType
+from textual.keys import KEY_NAME_REPLACEMENTS, key_to_character
 
 
 @dataclass(frozen=True)
@@ -26,6 +30,13 @@ class Key:
     help: str
 
     @property
+    def id(self) -> str:
+        """The row's name in a user's own table of keys: ``plan.save``, ``app.mode.gpus``, ``gpus.move.-1``."""
+        name, _, argument = self.action.removeprefix("app.").partition("(")
+        argument = argument.rstrip(")").strip("'")
+        return ".".join([self.scope, name, *([argument] if argument else [])])
+
+    @property
     def shown(self) -> str:
         """The first key as a reader would name it."""
         return key_name(self.keys.split(",")[0])
@@ -38,6 +49,7 @@ class Key:
 
 _NAMES = {
     "question_mark": "?", "left": "←", "right": "→", "up": "↑", "down": "↓", "escape": "esc", "slash": "/",
+    "plus": "+", "minus": "-", "comma": ",", "full_stop": ".", "at": "@", "underscore": "_", "backslash": "\\",
     "left_square_bracket": "[", "right_square_bracket": "]", "pageup": "pgup", "pagedown": "pgdn",
 }  # fmt: skip
 
@@ -45,7 +57,8 @@ _NAMES = {
 SCOPES = {
     "app": "Everywhere",
     "plan": "Plan",
-    "field": "A field of the plan",
+    "field": "A field of a form",
+    "terms": "A figure of the plan",
     "gpus": "GPUs",
     "data": "Data",
     "launch": "Launch",
@@ -53,6 +66,7 @@ SCOPES = {
     "runs": "Runs",
     "compare": "Compare",
     "logs": "Logs",
+    "settings": "Settings",
 }
 
 KEYS: tuple[Key, ...] = (
@@ -64,6 +78,7 @@ KEYS: tuple[Key, ...] = (
     Key("6", "app.mode('runs')", "app", "", "Runs: all runs of this machine"),
     Key("7", "app.mode('compare')", "app", "", "Compare: marked runs on one chart"),
     Key("8", "app.mode('logs')", "app", "", "Logs: what the ranks of a run print"),
+    Key("9", "app.mode('settings')", "app", "", "Settings: theme, units, alerts, prices, keys, folders"),
     Key("tab", "app.focus_next", "app", "", "Go to the next field or pane"),
     Key("shift+tab", "app.focus_previous", "app", "", "Go to the previous field or pane"),
     Key("question_mark,f1", "app.keys", "app", "Help", "This list"),
@@ -74,7 +89,10 @@ KEYS: tuple[Key, ...] = (
     Key("left,h", "step(-1)", "field", "", "The previous value"),
     Key("down,j", "app.focus_next", "field", "", "The field below"),
     Key("up,k", "app.focus_previous", "field", "", "The field above"),
-    Key("a,backspace", "auto", "field", "Auto", "Let the planner choose this value"),
+    Key("a,backspace", "auto", "field", "Auto", "Let the planner choose; on Settings, the default"),
+    Key("enter,space", "explain", "terms", "Formula", "How this figure is reckoned, with its numbers"),
+    Key("down,j", "term(1)", "terms", "", "The figure below"),
+    Key("up,k", "term(-1)", "terms", "", "The figure above"),
     Key("o", "open", "plan", "Open", "Open a recipe"),
     Key("s", "save", "plan", "Save", "Save this plan's recipe as a YAML file"),
     Key("m", "here", "plan", "This machine", "Plan for this machine again"),
@@ -87,6 +105,7 @@ KEYS: tuple[Key, ...] = (
     Key("i", "spot", "gpus", "Spot", "Interruptible prices, or those on demand"),
     Key("space", "mark", "gpus", "Mark", "Mark this offer"),
     Key("v", "marked", "gpus", "Marked", "Only the marked offers, or all of them"),
+    Key("t", "compare", "gpus", "Compare", "The marked offers side by side"),
     Key("a", "apply(0)", "gpus", "", "Take the first change that is offered, on this machine"),
     Key("b", "apply(1)", "gpus", "", "Take the second"),
     Key("c", "apply(2)", "gpus", "", "Take the third"),
@@ -94,6 +113,7 @@ KEYS: tuple[Key, ...] = (
     Key("up,k", "move(-1)", "gpus", "", "The offer above"),
     Key("n", "example(1)", "data", "Next", "The next example"),
     Key("p", "example(-1)", "data", "Previous", "The example before"),
+    Key("m", "marks", "data", "Marks", "Trained tokens in [[ ]], or a bar between tokens"),
     Key("r", "again", "data", "Read again", "Read the data again"),
     Key("right_square_bracket", "scroll(1)", "data", "", "Scroll the facts down"),
     Key("left_square_bracket", "scroll(-1)", "data", "", "Scroll the facts up"),
@@ -106,8 +126,11 @@ KEYS: tuple[Key, ...] = (
     Key("w", "checkpoint", "monitor", "Checkpoint", "Write a checkpoint now and go on"),
     Key("r", "resume", "monitor", "Resume", "Go on from the last checkpoint"),
     Key("y", "log_scale", "monitor", "Log scale", "Draw the loss on a logarithmic axis, or a linear one"),
+    Key("s", "smooth", "monitor", "Smooth", "Smooth the loss more, less, or not at all"),
     Key("t", "figure", "monitor", "Figures", "The next figure: rewards, margins, KL, learning rate"),
-    Key("v", "view", "monitor", "View", "Log, answers, or predicted beside measured"),
+    Key("v", "view", "monitor", "View", "Log, answers, predicted beside measured, or memory of each rank"),
+    Key("g", "gpus", "monitor", "GPUs", "Memory and load of the GPUs, or their clocks, traffic and errors"),
+    Key("e", "report", "monitor", "Report", "Write the run's report here: Markdown, CSV and SVG"),
     Key("n", "switch(1)", "monitor", "Next run", "Watch the next run"),
     Key("p", "switch(-1)", "monitor", "", "Watch the previous run"),
     Key("K", "kill", "monitor", "", "End the run's processes at once, without a checkpoint"),
@@ -123,7 +146,7 @@ KEYS: tuple[Key, ...] = (
     Key("l", "logs", "runs", "Logs", "Read the run's logs"),
     Key("down,j", "move(1)", "runs", "", "The run below"),
     Key("up,k", "move(-1)", "runs", "", "The run above"),
-    Key("m", "curve", "compare", "Figure", "Loss, held-out loss, gradient norm or speed"),
+    Key("m", "curve", "compare", "Figure", "Loss, held-out loss, gradient norm, speed, and the method's own figures"),
     Key("a", "axis", "compare", "Axis", "Over steps, tokens, time or money"),
     Key("y", "log_scale", "compare", "Log scale", "A logarithmic axis, or a linear one"),
     Key("r", "source", "logs", "Rank", "The next rank's log, or the events"),
@@ -137,6 +160,8 @@ KEYS: tuple[Key, ...] = (
     Key("pageup,left_square_bracket", "page(-1)", "logs", "", "One page up"),
     Key("g,home", "end(-1)", "logs", "", "To the first line that is kept"),
     Key("G,end", "end(1)", "logs", "", "To the last line"),
+    Key("y", "copy", "settings", "Copy path", "Copy the path of the file that holds the settings"),
+    Key("r", "reread", "settings", "Read again", "Read the file again"),
 )  # fmt: skip
 
 
@@ -144,7 +169,11 @@ def key_name(key: str) -> str:
     """A Textual key name as a reader would write it: ``question_mark`` is ``?``, ``f1`` is ``F1``."""
     if key.startswith("f") and key[1:].isdigit():
         return key.upper()
-    return _NAMES.get(key, key.replace("ctrl+", "^"))
+    if key in _NAMES:
+        return _NAMES[key]
+    if "+" in key or key in _ALONE:
+        return key.replace("ctrl+", "^")
+    return key_to_character(key) or key
 
 
 def key_of(mode: str) -> str:
@@ -158,8 +187,102 @@ def keys_of(scope: str) -> list[Key]:
 
 
 def bindings(scope: str) -> list[BindingType]:
-    """The rows of one scope as Textual bindings."""
+    """The rows of one scope as Textual bindings; their ids are those of a user's own table of keys."""
     return [
-        Binding(key.keys, key.action, key.label or key.help, id=f"{scope}.{number}", tooltip=key.help, show=False)
-        for number, key in enumerate(keys_of(scope))
+        Binding(key.keys, key.action, key.label or key.help, id=key.id, tooltip=key.help, show=False)
+        for key in keys_of(scope)
     ]
+
+
+# --- keys of the user's own
+
+#: What tmux, screen, VS Code, terminals and Textual itself keep, which therefore never arrives.
+TAKEN = frozenset({
+    "ctrl+a", "ctrl+b", "ctrl+s", "ctrl+q", "ctrl+z", "ctrl+c", "ctrl+@", "ctrl+w", "ctrl+t", "ctrl+m", "ctrl+i",
+    "ctrl+j", "ctrl+h", "ctrl+[",
+})  # fmt: skip
+_ALONE = frozenset({"space", "tab", "enter", "escape", "backspace", "delete", "home", "end", "up", "down", "left",
+                    "right", "pageup", "pagedown", "insert"})  # fmt: skip
+
+
+def normal(keys: str) -> str:
+    """Keys as a user writes them (``S``, ``?``, ``^x, pgdn``) by Textual's names, separated by commas.
+
+    Raises:
+        ValueError: one of them is no key, or one that terminals keep; the message says which and why.
+    """
+    words = [word.strip() for word in keys.split(",")] if keys.strip() != "," else ["comma"]
+    return ",".join(_normal(word) for word in words)
+
+
+def _normal(word: str) -> str:
+    name = {shown: key for key, shown in _NAMES.items()}.get(word, word)
+    name = f"ctrl+{word[1:].lower()}" if len(word) > 1 and word[0] == "^" else name
+    name = name.lower() if len(name) > 1 else name
+    if len(name) == 1:
+        return name if name.isalnum() else _spelt(name)
+    if name in TAKEN or name.startswith(("alt+", "super+", "meta+", "shift+ctrl+")):
+        raise ValueError(f"{word} never arrives: the terminal, tmux or screen keeps it")
+    bare = name.removeprefix("ctrl+").removeprefix("shift+")
+    known = bare in _ALONE or bare in _NAMES or (len(bare) == 1 and name.startswith("ctrl+") and bare.isalpha())
+    if not known and not (bare[:1] == "f" and bare[1:].isdigit() and 1 <= int(bare[1:]) <= 12):
+        raise ValueError(f"{word!r} is no key")
+    return name
+
+
+def _spelt(character: str) -> str:
+    """Textual's name of a key that is neither letter nor digit."""
+    name = unicodedata.name(character, "").lower().replace("-", "_").replace(" ", "_")
+    if not name:
+        raise ValueError(f"{character!r} is no key")
+    return KEY_NAME_REPLACEMENTS.get(name, name)
+
+
+def key_map(own: Mapping[str, str]) -> tuple[dict[str, str], list[str]]:
+    """A user's own keys as they can be used, and what is wrong with the others, a sentence each.
+
+    What would make one key mean two things on a screen is refused, all of it: half a table is worse than none.
+    """
+    rows = {key.id: key for key in KEYS}
+    chosen: dict[str, str] = {}
+    problems = []
+    for name, keys in own.items():
+        if name not in rows:
+            near = difflib.get_close_matches(name, rows, n=1, cutoff=0.5)
+            hint = f" Did you mean {near[0]!r}?" if near else ""
+            problems.append(f"keys: there is no command {name!r}.{hint}")
+            continue
+        try:
+            chosen[name] = normal(keys)
+        except ValueError as error:
+            problems.append(f"keys: {name}: {error}.")
+    clashes = _clashes(rebound(KEYS, chosen), set(chosen))
+    return ({} if clashes else chosen), [*problems, *clashes]
+
+
+def rebound(keys: Iterable[Key], own: Mapping[str, str]) -> list[Key]:
+    """Rows of the table with a user's own keys in them."""
+    return [replace(key, keys=own[key.id]) if key.id in own else key for key in keys]
+
+
+#: Scopes that listen at the same time as another one.
+_WITHIN = {"field": ("plan", "launch", "settings"), "terms": ("plan",)}
+
+
+def _clashes(keys: list[Key], changed: set[str]) -> list[str]:
+    """Each key that would mean two things where a changed row listens."""
+    found = []
+    for key in keys:
+        if key.id not in changed:
+            continue
+        for other in keys:
+            together = (
+                other.scope in (key.scope, "app") or key.scope == "app" or other.scope in _WITHIN.get(key.scope, ())
+                or key.scope in _WITHIN.get(other.scope, ())
+            )  # fmt: skip
+            both = set(key.keys.split(",")) & set(other.keys.split(","))
+            again = other.id in changed and other.id < key.id  # told already, the other way round
+            if other.action != key.action and together and both and not again:
+                names = " and ".join(sorted(key_name(name) for name in both))
+                found.append(f"keys: {names} would be both {key.id} and {other.id}.")
+    return found

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from datetime import UTC, datetime
 
 from ..planner.errors import FinetuiError
 from ..planner.plan import Plan
+from . import format  # noqa: A004
 from .form import Tree, get, put
+from .plan_view import verdict
 
 #: What a table of offers can be sorted by, each with the figure that is smaller for the better offer.
 SORTS: dict[str, Callable[[OfferRow], float]] = {
@@ -68,6 +71,59 @@ def arranged(rows: Iterable[OfferRow], *, sort: str, everything: bool, words: st
         if (everything or row.plan.fits) and all(word in f"{row.provider} {row.gpu}".lower() for word in wanted)
     ]
     return sorted(shown, key=lambda row: (not row.plan.fits, SORTS[sort](row), row.plan.time_s, row.key))
+
+
+def price_age(as_of: str, now: float) -> str:
+    """How old a price is, in days: ``9 d``; ``?`` where it has no date."""
+    try:
+        since = datetime.fromisoformat(f"{as_of}-01" if len(as_of) == 7 else as_of).replace(tzinfo=UTC)
+    except ValueError:
+        return "?"
+    return f"{max(int((now - since.timestamp()) // 86400), 0)} d"
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One line of a comparison: a figure of each offer, and which of them is best (none where nothing is)."""
+
+    label: str
+    values: tuple[str, ...]
+    best: frozenset[int] = frozenset()
+
+
+def compared(rows: Sequence[OfferRow], now: float) -> list[Figure]:
+    """Offers side by side: what differs between them, figures first, then how the run would go on each."""
+
+    def figure(label: str, of: Callable[[OfferRow], float | None], text: Callable[[float], str]) -> Figure:
+        found = [of(row) for row in rows]
+        least = min((value for value in found if value is not None), default=None)
+        best = frozenset(n for n, value in enumerate(found) if value is not None and value == least)
+        shown = tuple("–" if value is None else text(value) for value in found)
+        return Figure(label, shown, best if len(best) < len(rows) else frozenset())
+
+    def fitting(of: Callable[[OfferRow], float]) -> Callable[[OfferRow], float | None]:
+        return lambda row: of(row) if row.plan.fits else None
+
+    lines = [
+        Figure("provider", tuple(row.provider for row in rows)),
+        Figure("fit", tuple(" ".join(verdict(row.plan)) for row in rows)),
+        figure("memory", lambda row: row.plan.memory.device_gib / row.plan.hardware.memory_gib, "{:.0%}".format),
+        Figure("  of", tuple(format.gib(row.plan.hardware.memory_gib) for row in rows)),
+        figure("tokens/s", fitting(lambda row: -row.plan.speed.tokens_per_s), lambda value: format.rate(-value)),
+        figure("time", fitting(lambda row: row.plan.time_s), format.duration),
+        figure("$/h", lambda row: row.usd_per_h, format.usd),
+        figure("$ run", fitting(lambda row: row.usd), format.usd),
+        Figure("price age", tuple("now" if row.local else price_age(row.as_of, now) for row in rows)),
+    ]
+    for label, of in (
+        ("micro batch", lambda plan: str(plan.resolved.micro_batch)),
+        ("checkpointing", lambda plan: plan.resolved.checkpointing),
+        ("optimizer", lambda plan: plan.resolved.optimizer),
+        ("precision", lambda plan: plan.resolved.precision),
+    ):
+        values = tuple(of(row.plan) for row in rows)
+        lines += [Figure(label, values)] if len(set(values)) > 1 else []
+    return lines
 
 
 @dataclass(frozen=True)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from ..planner.plan import Plan, StagePlan
+from .console import Console
 from .format import count, duration, gib, rate, usd
 
 _BAR = 32

@@ -7,11 +7,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from ..engine.events import EventReader
+from ..engine.past import essentials
+from ..engine.remote import MirroredRun
 from ..engine.run import LIVE_STATES, Run
 from ..planner.errors import RunError
 from ..planner.plan import Plan
+from .format import short_name
 from .history import History
-from .widgets.gpu_panel import short_name
 
 
 @dataclass(frozen=True)
@@ -39,11 +41,32 @@ class RunRow:
     planned_gib: float
     peak_gib: float
     planned_s: float
+    created: float = 0.0
+    held_out: float = math.nan
+    """The newest held-out loss."""
 
     @property
     def live(self) -> bool:
         """Whether a process is at work on it."""
         return self.state in LIVE_STATES
+
+
+def place_of(run: Run) -> str:
+    """A run's directory; of a run on another machine, the one there."""
+    return f"{run.host.address}:{run.remote}" if isinstance(run, MirroredRun) else str(run.path)
+
+
+def latest(run: Run) -> tuple[EventReader, History]:
+    """What a run's outcome and its newest events say, without reading all of a long one; and who reads on."""
+    history = History()
+    try:
+        past = essentials(run.events_path)
+    except OSError:  # not written yet
+        return EventReader(run.events_path), history
+    for event in past.events:
+        history.apply(event)
+    after = past.events[-1].seq if past.events else 0
+    return EventReader(run.events_path, after, past.offset), history
 
 
 class RunScanner:
@@ -70,7 +93,7 @@ class RunScanner:
                 plan: Plan | None = run.plan
             except RunError:
                 plan = None
-            self._known[key] = (EventReader(run.events_path), History(), plan)
+            self._known[key] = (*latest(run), plan)
         reader, history, plan = self._known[key]
         status = run.status
         for event in reader.read():
@@ -101,4 +124,6 @@ class RunScanner:
             planned_gib=plan.memory.device_gib if plan else math.nan,
             peak_gib=max(history.reserved_gib.values(), default=math.nan),
             planned_s=plan.time_s if plan else math.nan,
+            created=status.created,
+            held_out=history.evaluation.latest,
         )

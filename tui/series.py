@@ -11,7 +11,7 @@ import math
 from dataclasses import dataclass
 
 
-@dataclass
+@dataclass(slots=True)
 class Bucket:
     """Consecutive points: x from ``first`` to ``last``, y from ``low`` to ``high``, ``end`` the newest finite y.
 
@@ -29,8 +29,12 @@ class Bucket:
     def add(self, x: float, y: float) -> None:
         """One more point, right of the others."""
         self.last = x
-        if math.isfinite(y):
-            self.low, self.high, self.end = min(self.low, y), max(self.high, y), y
+        if -math.inf < y < math.inf:
+            if y < self.low:
+                self.low = y
+            if y > self.high:
+                self.high = y
+            self.end = y
             self.count += 1
         else:
             self.broken = True

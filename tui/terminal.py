@@ -1,12 +1,10 @@
-"""What this terminal can show, and the four ways in which a terminal can go wrong under a Textual app.
+"""What this terminal can show, and whether it is still there.
 
-Measured on Textual 8.2.8: after a hang-up whose signal is not delivered its input thread spins at 130% of a core; the
-bytes of a legacy X10 mouse report, as tmux sends them on reattach, end the app with a UnicodeDecodeError.
+Measured on Textual 8.2.8: after a hang-up whose signal is not delivered its input thread spins at 130% of a core.
 """
 
 from __future__ import annotations
 
-import codecs
 import locale
 import os
 import select
@@ -14,10 +12,7 @@ import sys
 import threading
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from textual.driver import Driver
+from pathlib import Path
 
 #: Terminals with eight or sixteen colours and, on a console, a font without braille.
 _PLAIN_TERMS = frozenset({"linux", "vt100", "vt102", "vt220", "ansi", "cons25"})
@@ -32,6 +27,18 @@ def refusal(environ: Mapping[str, str], *, tty: bool) -> str:
     if environ.get("TERM", "") in ("", "dumb"):
         return "the app needs a terminal that can move the cursor, and TERM is unset or 'dumb'"
     return ""
+
+
+def surroundings() -> dict[str, str]:
+    """The environment as this process was given it: where the locale is C, Python sets LC_CTYPE (PEP 538)."""
+    environ = dict(os.environ)
+    try:
+        given = Path("/proc/self/environ").read_bytes()
+    except OSError:
+        return environ
+    if environ.get("LC_CTYPE") in ("C.UTF-8", "C.utf8", "UTF-8") and b"\0LC_CTYPE=" not in b"\0" + given:
+        del environ["LC_CTYPE"]
+    return environ
 
 
 def wants_ascii(environ: Mapping[str, str]) -> bool:
@@ -62,17 +69,6 @@ def theme_for(environ: Mapping[str, str]) -> str:
     if "NO_COLOR" in environ:
         return "ansi-dark"
     return "finetui" if environ.get("COLORTERM") in ("truecolor", "24bit") else "ansi-dark"
-
-
-def forgiving_driver() -> type[Driver]:
-    """Textual's driver for POSIX terminals, which replaces bytes that are not UTF-8 instead of raising."""
-    from textual.drivers import linux_driver
-
-    def decoder(encoding: str) -> Callable[..., Any]:
-        return partial(codecs.getincrementaldecoder(encoding), errors="replace")
-
-    linux_driver.getincrementaldecoder = decoder
-    return linux_driver.LinuxDriver
 
 
 def watch_for_hangup(fileno: int | None = None, *, on_hangup: Callable[[], None] | None = None) -> threading.Thread:

@@ -10,20 +10,27 @@ import sys
 import time
 from collections.abc import Iterable, Iterator
 
-from rich.console import Console, Group
+from rich.console import Group
 from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from ..engine.events import Event, EventReader, read_events
+from ..engine.events import Event, EventReader
+from ..engine.past import SHORT_BYTES, glimpse
 from ..engine.run import LIVE_STATES, Run, Status
-from .format import STATE_GLYPHS, count, duration, gib, loss, rate
-from .history import History, LogEntry
+from ..planner.preferences import load
+from .alerts import Watchman, sound
+from .console import Console
+from .follower import BATCH, read_whole
+from .format import STATE_GLYPHS, count, duration, gib, loss, rate, usd
+from .history import History
 from .series import Series
 
 _BLOCKS = "▁▂▃▄▅▆▇█"
 _WIDTH = 32
+#: Newest events that are told one by one when a long run is opened.
+_NEWEST = 200
 _GPU_FIGURES = (("sm_percent", "%"), ("power_w", "W"), ("temperature_c", "°C"))
 
 
@@ -41,7 +48,7 @@ def watch(run: Run, *, plain: bool | None = None) -> int:
     if plain is None:
         plain = not console.is_terminal or console.is_dumb_terminal
     try:
-        status = _watch_lines(run) if plain else _watch_live(run, console)
+        status = _watch_lines(run, whole=not console.is_terminal) if plain else _watch_live(run, console)
     except KeyboardInterrupt:
         print(f"\nThe run goes on. Watch it again with: finetui attach {run.name}", file=sys.stderr)
         return 0
@@ -56,10 +63,7 @@ def watch(run: Run, *, plain: bool | None = None) -> int:
 
 def history_of(run: Run) -> History:
     """A run so far."""
-    history = History(steps=run.plan.resolved.steps)
-    for event in read_events(run.events_path):
-        history.apply(event)
-    return history
+    return read_whole(run, History(steps=run.plan.resolved.steps))
 
 
 def lines_of(events: Iterable[Event], history: History) -> Iterator[str]:
@@ -68,16 +72,15 @@ def lines_of(events: Iterable[Event], history: History) -> Iterator[str]:
         logged = history.logged
         history.apply(event)
         if history.logged > logged:
-            entry: LogEntry = history.log[-1]
+            entry = history.log[-1]
             yield f"{time.strftime('%H:%M:%S', time.localtime(entry.time))} {entry.text}"
 
 
-def _events_until_end(run: Run, poll_s: float = 0.25) -> Iterator[list[Event] | Status]:
+def _events_until_end(run: Run, reader: EventReader, poll_s: float = 0.25) -> Iterator[list[Event] | Status]:
     """Batches of events as they come; the last item is the final status."""
-    reader = EventReader(run.events_path)
     while True:
         status = run.status  # read before the events, so that none written before the end is missed
-        events = reader.read()
+        events = reader.read(BATCH)
         yield events
         if events:
             continue
@@ -87,13 +90,50 @@ def _events_until_end(run: Run, poll_s: float = 0.25) -> Iterator[list[Event] | 
         time.sleep(poll_s)
 
 
-def _watch_lines(run: Run) -> Status:
-    history = History(steps=run.plan.resolved.steps)
-    for item in _events_until_end(run):
+class _Caller:
+    """Calls somebody back: compares the run with what it was, and rings as the user wants it."""
+
+    def __init__(self, run: Run) -> None:
+        self._run, self._watchman, self._preferences = run, Watchman(run.name), load()
+
+    def look(self, history: History, status: Status) -> None:
+        """Tell what has happened since the last look."""
+        for alert in self._watchman.news(history, status):
+            sequence = sound(alert, self._run.name, self._preferences)
+            terminal = sys.__stderr__  # not the guarded one, which would spell the sequence out
+            if sequence and terminal is not None and terminal.isatty():
+                terminal.write(sequence)
+                terminal.flush()
+
+
+def _opened(run: Run, history: History, newest: int) -> tuple[list[Event], EventReader]:
+    """The newest events of a run, all before them taken in, of a long one by a glimpse; and who reads on."""
+    try:
+        past = glimpse(run.events_path)
+    except OSError:  # not written yet
+        return [], EventReader(run.events_path)
+    events = past.events
+    for event in events[:-newest]:
+        history.apply(event)
+    return events[-newest:], EventReader(run.events_path, events[-1].seq if events else 0, past.offset)
+
+
+def _watch_lines(run: Run, *, whole: bool) -> Status:
+    history, caller = History(steps=run.plan.resolved.steps), _Caller(run)
+    reader = EventReader(run.events_path)
+    if not whole and run.events_path.stat().st_size > SHORT_BYTES:
+        events, reader = _opened(run, history, _NEWEST)
+        print(f"The newest events of a long run; all of them: finetui logs {run.name} --events", file=sys.stderr)
+        for line in lines_of(events, history):
+            print(line, flush=True)
+    for item in _events_until_end(run, reader):
         if isinstance(item, Status):
+            caller.look(history, item)
             return item
         for line in lines_of(item, history):
             print(line, flush=True)
+        if len(item) < BATCH:
+            caller.look(history, run.status)
     raise AssertionError("unreachable")
 
 
@@ -101,10 +141,17 @@ class _Panel:
     """What the live view shows, redrawn from the events so far."""
 
     def __init__(self, run: Run) -> None:
-        plan = run.plan
+        plan = self.plan = run.plan
+        self.status = run.recorded
         self.name, self.where = run.name, f"{plan.hardware.count} × {plan.hardware.gpu}"
         self.history = History(steps=plan.resolved.steps)
         self.notes: list[str] = []
+
+    def take(self, events: list[Event]) -> None:
+        """Take in what is new; what is neither a step nor a phase is noted."""
+        h = self.history
+        notes = [line for line in lines_of(events, h) if h.log[-1].kind not in {"step", "phase"}]
+        self.notes = [*self.notes, *notes][-4:]
 
     def __rich__(self) -> Group:
         h = self.history
@@ -116,6 +163,13 @@ class _Panel:
         if h.step:
             speed = f"{rate(h.tokens_per_s.latest)} tok/s, {count(h.tokens)} tokens so far"
             rows.add_row("speed", speed, f"lr {h.learning_rate.latest:.2e}  grad norm {h.grad_norm.latest:.3g}")
+        if (mfu := h.mfu(self.plan)) == mfu:  # NaN is a share that there is none of
+            rows.add_row("MFU", f"{mfu:.0%}", f"planned {self.plan.speed.mfu:.0%}")
+        if self.plan.cost.usd_per_h:
+            spent = self.status.elapsed_s()
+            projected = h.projected_usd(self.plan, spent)
+            of = f"of ~{usd(projected)}" if math.isfinite(projected) else ""
+            rows.add_row("money", f"{usd(h.cost_usd(self.plan, spent))} {of}", f"planned {usd(self.plan.cost.usd)}")
         if h.phase:
             rows.add_row("now", h.phase, "")
         for index, gpu in sorted(h.gpus.items()):
@@ -130,17 +184,20 @@ class _Panel:
 
 
 def _watch_live(run: Run, console: Console) -> Status:
-    panel = _Panel(run)
+    panel, caller = _Panel(run), _Caller(run)
+    events, reader = _opened(run, panel.history, _NEWEST)
+    panel.take(events)
     with Live(panel, console=console, refresh_per_second=4) as live:
-        for item in _events_until_end(run):
+        for item in _events_until_end(run, reader):
             if isinstance(item, Status):
                 panel.history.state = item.state
+                caller.look(panel.history, item)
                 live.refresh()
                 return item
-            notes = [
-                line for line in lines_of(item, panel.history) if panel.history.log[-1].kind not in {"step", "phase"}
-            ]
-            panel.notes = [*panel.notes, *notes][-4:]
+            panel.take(item)
+            if len(item) < BATCH:
+                panel.status = run.status
+                caller.look(panel.history, panel.status)
     raise AssertionError("unreachable")
 
 

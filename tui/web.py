@@ -20,6 +20,35 @@ HOST = "127.0.0.1"
 _NAMES = frozenset({HOST, "localhost"})
 _COOKIE = "finetui-token"
 
+#: textual-serve's own page asks Google for a font, and takes no key before it has been clicked.
+_PAGE = """<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<title>finetui</title>
+<link rel="stylesheet" href="/static/css/xterm.css">
+<style>
+@font-face { font-family: "Roboto Mono"; src: url("/static/fonts/RobotoMono-VariableFont_wght.ttf"); }
+body { margin: 0; background: #14171c; color: #d3d7de; font-family: "Roboto Mono", monospace; }
+#closed { display: none; padding: 2em; }
+body.-closed #closed { display: block; }
+body.-closed #terminal { display: none; }
+</style>
+<script src="/static/js/textual.js"></script>
+<script>
+document.addEventListener("DOMContentLoaded", () => new MutationObserver((_, watch) => {
+  const keys = document.querySelector("#terminal textarea");
+  if (keys && document.body.classList.contains("-first-byte")) { keys.focus(); watch.disconnect(); }
+}).observe(document.body, {attributes: true, childList: true, subtree: true}));
+</script>
+</head>
+<body>
+<div id="closed">finetui has ended here; runs go on. <a href="/">Open it again</a></div>
+<div id="terminal" class="textual-terminal" data-session-websocket-url="ws://%s/ws" data-font-size="16"></div>
+</body>
+</html>
+"""
+
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
@@ -48,6 +77,10 @@ class LocalServer(Server):
         app = await super()._make_app()
         app.middlewares.append(self._admit)
         return app
+
+    async def handle_index(self, request: web.Request) -> web.Response:
+        """The page with the terminal."""
+        return web.Response(text=_PAGE % f"{HOST}:{self.port}", content_type="text/html")
 
     async def on_startup(self, app: web.Application) -> None:
         """Say nothing: whoever started the server has told where it is."""

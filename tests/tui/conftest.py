@@ -6,8 +6,9 @@ import json
 import math
 import random
 import socket
+import sys
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,7 @@ from finetui.planner.plan import (
     Workload,
 )
 from finetui.planner.recipe import Recipe
+from finetui.tests.bench.terminal import Terminal, environment
 from finetui.tui.app import FinetuiApp
 from finetui.tui.backend import Backend
 from finetui.tui.data_look import DataLook
@@ -350,8 +352,27 @@ def _fixed_surroundings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None
     monkeypatch.setattr(time, "localtime", time.gmtime)
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / ".config"))
     monkeypatch.delenv("NO_COLOR", raising=False)
     monkeypatch.setattr("finetui.tui.screens.launch.suggest_name", lambda recipe, plan: "qwen3-8b-qlora-0301-1200")
+
+
+@pytest.fixture
+def terminal(tmp_path: Path) -> Iterator[Callable[..., Terminal]]:
+    """Opens the app on a pty of its own, on a run or on Plan; what still runs at the end is killed."""
+    opened: list[Terminal] = []
+
+    def open_(
+        run: Run | None = None, *, words: Sequence[str] = (), hup: bool = True, size: tuple[int, int] = (100, 30),
+        **environ: str,
+    ) -> Terminal:  # fmt: skip
+        words = words or (["-m", "finetui", "attach", str(run.path)] if run else ["-m", "finetui"])
+        opened.append(Terminal([sys.executable, "-P", *words], environment(tmp_path, **environ), size=size, hup=hup))
+        return opened[-1]
+
+    yield open_
+    for one in opened:
+        one.close()
 
 
 @pytest.fixture

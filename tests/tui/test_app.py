@@ -47,7 +47,7 @@ async def test_plan_shows_what_launch_has_planned(app_of: AppOf, settle: Settle)
 
 async def test_help_lists_every_key(app_of: AppOf, settle: Settle) -> None:
     app = app_of()
-    async with app.run_test(size=(100, 200)) as pilot:
+    async with app.run_test(size=(120, 220)) as pilot:
         await settle(pilot)
         await pilot.press("question_mark")
         assert isinstance(app.screen, Help)

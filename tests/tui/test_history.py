@@ -73,3 +73,29 @@ def test_the_whole_story(training: Callable[..., list], now: float) -> None:
     assert history.eta_s() == pytest.approx(172 * 3.2, rel=0.02)
     assert [answer.step for answer in history.answers.values()] == [0]
     assert {"checkpoint", "eval", "fallback", "state"} <= {entry.kind for entry in history.log}
+
+
+def test_what_a_gpu_tells_seldom_stays_until_it_tells_it_again() -> None:
+    history = History()
+    history.apply(Event(1, 1.0, "gpu", {"index": 0, "power_w": 300.0, "pcie_in_gb_s": 1.5}))
+    history.apply(Event(2, 2.0, "gpu", {"index": 0, "power_w": 310.0}))
+    assert (history.gpus[0]["power_w"], history.gpus[0]["pcie_in_gb_s"]) == (310.0, 1.5)
+    history.apply(Event(3, 3.0, "gpu", {"index": 0, "power_w": None}))
+    assert history.gpus[0]["power_w"] is None
+
+
+def test_memory_stays_bounded_however_long_the_run_and_whatever_it_tells() -> None:
+    history = History()
+    for number in range(1, 3001):
+        history.apply(step(number, float(number), loss=math.nan if number % 3 == 0 else 1.0))
+        history.apply(Event(number, 1.0, "metrics", {"step": number, "values": {"reward": 0.5}}))
+        history.apply(Event(number, 1.0, "sample", {"step": number, "prompt": f"p{number}", "answer": "a"}))
+        history.apply(Event(number, 1.0, "warning", {"what": "w"}))
+        history.apply(Event(number, 1.0, "checkpoint", {"step": number, "bytes": 1, "seconds": 1.0}))
+    assert len(history.answers) <= 64
+    assert "p3000" in history.answers
+    assert all(len(marks) <= 512 for marks in history.marks.values())
+    assert history.marks["checkpoint"][-1].step == 3000
+    assert history.marks["checkpoint"][0].step == 1
+    assert len(history.metrics["reward"].buckets) <= 512
+    assert len(history.loss.buckets) <= 2048

@@ -16,12 +16,15 @@ from finetui.tui.screens.logs import LogsScreen
 from finetui.tui.screens.monitor import MonitorScreen
 from finetui.tui.screens.plan import PlanScreen
 from finetui.tui.screens.runs import RunsScreen
+from finetui.tui.screens.settings import SettingsScreen
 from finetui.tui.widgets.field import Field
+from finetui.tui.widgets.term_rows import TermRows
 
 OWNERS = {
     "app": FinetuiApp,
     "plan": PlanScreen,
     "field": Field,
+    "terms": TermRows,
     "gpus": GpusScreen,
     "data": DataScreen,
     "launch": LaunchScreen,
@@ -29,6 +32,7 @@ OWNERS = {
     "runs": RunsScreen,
     "compare": CompareScreen,
     "logs": LogsScreen,
+    "settings": SettingsScreen,
 }
 
 

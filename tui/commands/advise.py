@@ -91,8 +91,9 @@ def _look_at(path: str) -> tuple[DataKind, int | None, list[Remark]]:
 
 
 def _print(answers: list[Advice]) -> None:
-    from rich.console import Console
     from rich.text import Text
+
+    from ..console import Console
 
     console = Console(highlight=False)
     for item in answers:

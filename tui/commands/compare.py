@@ -5,37 +5,51 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from typing import Annotated, Any
+import sys
+from pathlib import Path
+from typing import Annotated, Any, Literal
 
 import typer
 
-from ...engine.events import read_events
-from ...engine.run import Run, list_runs
 from ...planner.errors import RunError
-from ..comparison import Contender, differences, outcome, outcome_rows
+from ..comparison import CURVES, Axis, Contender, differences, outcome, outcome_rows
+from ..follower import read_whole
+from ..run_table import place_of
 from .options import JsonFlag
+from .places import HostFlag, the_runs
 
 RunsArgument = Annotated[list[str] | None, typer.Argument(help="Names or folders of runs; the two newest by default.")]
+SvgFlag = Annotated[Path | None, typer.Option("--svg", help="Draw the curves of the runs into this file as well.")]
+CurveFlag = Annotated[
+    str | None, typer.Option("--curve", help="With --svg: loss, held-out loss, grad norm, tokens/s, …")
+]
+OverFlag = Annotated[
+    Literal["step", "tokens", "time", "usd"] | None, typer.Option("--over", help="With --svg: what the curves go over.")
+]
 
 
-def compare(runs: RunsArgument = None, as_json: JsonFlag = False) -> None:
+def compare(runs: RunsArgument = None, svg: SvgFlag = None, curve: CurveFlag = None, over: OverFlag = None,
+            host: HostFlag = None, as_json: JsonFlag = False) -> None:  # fmt: skip
     """Compare runs: loss, speed, memory, time and money beside what was planned, and the settings that differ."""
-    found = [Run.open(name) for name in runs] if runs else list_runs()[:2]
-    if not found:
-        raise RunError("there are no runs to compare", do="Start one with: finetui quickstart")
-    contenders = [Contender.of(run) for run in found]
-    for contender in contenders:
-        contender.take(read_events(contender.run.events_path))
+    if svg is None and (curve or over):
+        raise RunError("--curve and --over say what --svg draws", do="Name a file with --svg, or leave them out.")
+    with the_runs(runs, host, 2) as found:
+        if not found:
+            raise RunError("there are no runs to compare", do="Start one with: finetui quickstart")
+        contenders = [read_whole(run, Contender.of(run)) for run in found]
+    if svg is not None:
+        _draw(svg, contenders, curve or CURVES[0], over or "step")
     different = differences(contenders)
     if as_json:
         rows = [
-            {"name": contender.run.name, "path": str(contender.run.path), **_figures(contender)}
+            {"name": contender.run.name, "path": place_of(contender.run), **_figures(contender)}
             for contender in contenders
         ]
         print(json.dumps({"runs": rows, "settings": dict(different)}, indent=2, ensure_ascii=False))
         return
-    from rich.console import Console
     from rich.table import Table
+
+    from ..console import Console
 
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     table.add_column("", style="dim")
@@ -47,6 +61,22 @@ def compare(runs: RunsArgument = None, as_json: JsonFlag = False) -> None:
     for key, values in different:
         table.add_row(key.replace("_", " "), *values)
     Console(highlight=False).print(table)
+
+
+def _draw(path: Path, contenders: list[Contender], curve: str, over: str) -> None:
+    from ..curves_svg import Drawn, curves_svg, x_label
+
+    axis: Axis = "$" if over == "usd" else over  # type: ignore[assignment]
+    known = [*CURVES, *dict.fromkeys(name for one in contenders for name in one.further())]
+    if curve not in known:
+        raise RunError(f"there is no curve {curve!r}", do=f"There is: {', '.join(known)}.")
+    drawn = [Drawn(one.run.name, one.curve(curve, axis), points=curve == "held-out loss") for one in contenders]
+    shown = [one for one in drawn if one.series]
+    try:
+        path.write_text(curves_svg(curve, shown, across=axis, end_label=x_label(axis)), encoding="utf-8")
+    except OSError as error:
+        raise RunError(f"the picture can't be written ({error.strerror})", where=str(path)) from error
+    print(f"wrote {path}", file=sys.stderr)
 
 
 def _figures(contender: Contender) -> dict[str, Any]:

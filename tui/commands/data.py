@@ -54,8 +54,9 @@ _PROMPTS = ("grpo", "rloo", "ppo")
 
 
 def _sources(found: Survey) -> None:
-    from rich.console import Console
     from rich.table import Table
+
+    from ..console import Console
 
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     for heading in ("source", "split", "format"):
@@ -80,7 +81,7 @@ def _sources(found: Survey) -> None:
 
 def _report(report: Report) -> None:
     """The counts in words, the histogram, what is wrong."""
-    from rich.console import Console
+    from ..console import Console
 
     console = Console(highlight=False)
     lines = [f"{label:11}{text}" for label, text in report_facts(report)]
@@ -96,8 +97,9 @@ def _report(report: Report) -> None:
 
 def _show(sample: Sample) -> None:
     """One example: trained tokens are underlined and green on a terminal, in [[ ]] elsewhere."""
-    from rich.console import Console
     from rich.text import Text
+
+    from ..console import Console
 
     console = Console(highlight=False)
     cut = f", {sample.cut} tokens cut off" if sample.cut else ""

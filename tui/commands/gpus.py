@@ -14,11 +14,15 @@ from ...planner.architecture import Architecture
 from ...planner.hardware import load_catalog
 from ...planner.hub import find_config
 from ...planner.managed import managed_costs
+from ...planner.preferences import load
 from ...planner.ranking import rank_offers
 from ...planner.recipe import Recipe
 from .options import JsonFlag, takes_recipe
 
-SpotFlag = Annotated[bool, typer.Option("--spot", help="Interruptible prices instead of on-demand ones.")]
+SpotFlag = Annotated[
+    bool | None,
+    typer.Option("--spot/--on-demand", help="Interruptible prices, or those on demand (default: your settings')."),
+]
 RefreshFlag = Annotated[bool, typer.Option("--refresh", help="First ask for today's prices, through gpuhunt.")]
 TopFlag = Annotated[int, typer.Option("--top", min=1, help="How many offers to show.")]
 
@@ -26,7 +30,7 @@ TopFlag = Annotated[int, typer.Option("--top", min=1, help="How many offers to s
 @takes_recipe(without={"gpu", "gpus"}, optional=True)
 def gpus(
     recipe: Recipe | None,
-    spot: SpotFlag = False,
+    spot: SpotFlag = None,
     top: TopFlag = 20,
     refresh: RefreshFlag = False,
     as_json: JsonFlag = False,
@@ -37,6 +41,7 @@ def gpus(
     if recipe is None:
         _catalog(as_json=as_json)
         return
+    spot = load().prices == "spot" if spot is None else spot
     name, config, _origin = find_config(recipe.model)
     architecture = Architecture.from_config(config, name)
     ranked = rank_offers(recipe, architecture, workload_of(recipe), spot=spot)

@@ -23,8 +23,7 @@ def quickstart(name: NameFlag = None, as_json: JsonFlag = False) -> None:
     recipe = Recipe.load(path)
     plan = plan_for(recipe)
     if not as_json:
-        from rich.console import Console
-
+        from ..console import Console
         from ..plan_view import print_plan
 
         print_plan(plan, Console(stderr=True, highlight=False))

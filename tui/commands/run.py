@@ -12,11 +12,13 @@ import typer
 
 from ...engine.launcher import start
 from ...engine.planning import plan_for
-from ...engine.preflight import Check, preflight
+from ...engine.preflight import Check, at_end, preflight
 from ...engine.run import Run
 from ...planner.errors import HardwareError
 from ...planner.plan import Plan
 from ...planner.recipe import Recipe
+from ..command_line import as_shell, command_for
+from ..format import CHECK_GLYPHS
 from ..watch import watch
 from .options import JsonFlag, takes_recipe
 
@@ -25,6 +27,9 @@ OutFlag = Annotated[
     Path | None, typer.Option("--out", help="Folder that holds runs (default: $FINETUI_RUNS or ./runs).")
 ]
 DetachFlag = Annotated[bool, typer.Option("--detach", "-d", help="Return at once instead of watching.")]
+CheckFlag = Annotated[
+    bool, typer.Option("--check", help="Make every check, show the command that starts it, and start nothing.")
+]
 ForceFlag = Annotated[bool, typer.Option("--force", help="Start although the plan does not fit or a check failed.")]
 
 
@@ -35,9 +40,15 @@ def run(
     out: OutFlag = None,
     detach: DetachFlag = False,
     force: ForceFlag = False,
+    check: CheckFlag = False,
     as_json: JsonFlag = False,
 ) -> None:
     """Start a run that outlives this terminal, and watch it; Ctrl-C stops only the watching."""
+    if check:
+        found = checks(recipe, plan_for(recipe), out)
+        command = as_shell(command_for(recipe, name=name or "", root=out), width=sys.maxsize)
+        _print_checks(found, command, as_json=as_json)
+        raise typer.Exit(2 if any(one.status == "fail" for one in found) else 0)
     started = launch(recipe, plan_for(recipe), name=name, out=out, force=force)
     if as_json:
         print(json.dumps({"run": started.name, "path": str(started.path)}))
@@ -67,7 +78,7 @@ def checks(recipe: Recipe, plan: Plan, root: Path | None = None) -> list[Check]:
         return preflight(recipe, plan, root=root)
     from ...planner.stages import expand
 
-    found: list[Check] = []
+    found: list[Check] = at_end(recipe)
     for step in expand(recipe):
         if step.recipe is not None:
             found += [
@@ -75,6 +86,17 @@ def checks(recipe: Recipe, plan: Plan, root: Path | None = None) -> list[Check]:
                 for check in preflight(step.recipe, plan_for(step.recipe), root=root)
             ]
     return found
+
+
+def _print_checks(found: list[Check], command: str, *, as_json: bool) -> None:
+    if as_json:
+        print(json.dumps({"checks": [dataclasses.asdict(one) for one in found], "command": command}, indent=2))
+        return
+    for one in found:
+        print(f"{CHECK_GLYPHS[one.status]} {one.name}: {one.detail}".rstrip(": "))
+        if one.do and one.status != "ok":
+            print(f"  {one.do}")
+    print(command)
 
 
 def _refusal(bad: list[Check]) -> HardwareError:

@@ -11,18 +11,25 @@ import typer
 
 from ...engine.launcher import kill
 from ...engine.launcher import stop as request_stop
+from ...engine.remote import MirroredRun
 from ...engine.run import LIVE_STATES, Run
 from .options import JsonFlag, RunArgument
+from .places import HostFlag, the_run
 
 WaitFlag = Annotated[bool, typer.Option("--wait/--no-wait", help="Wait until it has ended.")]
 KillFlag = Annotated[bool, typer.Option("--kill", help="End it at once, without a checkpoint.")]
 
 
-def stop(run: RunArgument, wait: WaitFlag = True, now: KillFlag = False, as_json: JsonFlag = False) -> None:
+def stop(run: RunArgument, wait: WaitFlag = True, now: KillFlag = False, host: HostFlag = None,
+         as_json: JsonFlag = False) -> None:  # fmt: skip
     """Ask a run to write a checkpoint and end; it can be resumed."""
-    found = Run.open(run)
+    with the_run(run, host) as found:
+        _stop(found, wait, now, as_json)
+
+
+def _stop(found: Run, wait: bool, now: bool, as_json: bool) -> None:
     if now:
-        kill(found)
+        found.host.kill(found) if isinstance(found, MirroredRun) else kill(found)
     else:
         request_stop(found)
         if wait:

@@ -32,8 +32,9 @@ def top(once: OnceFlag = False, as_json: JsonFlag = False) -> None:
         if as_json:
             print(json.dumps(machine.reading(), indent=2, ensure_ascii=False))
             return
-        from rich.console import Console
         from rich.live import Live
+
+        from ..console import Console
 
         console = Console(highlight=False)
         if once or not console.is_terminal:
@@ -93,10 +94,14 @@ def picture(now: dict[str, Any]) -> RenderableType:
     lines: list[RenderableType] = [Text(f"! {warning}", style="yellow") for warning in now["warnings"]]
     if now["gpus"]:
         table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-        for heading in ("GPU", "", "memory", "", "load", "power", "heat", "clock", "held back by", "run"):
-            table.add_column(heading, no_wrap=True, justify="left" if heading in ("GPU", "run", "") else "right")
+        columns = _columns(now["gpus"])
+        for heading in columns:
+            table.add_column(
+                heading, no_wrap=True, justify="left" if heading.strip() in ("GPU", "run", "") else "right"
+            )
         for gpu in now["gpus"]:
-            table.add_row(*_row(gpu))
+            row = _row(gpu)
+            table.add_row(*(row[heading] for heading in columns))
         lines.append(table)
     elif not now["warnings"]:
         lines.append(Text("This machine has no NVIDIA GPU.", style="dim"))
@@ -111,21 +116,41 @@ def picture(now: dict[str, Any]) -> RenderableType:
     return Group(*lines)
 
 
-def _row(gpu: dict[str, Any]) -> list[str]:
+#: Columns that are left out where no GPU gives their figure.
+_SOMETIMES = ("PCIe in/out", "NVLink in/out", "ECC errors", "held back by")
+
+
+def _columns(gpus: list[dict[str, Any]]) -> list[str]:
+    rows = [_row(gpu) for gpu in gpus]
+    return [name for name in rows[0] if name not in _SOMETIMES or any(row[name] for row in rows)]
+
+
+def _row(gpu: dict[str, Any]) -> dict[str, str]:
+    """A GPU's cells by their heading; those of one that lacks its figure are empty or a dash."""
+
     def figure(key: str, unit: str) -> str:
         return f"{gpu[key]:.0f} {unit}" if gpu.get(key) is not None else "–"
 
+    def traffic(kind: str) -> str:
+        values = gpu.get(f"{kind}_in_gb_s"), gpu.get(f"{kind}_out_gb_s")
+        return "" if values == (None, None) else "/".join("–" if v is None else f"{v:.3g}" for v in values) + " GB/s"
+
     used, total = gpu.get("memory_used_gib"), gpu.get("memory_total_gib")
     memory, share = ("–", 0.0) if used is None or not total else (f"{used:.1f}/{total:.1f} GiB", used / total)
-    return [
-        str(gpu["index"]),
-        str(gpu["name"]),
-        memory,
-        ("█" * round(share * _BAR)).ljust(_BAR, "░"),
-        figure("sm_percent", "%"),
-        figure("power_w", "W"),
-        figure("temperature_c", "°C"),
-        figure("sm_clock_mhz", "MHz"),
-        ", ".join(gpu.get("throttle") or []),
-        ", ".join(gpu["runs"]) or "–",
-    ]
+    corrected, uncorrected = gpu.get("ecc_corrected"), gpu.get("ecc_uncorrected")
+    errors = "" if corrected is None and uncorrected is None else f"{corrected or 0} + {uncorrected or 0} lasting"
+    return {
+        "GPU": str(gpu["index"]),
+        "": str(gpu["name"]),
+        "memory": memory,
+        " ": ("█" * round(share * _BAR)).ljust(_BAR, "░"),
+        "load": figure("sm_percent", "%"),
+        "power": figure("power_w", "W"),
+        "heat": figure("temperature_c", "°C"),
+        "clock": figure("sm_clock_mhz", "MHz"),
+        "PCIe in/out": traffic("pcie"),
+        "NVLink in/out": traffic("nvlink"),
+        "ECC errors": errors,
+        "held back by": ", ".join(gpu.get("throttle") or []),
+        "run": ", ".join(gpu["runs"]) or "–",
+    }

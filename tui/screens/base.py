@@ -6,9 +6,11 @@ from typing import TYPE_CHECKING, ClassVar, cast
 
 from textual.app import ComposeResult
 from textual.containers import Vertical
+from textual.events import DescendantFocus
 from textual.screen import Screen
+from textual.widget import Widget
 
-from ..keys import Key, keys_of
+from ..keys import Key, keys_of, rebound
 from ..widgets.bars import KeyBar, TopBar
 from ..widgets.lines import Line, Lines, fitted
 
@@ -35,6 +37,8 @@ class BaseScreen(Screen[None]):
     AUTO_FOCUS = ""
     HORIZONTAL_BREAKPOINTS = [(0, "-slim"), (60, "-narrow"), (96, "-wide")]  # noqa: RUF012
     VERTICAL_BREAKPOINTS = [(0, "-flat"), (18, "-short"), (28, "-tall")]  # noqa: RUF012
+
+    _focused_last: Widget | None = None
 
     @property
     def owner(self) -> FinetuiApp:
@@ -63,10 +67,26 @@ class BaseScreen(Screen[None]):
 
     def refresh_bars(self) -> None:
         """Bring the bars up to date."""
-        self.query_one(TopBar).show(self.owner.machine)
-        self.query_one(KeyBar).show(self.keys_shown())
+        self.query_one(TopBar).show(self.owner.machine, self.owner.own_keys)
+        self.query_one(KeyBar).show(rebound(self.keys_shown(), self.owner.own_keys))
         self.query_one(StatusLine).redraw()
 
     def on_screen_resume(self) -> None:
         """Show the bars as they are now."""
         self.refresh_bars()
+
+    # A terminal that is tiny for a moment hides what has the focus, which loses it then.
+
+    def on_descendant_focus(self, event: DescendantFocus) -> None:
+        """Remember what had the focus last."""
+        self._focused_last = event.widget
+
+    def on_resize(self) -> None:
+        """Give the focus back to what lost it for want of room."""
+        if self.focused is None and self._focused_last is not None:
+            self.call_after_refresh(self._focus_again)
+
+    def _focus_again(self) -> None:
+        last = self._focused_last
+        if self.focused is None and last is not None and last.is_attached and last.focusable:
+            self.set_focus(last, scroll_visible=False)

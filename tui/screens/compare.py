@@ -2,28 +2,27 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from textual import on
+from textual import on, work
 from textual.app import ComposeResult
 from textual.containers import VerticalScroll
 from textual.message import Message
+from textual.timer import Timer
 
-from ...engine.events import Event, EventReader
 from ...engine.run import Run
 from .. import format  # noqa: A004
 from ..comparison import AXES, CURVES, Axis, Contender
-from ..follower import BATCH
+from ..follower import Follower, Update
 from ..keys import bindings
 from ..widgets.comparison_table import LETTERS, ROLES, ComparisonTable
 from ..widgets.line_chart import Curve, LineChart
 from ..widgets.lines import Line
 from .base import BaseScreen
 
-#: Seconds between looks at the runs' files.
-SCAN_S = 1.0
+#: Seconds between pictures.
+FRAME_S = 0.5
 #: Messages waiting for this screen above which the reader pauses.
 _BACKLOG = 10
 
@@ -50,17 +49,21 @@ class CompareScreen(BaseScreen):
         contenders: list[Contender]
 
     @dataclass
-    class Read(Message):
-        """What the runs have said since the last time."""
+    class Followed(Message):
+        """What the run at a place of the comparison has said since the last time."""
 
-        read: list[tuple[Contender, list[Event]]]
+        place: int
+        update: Update[Contender]
 
     def __init__(self) -> None:
         super().__init__()
         self._contenders: list[Contender] = []
-        self._wanted: tuple[Run, ...] | None = None
+        self._followers: list[Follower[Contender]] = []
+        self._shares: list[float] = []
+        self._unseen: set[int] = set()
         self._curve, self._axis = CURVES[0], AXES[0]
-        self._ended, self._seen = threading.Event(), threading.Event()
+        self._frames: Timer | None = None
+        self._changed = self._seen = False
 
     def body(self) -> ComposeResult:
         """Chart, table."""
@@ -70,59 +73,83 @@ class CompareScreen(BaseScreen):
             yield ComparisonTable()
 
     def on_mount(self) -> None:
-        """Begin to read."""
+        """Start the clock of the pictures."""
         self.query_one("#differences").focus()
-        threading.Thread(target=self._follow, daemon=True, name="compare runs").start()
+        self._frames = self.set_interval(FRAME_S, self._frame, pause=True)
 
     def on_screen_resume(self) -> None:
         """Other runs may be marked now."""
         super().on_screen_resume()
-        self._wanted = tuple(self.owner.marked)
-        self._seen.set()
+        self._seen = True
+        self._choose(tuple(self.owner.marked))
+        if self._frames is not None:
+            self._frames.resume()
 
     def on_screen_suspend(self) -> None:
         """Nobody looks."""
-        self._seen.clear()
+        self._seen = False
+        if self._frames is not None:
+            self._frames.pause()
 
     def on_unmount(self) -> None:
-        """End the reading thread."""
-        self._ended.set()
-        self._seen.set()
+        """End the reading threads."""
+        for follower in self._followers:
+            follower.stop()
 
-    def _follow(self) -> None:
-        wanted: tuple[Run, ...] | None = None
-        readers: list[tuple[Contender, EventReader]] = []
-        while self._seen.wait() and not self._ended.is_set():
-            if self.message_queue_size > _BACKLOG:
-                self._ended.wait(0.05)
-                continue
-            runs = self._wanted or tuple(self.owner.backend.runs()[:2])
-            if wanted is None or [run.path for run in runs] != [run.path for run in wanted]:
-                wanted = runs
-                readers = [(Contender.of(run), EventReader(run.events_path)) for run in runs[: len(LETTERS)]]
-                self.post_message(self.Chosen([contender for contender, _ in readers]))
-            read = [(contender, reader.read(BATCH)) for contender, reader in readers]
-            if any(events for _, events in read):
-                self.post_message(self.Read(read))
-            self._ended.wait(0.02 if any(len(events) == BATCH for _, events in read) else SCAN_S)
+    @work(thread=True, exclusive=True, group="choose", exit_on_error=False)
+    def _choose(self, marked: tuple[Run, ...]) -> None:
+        runs = (marked or tuple(self.owner.backend.runs()[:2]))[: len(LETTERS)]
+        if not self._followers or [run.path for run in runs] != [one.run.path for one in self._followers]:
+            self.post_message(self.Chosen([Contender.of(run) for run in runs]))
 
     @on(Chosen)
     def _chosen(self, message: Chosen) -> None:
+        for follower in self._followers:
+            follower.stop()
         self._contenders = message.contenders
+        self._shares = [1.0] * len(self._contenders)
+        self._unseen = set(range(len(self._contenders)))
+        self._followers = [self._follower(place, one) for place, one in enumerate(self._contenders)]
+        for follower in self._followers:
+            follower.start()
         self._show()
 
-    @on(Read)
-    def _read(self, message: Read) -> None:
-        for contender, events in message.read:
-            contender.take(events)
-        self._show()
+    def _follower(self, place: int, one: Contender) -> Follower[Contender]:
+        return Follower(
+            one.run,
+            lambda update: self.post_message(self.Followed(place, update)),
+            begin=lambda: Contender(one.run, one.plan, one.recipe),
+            prepare=lambda: self.owner.backend.open(one.run),
+            busy=lambda: not self._seen or self.message_queue_size > _BACKLOG,
+        )
+
+    @on(Followed)
+    def _followed(self, message: Followed) -> None:
+        update, place = message.update, message.place
+        if place >= len(self._followers) or update.source is not self._followers[place]:  # of another comparison
+            return
+        if update.fold is not None:
+            self._contenders[place] = update.fold
+        self._contenders[place].take(update.events)
+        self._shares[place] = update.share
+        self._changed = True
+        if update.caught_up and place in self._unseen:  # the first picture does not wait for its turn
+            self._unseen.discard(place)
+            self._show()
+
+    def _frame(self) -> None:
+        if self._changed:
+            self._show()
 
     def _show(self) -> None:
+        self._changed = False
         chart = self.query_one(LineChart)
         curves = curves_of(self._contenders, self._curve, self._axis)
         chart.label, axis = self._curve, self._axis
         chart.end_label = lambda end: end_label(axis, end)
         figures: Line = [(f"over {axis}", "dim")]
+        if any(share < 1 for share in self._shares):
+            figures.append((f"sampled, {min(self._shares):.0%} read", "warn"))
         for letter, role, contender in zip(LETTERS, ROLES, self._contenders, strict=False):
             figures.append((f"{letter} {contender.run.name}", role))
         chart.show(curves, figures, max((curve.series.last_x for curve in curves), default=0.0))
@@ -137,7 +164,8 @@ class CompareScreen(BaseScreen):
 
     def action_curve(self) -> None:
         """The next figure."""
-        self._curve = CURVES[(CURVES.index(self._curve) + 1) % len(CURVES)]
+        names = list(dict.fromkeys([*CURVES, *(name for one in self._contenders for name in one.further())]))
+        self._curve = names[(names.index(self._curve) + 1) % len(names)] if self._curve in names else names[0]
         self._show()
 
     def action_axis(self) -> None:

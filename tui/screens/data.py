@@ -15,7 +15,7 @@ from ..form import Tree, recipe_of
 from ..keys import Key, bindings
 from ..widgets.data_facts import DataFacts, LengthHistogram
 from ..widgets.lines import Line
-from ..widgets.sample_view import SampleView
+from ..widgets.sample_view import MARKS, Marks, SampleView
 from .base import BaseScreen
 
 #: Keys of a draft that decide what its data becomes.
@@ -42,6 +42,7 @@ class DataScreen(BaseScreen):
         self._look: DataLook | None = None
         self._error: FinetuiError | None = None
         self._at = 0
+        self._marks: Marks = ""
 
     def body(self) -> ComposeResult:
         """Facts, histogram, example."""
@@ -110,7 +111,7 @@ class DataScreen(BaseScreen):
             f"example {self._at + 1} of {len(samples)}: {sample.where}{part}, "
             f"{len(sample.pieces)} tokens, {sample.trained} trained{cut}"
         )
-        view.show(sample)
+        view.show(sample, marks=self._marks)
         panel.scroll_home(animate=False)
 
     def keys_shown(self) -> list[Key]:
@@ -132,6 +133,11 @@ class DataScreen(BaseScreen):
         if self._look is not None and self._look.samples:
             self._at = (self._at + direction) % len(self._look.samples)
             self._show_sample()
+
+    def action_marks(self) -> None:
+        """The next way to mark tokens."""
+        self._marks = MARKS[(MARKS.index(self._marks) + 1) % len(MARKS)]
+        self._show_sample()
 
     def action_again(self) -> None:
         """Read the data again."""

@@ -5,12 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from textual import on
+from textual import on, work
 from textual.app import ComposeResult
 from textual.containers import Vertical
 from textual.screen import ModalScreen
+from textual.timer import Timer
 from textual.widgets import Input, OptionList, Static
 
+from ...planner.errors import FinetuiError
+
+#: Seconds without a key before another place is asked, and letters that it is asked with at least.
+SEARCH_S = 0.3
+_LEAST = 3
 #: Options listed at a time; more are found by typing.
 _SHOWN = 200
 
@@ -24,6 +30,9 @@ class Editor(ModalScreen[str | None]):
         options: suggestions, filtered by what is typed; or a function from what is typed to suggestions.
         closed: only a suggestion is accepted.
         on_change: told of every keystroke.
+        search: further suggestions for what is typed, from a place that takes its time; asked in a thread once no key
+            has come for a moment. A :class:`FinetuiError` is told below the suggestions.
+        place: what that place is called.
     """
 
     BINDINGS = [  # noqa: RUF012
@@ -41,9 +50,13 @@ class Editor(ModalScreen[str | None]):
         options: Sequence[str] | Callable[[str], Sequence[str]] = (),
         closed: bool = False,
         on_change: Callable[[str], None] | None = None,
+        search: Callable[[str], Sequence[str]] | None = None,
+        place: str = "",
         hint: str = "",
     ) -> None:
         super().__init__()
+        self._search, self._place = search, place
+        self._asking: Timer | None = None
         self._heading, self._value, self._hint = title, value, hint
         self._options, self._choice_only, self._on_change = options, closed, on_change
         self._typed = False
@@ -57,6 +70,8 @@ class Editor(ModalScreen[str | None]):
             yield Input(self._value, compact=True, select_on_focus=True)
             if self._options:
                 yield OptionList(compact=True, markup=False)
+            if self._search:
+                yield Static("", id="place", classes="hint", markup=False)
             keys = "enter accept   esc cancel" + ("   ↑↓ choose" if self._options else "")
             yield Static(keys, classes="hint", markup=False)
 
@@ -91,6 +106,45 @@ class Editor(ModalScreen[str | None]):
             self._fill(self._suggestions(event.value), event.value)
         if self._on_change is not None and not self._choice_only:
             self._on_change(event.value)
+        self._ask_later(event.value.strip())
+
+    # --- suggestions from elsewhere
+
+    def _ask_later(self, text: str) -> None:
+        if self._asking is not None:
+            self._asking.stop()
+        if self._search is None:
+            return
+        path = text.startswith(("/", ".", "~"))
+        if path or len(text) < _LEAST:
+            self._tell("" if path else f"{self._place}: type {_LEAST} letters or more")
+            return
+        self._tell(f"{self._place}: searching…")
+        self._asking = self.set_timer(SEARCH_S, lambda: self._ask(text))
+
+    @work(thread=True, exclusive=True, exit_on_error=False)
+    def _ask(self, text: str) -> None:
+        assert self._search is not None
+        try:
+            found, words = list(self._search(text)), ""
+        except FinetuiError as error:
+            found, words = [], f"{self._place}: {error.what}"
+        except Exception as error:  # whatever the network brings costs suggestions, not the form
+            found, words = [], f"{self._place}: no answer ({type(error).__name__})"
+        self.app.call_later(self._found, text, found, words)
+
+    def _found(self, text: str, found: list[str], words: str) -> None:
+        if not self.is_attached or self.query_one(Input).value.strip() != text:  # the user typed on
+            return
+        own = self._suggestions(text)
+        more = [name for name in found if name not in own]
+        highlighted = self.query_one(OptionList).highlighted
+        self._fill([*own, *more], text)
+        self.query_one(OptionList).highlighted = highlighted
+        self._tell(words or f"{self._place}: {len(more)} more" if words or found else f"{self._place}: none")
+
+    def _tell(self, words: str) -> None:
+        self.query_one("#place", Static).update(words)
 
     @on(Input.Submitted)
     def _submitted(self) -> None:

@@ -18,49 +18,49 @@ from ...planner.plan import Plan
 from .. import format  # noqa: A004
 from ..form import Tree, put, recipe_of
 from ..keys import bindings
-from ..offers import SORTS, Alternative, OfferRow, alternatives, arranged, on_machine
+from ..offers import SORTS, Alternative, OfferRow, alternatives, arranged, on_machine, price_age
 from ..plan_view import verdict
 from ..widgets.lines import Line
 from ..widgets.offer_details import OfferDetails
 from ..widgets.scatter import Scatter
 from .base import BaseScreen
 from .editor import Editor
+from .offers_compared import OffersCompared
 
 #: Heading, whether right-aligned, cells, and the least width of the terminal at which the column is shown.
 _COLUMNS = (
     ("", False, 2, 0),
     ("GPU", False, 14, 0),
     ("n", True, 2, 0),
-    ("GiB", True, 9, 0),
+    ("memory", True, 9, 0),
     ("fit", False, 7, 0),
     ("tok/s", True, 8, 0),
     ("time", True, 10, 96),
     ("$/h", True, 7, 0),
     ("$ run", True, 8, 0),
-    ("provider", False, 16, 112),
-    ("price of", False, 16, 122),
+    ("provider", False, 11, 100),
+    ("age", True, 6, 110),
 )
 _ROLES = {"✔": "good", "!": "warn", "✘": "bad"}
 
 
-def cells(row: OfferRow, marked: bool) -> dict[str, str]:
-    """One offer as the text of its columns."""
+def cells(row: OfferRow, marked: bool, now: float) -> dict[str, str]:
+    """One offer as the text of its columns; ``now`` is what the age of its price is reckoned from."""
     plan = row.plan
     glyph, _ = verdict(plan)
     share = plan.memory.device_gib / max(plan.hardware.memory_gib, 1e-9)
-    as_of = "undated" if row.as_of in ("", "unknown") else row.as_of
     return {
         "": ("*" if marked else " ") + ("◆" if row.best else " "),
         "GPU": row.gpu,
         "n": str(row.count),
-        "GiB": f"{plan.memory.device_gib:.1f}/{plan.hardware.memory_gib:.0f}",
+        "memory": f"{format.bare_gib(plan.memory.device_gib)}/{format.bare_gib(plan.hardware.memory_gib, 0)}",
         "fit": f"{glyph} {share:.0%}",
         "tok/s": format.rate(plan.speed.tokens_per_s) if plan.fits else "–",
         "time": format.duration(plan.time_s) if plan.fits else "–",
         "$/h": format.usd(row.usd_per_h),
         "$ run": format.usd(row.usd) if plan.fits else "–",
         "provider": row.provider,
-        "price of": "now" if row.local else f"{as_of}{' old' if row.stale and as_of != 'undated' else ''}",
+        "age": "now" if row.local else price_age(row.as_of, now) + ("!" if row.stale else ""),
     }
 
 
@@ -95,6 +95,7 @@ class GpusScreen(BaseScreen):
         self._columns: list[str] = []
         self._sort, self._words = next(iter(SORTS)), ""
         self._everything = self._spot = self._only_marked = False
+        self._priced = ""
         self._error: FinetuiError | None = None
 
     def body(self) -> ComposeResult:
@@ -115,13 +116,20 @@ class GpusScreen(BaseScreen):
         """The plan may be another one now."""
         super().on_screen_resume()
         self.query_one(DataTable).focus()
+        preferred = repr((self.owner.preferences.prices, self.owner.preferences.providers))
+        if preferred != self._priced:  # changed in the settings since
+            self._priced, self._asked = preferred, None
+            self._spot = self.owner.preferences.prices == "spot"
         self._ask()
 
     def on_resize(self) -> None:
-        """Other columns may fit now."""
+        """Other columns may fit now; the cursor stays on its offer."""
         if [name for name, _, _, least in _COLUMNS if self.size.width >= least] != self._columns:
+            at = self._current()
             self._lay_out()
             self._fill()
+            if at is not None and at in self._shown:
+                self.query_one(DataTable).move_cursor(row=self._shown.index(at))
 
     def _lay_out(self) -> None:
         table = self.query_one(DataTable)
@@ -129,7 +137,8 @@ class GpusScreen(BaseScreen):
         self._columns = [name for name, _, _, least in _COLUMNS if self.size.width >= least]
         for name, right, width, least in _COLUMNS:
             if self.size.width >= least:
-                table.add_column(Text(name, justify="right" if right else "left"), key=name or "marks", width=width)
+                heading = format.memory_unit() if name == "memory" else name
+                table.add_column(Text(heading, justify="right" if right else "left"), key=name or "marks", width=width)
 
     # --- finding
 
@@ -193,7 +202,7 @@ class GpusScreen(BaseScreen):
         return ", ".join(parts)
 
     def _styled(self, row: OfferRow) -> list[Text]:
-        texts, row_cells = [], cells(row, row.key in self._marked)
+        texts, row_cells = [], cells(row, row.key in self._marked, self.owner.backend.now())
         for name, right, _, least in _COLUMNS:
             if self.size.width < least:
                 continue
@@ -202,7 +211,7 @@ class GpusScreen(BaseScreen):
                 text.stylize(self.owner.role_style(_ROLES[row_cells[name][0]]))
             elif name == "":
                 text.stylize(self.owner.role_style("accent"))
-            elif row.stale and name == "price of":
+            elif row.stale and name == "age":
                 text.stylize("dim")
             texts.append(text)
         return texts
@@ -289,6 +298,15 @@ class GpusScreen(BaseScreen):
             return
         self._only_marked = not self._only_marked
         self._fill()
+
+    def action_compare(self) -> None:
+        """The marked offers side by side."""
+        marked = [row for row in self._rows if row.key in self._marked]
+        if len(marked) < 2:
+            self.notify("Mark two offers or more with space first.", severity="warning")
+            return
+        marked = arranged(marked, sort=self._sort, everything=True)
+        self.app.push_screen(OffersCompared(marked, self.owner.backend.now()))
 
     def action_filter(self) -> None:
         """Ask for words that provider or GPU must hold."""

@@ -6,24 +6,31 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rich.markup import escape
 from textual import on, work
 from textual.app import ComposeResult
-from textual.containers import Horizontal, Vertical, VerticalScroll
+from textual.containers import Horizontal, VerticalScroll
+from textual.events import DescendantFocus
 from textual.message import Message
 
 from ...engine.run import Run, suggest_name
 from ...planner.errors import FinetuiError
 from ...planner.plan import Plan
 from ...planner.recipe import Recipe
-from .. import format  # noqa: A004
+from .. import (
+    form,
+    format,  # noqa: A004
+)
 from ..command_line import as_shell, command_for
-from ..form import FieldSpec, Tree
-from ..keys import bindings, key_of
+from ..form import LAUNCH_FIELDS, FieldSpec, Tree
+from ..keys import Key, bindings, key_of, keys_of
 from ..plan_view import verdict
 from ..planning import Planned
+from ..recipe_changes import changes
 from ..widgets.check_list import CheckList
 from ..widgets.field import Field
 from ..widgets.lines import Line
+from ..widgets.recipe_view import RecipeView
 from ..widgets.text_block import StartRow, TextBlock
 from .base import BaseScreen
 from .editor import Confirm, Editor, complete_path
@@ -32,7 +39,13 @@ if TYPE_CHECKING:
     from ...engine.preflight import Check
 
 _NAME = FieldSpec("name", "name", "Letters, digits, '.', '_' and '-'; auto is model, tuning and date")
+#: Columns of a label.
+_LABEL = 14
 _ROOT = FieldSpec("root", "folder", "The run gets a directory of its own in here", auto=False)
+
+
+class Panel(VerticalScroll, inherit_bindings=False):
+    """Scrolls to what has the focus inside it, and leaves all keys to that and to the screen."""
 
 
 class LaunchScreen(BaseScreen):
@@ -66,6 +79,8 @@ class LaunchScreen(BaseScreen):
         self._run_name = ""
         self._root: Path | None = None
         self._checked: Plan | None = None
+        self._planning = False
+        self._error: FinetuiError | None = None
 
     def body(self) -> ComposeResult:
         """Checks, run, command, recipe."""
@@ -73,18 +88,18 @@ class LaunchScreen(BaseScreen):
             with VerticalScroll(id="checks") as panel:
                 panel.border_title = "checks"
                 yield CheckList()
-            with Vertical(id="run") as panel:
+            with Panel(id="run", can_focus=False) as panel:
                 panel.border_title = "run"
-                yield Field(_NAME, label_width=8)
-                yield Field(_ROOT, label_width=8)
                 yield TextBlock(id="summary")
                 yield StartRow()
+                for spec in (_NAME, _ROOT, *LAUNCH_FIELDS):
+                    yield Field(spec, label_width=_LABEL)
         with VerticalScroll(id="command", can_focus=False) as panel:
             panel.border_title = "the same from the command line"
             yield TextBlock(id="command-text")
         with VerticalScroll(id="recipe") as panel:
             panel.border_title = "recipe"
-            yield TextBlock(id="recipe-text")
+            yield RecipeView()
 
     def on_mount(self) -> None:
         """Enter starts unless the user goes elsewhere."""
@@ -93,21 +108,30 @@ class LaunchScreen(BaseScreen):
     def on_screen_resume(self) -> None:
         """The plan may be another one now."""
         super().on_screen_resume()
-        self.query_one(StartRow).focus()
+        if not isinstance(self.focused, Field):  # a dialog that closes leaves the focus where it was
+            self.query_one(StartRow).focus()
         self._show()
+        self._error = None
         if self.owner.plan is None:
-            self._plan_first(self.owner.draft)
+            self.plan_again()
         elif self.owner.plan is not self._checked:
             self.action_check()
+
+    def plan_again(self, *, at_once: bool = True) -> None:
+        """Plan the draft as it is now, then check."""
+        self._planning = True
+        self._plan_first(self.owner.draft)
 
     @work(thread=True, exclusive=True, group="plan", exit_on_error=False)
     def _plan_first(self, draft: Tree) -> None:
         self.app.call_later(self._take_plan, draft, self.owner.planner.plan(draft))
 
     def _take_plan(self, draft: Tree, result: Planned) -> None:
-        if draft is self.owner.draft and result.plan is not None:
-            self.owner.recipe, self.owner.plan = result.recipe, result.plan
-            self.action_check()
+        if draft is not self.owner.draft:  # there was another edit meanwhile
+            return
+        self._planning, self._error = False, result.error
+        self.owner.recipe, self.owner.plan = result.recipe, result.plan
+        self.action_check()
 
     # --- checks
 
@@ -159,26 +183,45 @@ class LaunchScreen(BaseScreen):
             f"checks: {', '.join(counts) or 'all passed'}" if self._done else "checks"
         )
         start = self.query_one(StartRow)
+        self._show_fields()
         if recipe is None or plan is None:
-            start.show(f"nothing to start: the plan ({key_of('plan')}) is not right yet", "dim")
-            for name in ("summary", "command-text", "recipe-text"):
+            words = f"nothing to start: the plan ({key_of('plan')}) is not right yet"
+            start.show("planning…" if self._planning else words, "dim")
+            for name in ("summary", "command-text"):
                 self.query_one(f"#{name}", TextBlock).show("")
+            self._show_recipe()
+            self.refresh_bars()
             return
         self._field("name").show(self._run_name or suggest_name(recipe, plan), "" if self._run_name else "auto")
-        self._field("root").show(str(self._folder()))
         self.query_one("#summary", TextBlock).show(self._summary(plan))
-        if self._starting:
-            start.show("starting…", "dim")
+        if self._starting or self._planning:
+            start.show("starting…" if self._starting else "planning…", "dim")
         elif failed:
             start.show(f"enter: start although {failed} failed", "bad")
         else:
             start.show("enter: start the run", "good" if self._done else "dim")
         self.query_one("#command-text", TextBlock).show(as_shell(self._command(recipe), max(self.size.width - 4, 40)))
-        from yaml import safe_dump
-
-        text = safe_dump(recipe.to_dict(), sort_keys=False, allow_unicode=True)
-        self.query_one("#recipe-text", TextBlock).show(text)
+        self._show_recipe()
         self.refresh_bars()
+
+    def _show_fields(self) -> None:
+        at = form.field_of(self._error.where) if self._error is not None else ""
+        for spec in LAUNCH_FIELDS:
+            value, note = form.shown(self.owner.draft, spec, self.owner.plan)
+            error = f"{self._error.what}. {self._error.do}".rstrip() if self._error and at == spec.key else ""
+            self._field(spec.key).show(value, note, error=error)
+        self._field("root").show(str(self._folder()))
+
+    def _show_recipe(self) -> None:
+        """The recipe, and how it differs from the one that it came from."""
+        recipe, panel = self.owner.recipe, self.query_one("#recipe")
+        name, old = self.owner.origin or ("", None)
+        marked = changes(recipe.to_dict() if recipe is not None else self.owner.draft, old)
+        differ = sum(mark != " " for mark, _ in marked)
+        lines = "1 line differs" if differ == 1 else f"{differ} lines differ"
+        told = f": {lines} from {escape(name)}" if differ else f": as {escape(name)} says" if name else ""
+        panel.border_title = f"recipe{told}"
+        self.query_one(RecipeView).show(marked)
 
     def _summary(self, plan: Plan) -> str:
         glyph, word = verdict(plan)
@@ -186,16 +229,27 @@ class LaunchScreen(BaseScreen):
         place = f"{hardware.count} × {hardware.gpu}" if hardware.count > 1 else hardware.gpu
         return "\n".join(
             [
-                "",
-                f"  {glyph} {word}: {plan.memory.device_gib:.1f} of {hardware.memory_gib:.1f} GiB",
+                f"  {glyph} {word}: {format.gib_of(plan.memory.device_gib, hardware.memory_gib)}",
                 f"  on {place}",
                 f"  {plan.resolved.steps:,} steps, {format.duration(plan.time_s)}, {format.usd(plan.cost.usd)}",
-                "",
             ]
         )
 
     def _field(self, key: str) -> Field:
-        return self.query_one(f"#field-{key}", Field)
+        return self.query_one(f"#field-{key.replace('.', '-')}", Field)
+
+    def keys_shown(self) -> list[Key]:
+        """A field's keys first."""
+        if not isinstance(self.focused, Field):
+            return super().keys_shown()
+        return [*keys_of("field"), *(key for key in super().keys_shown() if key.action != "activate")]
+
+    @on(DescendantFocus)
+    def _moved(self) -> None:
+        self.refresh_bars()
+        words = self.focused.spec.help if isinstance(self.focused, Field) else ""
+        panel = self.query_one("#run")
+        panel.border_subtitle = words if len(words) <= panel.size.width - 4 else ""
 
     def _command(self, recipe: Recipe) -> list[str]:
         return command_for(recipe, name=self._run_name, root=self._root, path=self.owner.recipe_path)
@@ -221,6 +275,9 @@ class LaunchScreen(BaseScreen):
                 self._root = Path(text).expanduser().resolve() if text else None
             self.action_check()
 
+        if key not in ("name", "root"):
+            self._edit_limit(message.field.spec)
+            return
         value = self._run_name if key == "name" else str(self._folder())
         folders = (lambda text: [path for path in complete_path(text) if path.endswith("/")]) if key == "root" else ()
         editor = Editor(message.field.spec.label, value, hint=message.field.spec.help, options=folders)
@@ -228,11 +285,41 @@ class LaunchScreen(BaseScreen):
 
     @on(Field.Reset)
     def _reset(self, message: Field.Reset) -> None:
-        if message.field.spec.key == "name":
+        spec = message.field.spec
+        if spec.key == "name":
             self._run_name = ""
-        else:
+        elif spec.key == "root":
             self._root = None
+        else:
+            self._set(spec, "")
         self._show()
+
+    # --- limits, which belong to the recipe
+
+    def _set(self, spec: FieldSpec, text: str) -> None:
+        """Change one limit, and plan and check again."""
+        shown = self.owner.recipe, self.owner.plan
+        self.owner.edit(form.put(self.owner.draft, spec.key, text))
+        self.owner.recipe, self.owner.plan = shown  # until the next one is there
+        self._error = None
+        self.plan_again()
+        self._show()
+
+    def _edit_limit(self, spec: FieldSpec) -> None:
+        def done(text: str | None) -> None:
+            if text is not None and text != form.get(self.owner.draft, spec.key):
+                self._set(spec, text)
+
+        value = form.get(self.owner.draft, spec.key)
+        self.app.push_screen(Editor(spec.label.strip(), value, hint=spec.help, options=list(spec.steps)), done)
+
+    @on(Field.Stepped)
+    def _stepped(self, message: Field.Stepped) -> None:
+        spec = message.field.spec
+        value = form.get(self.owner.draft, spec.key)
+        new = form.step(spec, value, message.direction)
+        if new != value:
+            self._set(spec, new)
 
     def action_copy(self) -> None:
         """Copy the command."""
@@ -244,7 +331,7 @@ class LaunchScreen(BaseScreen):
     def action_activate(self) -> None:
         """Start, after a question when a check failed or is not made yet."""
         recipe, plan = self.owner.recipe, self.owner.plan
-        if recipe is None or plan is None or self._starting:
+        if recipe is None or plan is None or self._starting or self._planning:
             return
         failed = [check for check in self._checks if check.status == "fail"]
         if not failed and self._done:

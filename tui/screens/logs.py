@@ -12,7 +12,9 @@ from textual.app import ComposeResult
 from textual.message import Message
 
 from ...engine.events import EventReader
+from ...engine.past import Past, glimpse
 from ...engine.run import Run
+from ...planner.errors import FinetuiError
 from ..follower import BATCH
 from ..history import History
 from ..keys import bindings
@@ -57,8 +59,19 @@ def file_lines(path: Path) -> Iterator[list[str]]:
 
 
 def event_lines(path: Path) -> Iterator[list[str]]:
-    """A run's events as lines, as they come."""
-    reader, history = EventReader(path), History()
+    """A run's events as lines, as they come; of a long past, its end."""
+    history = History()
+    try:
+        past = glimpse(path)
+    except OSError:  # not written yet
+        past = Past([], 0, 0)
+    for event in past.events:
+        if event.seq < past.exact_from:
+            history.apply(event)
+    newest = [event for event in past.events if event.seq >= past.exact_from]
+    left_out = [f"… the {past.exact_from - 1:,} events before are left out"] if past.exact_from else []
+    yield [*left_out, *lines_of(newest, history)]
+    reader = EventReader(path, newest[-1].seq if newest else 0, past.offset)
     while True:
         yield list(lines_of(reader.read(BATCH), history))
 
@@ -94,7 +107,11 @@ class LogsScreen(BaseScreen):
     def on_screen_resume(self) -> None:
         """Another run may be watched now."""
         super().on_screen_resume()
-        run = self.owner.watched or next(iter(self.owner.backend.runs()), None)
+        try:
+            run = self.owner.watched or next(iter(self.owner.backend.runs()), None)
+        except FinetuiError as error:
+            run = None
+            self.notify(str(error), severity="error")
         if run is not None and (self._run is None or run.path != self._run.path):
             self._read(run, sources(run)[0])
         self._seen.set()
@@ -126,6 +143,10 @@ class LogsScreen(BaseScreen):
                 continue
             if place != (run, source):
                 place = (run, source)
+                try:
+                    self.owner.backend.open(run)
+                except FinetuiError as error:
+                    self.post_message(self.Grown(place, [f"✘ {error}"]))
                 lines = event_lines(run.events_path) if source == "events" else file_lines(run.path / "log" / source)
             found = next(lines)
             if found:

@@ -12,11 +12,12 @@ from textual.message import Message
 from textual.timer import Timer
 
 from ...engine.run import LIVE_STATES, Run, Status
-from ...planner.errors import RunError
+from ...planner.errors import FinetuiError, RunError
 from ...planner.plan import Plan
 from .. import format  # noqa: A004
+from ..alerts import Watchman
 from ..follower import Follower, Update
-from ..history import History
+from ..history import EMA_WEIGHT, EMA_WEIGHTS, History
 from ..keys import Key, bindings, key_of
 from ..widgets.gpu_panel import GpuPanel
 from ..widgets.line_chart import Curve, LineChart
@@ -43,7 +44,7 @@ class MonitorScreen(BaseScreen):
     class Followed(Message):
         """There is something new about the run."""
 
-        update: Update
+        update: Update[History]
 
     @dataclass
     class Listed(Message):
@@ -57,12 +58,15 @@ class MonitorScreen(BaseScreen):
         self._plan: Plan | None = None
         self._status = Status()
         self._history = History()
-        self._follower: Follower | None = None
+        self._share = 1.0
+        self._watchman = Watchman("")
+        self._follower: Follower[History] | None = None
         self._frames: Timer | None = None
         self._changed = False
         self._seen = False
         self._runs: list[Run] = []
         self._figure = 0
+        self._smoothing: float | None = EMA_WEIGHT
 
     def body(self) -> ComposeResult:
         """Header, charts, GPUs, words."""
@@ -78,7 +82,7 @@ class MonitorScreen(BaseScreen):
 
     def on_mount(self) -> None:
         """Start the clock of the pictures."""
-        self._frames = self.set_interval(FRAME_S, self._frame, pause=True)
+        self._frames = self.set_interval(FRAME_S / self.owner.preferences.refresh_hz, self._frame, pause=True)
 
     def on_screen_resume(self) -> None:
         """Watch what the app says is watched; without any, the newest run."""
@@ -93,7 +97,7 @@ class MonitorScreen(BaseScreen):
             self._frames.resume()
 
     def on_screen_suspend(self) -> None:
-        """Nobody looks: neither read nor draw."""
+        """Nobody looks: don't draw. Reading goes on, because somebody may want to be called back."""
         self._seen = False
         if self._frames is not None:
             self._frames.pause()
@@ -111,14 +115,17 @@ class MonitorScreen(BaseScreen):
         except RunError as error:
             self._plan = None
             self.notify(str(error), severity="warning")
-        self._history = History(steps=self._plan.resolved.steps if self._plan else 0)
-        self._status = Status()
+        steps = self._plan.resolved.steps if self._plan else 0
+        self._history, self._share, self._status = History(steps=steps), 1.0, Status()
+        self._watchman = Watchman(run.name)
         if self._follower is not None:
             self._follower.stop()
         self._follower = Follower(
             run,
             lambda update: self.post_message(self.Followed(update)),
-            busy=lambda: not self._seen or self.message_queue_size > _BACKLOG,
+            begin=lambda: History(steps=steps),
+            prepare=lambda: self.owner.backend.open(run),
+            busy=lambda: self.message_queue_size > _BACKLOG,
         )
         self._follower.start()
         self._show()
@@ -128,18 +135,26 @@ class MonitorScreen(BaseScreen):
         update = message.update
         if update.source is not self._follower:  # of a run that was watched before
             return
+        if update.fold is not None:
+            self._history = update.fold
         for event in update.events:
             self._history.apply(event)
         first = self._status.created == 0
         ended = self._status.state in LIVE_STATES and update.status.state not in LIVE_STATES
-        self._status = update.status
+        self._status, self._share = update.status, update.share
         self._changed = True
-        if update.caught_up and (first or ended):
+        if update.caught_up:
+            for alert in self._watchman.news(self._history, self._status):
+                actions.announce(self.owner, alert, self._watchman.name)
+        if self._seen and update.caught_up and (first or ended or update.fold is not None):
             self._show()
 
     @work(thread=True, exclusive=True, group="list", exit_on_error=False)
     def _find_runs(self) -> None:
-        self.post_message(self.Listed(self.owner.backend.runs()))
+        try:
+            self.post_message(self.Listed(self.owner.backend.runs()))
+        except FinetuiError as error:
+            self.owner.notify(str(error), severity="error")
 
     @on(Listed)
     def _listed(self, message: Listed) -> None:
@@ -156,6 +171,7 @@ class MonitorScreen(BaseScreen):
         fitting = {"stop": live, "checkpoint": live, "app.leave": live, "resume": resumable}
         fitting["switch(1)"] = len(self._runs) > 1
         fitting["figure"] = len(self._figures()) > 1
+        fitting["gpus"] = bool(self._history.gpus)
         return [key for key in super().keys_shown() if key.scope == "app" or fitting.get(key.action, True)]
 
     # --- drawing
@@ -176,24 +192,18 @@ class MonitorScreen(BaseScreen):
         place = f"{at} of {len(self._runs)}" if at and len(self._runs) > 1 else ""
         with self.app.batch_update():
             self.query_one(RunHeader).show(name, history, self._status, self._plan, now, place)
-            self._chart("loss").show(
-                [
-                    Curve(history.loss, "trace"),
-                    Curve(history.average, "accent"),
-                    Curve(history.evaluation, "second", points=True),
-                ],
-                self._loss_figures(),
-                total,
-            )
+            self._chart("loss").show(self._loss_curves(), self._loss_figures(), total, history.marks)
             rate, norm = history.tokens_per_s, history.grad_norm
-            self._chart("rate").show([Curve(rate)], _latest(rate.latest, format.rate, bool(rate)), total)
+            mfu = history.mfu(self._plan)
+            use: Line = [(f"MFU {mfu:.0%}", "dim")] if math.isfinite(mfu) else []
+            self._chart("rate").show([Curve(rate)], [*_latest(rate.latest, format.rate, bool(rate)), *use], total)
             self._chart("grad-norm").show([Curve(norm)], _latest(norm.latest, "{:.3g}".format, bool(norm)), total)
             self._show_figure(total)
             gpus = [
                 (gpu, now - history.gpu_times[index] if live else 0.0) for index, gpu in sorted(history.gpus.items())
             ]
             self.query_one(GpuPanel).show(gpus, history.host)
-            self.query_one(LogPane).show(history, self._plan)
+            self.query_one(LogPane).show(history, self._plan, self._status.elapsed_s(now), live=live)
             self.refresh_bars()
 
     def _figures(self) -> list[str]:
@@ -213,14 +223,24 @@ class MonitorScreen(BaseScreen):
     def _chart(self, name: str) -> LineChart:
         return self.query_one(f"#{name}", LineChart)
 
+    def _loss_curves(self) -> list[Curve]:
+        """The loss, thin below its mean; alone where nothing is smoothed; the held-out losses as points."""
+        history, held_out = self._history, Curve(self._history.evaluation, "second", points=True)
+        if self._smoothing is None:
+            return [Curve(history.loss, "accent"), held_out]
+        return [Curve(history.loss, "trace"), Curve(history.averages[self._smoothing], "accent"), held_out]
+
     def _loss_figures(self) -> Line:
         history = self._history
         if not history.loss:
             return []
         latest = history.loss.latest
         figures: Line = [(format.loss(latest), "" if math.isfinite(latest) else "bad")]
-        if history.average:
-            figures.append((f" mean {history.average.latest:.4f}", "accent"))
+        if self._share < 1:
+            figures.append((f" sampled, {self._share:.0%} read", "warn"))
+        if self._smoothing is not None and (mean := history.averages[self._smoothing]):
+            over = f" over {1 / self._smoothing:.0f}" if self._smoothing != EMA_WEIGHT else ""
+            figures.append((f" mean{over} {mean.latest:.4f}", "accent"))
         if history.evaluation:
             figures.append((f" held-out {format.loss(history.evaluation.latest)}", "second"))
         if history.not_finite:
@@ -256,10 +276,26 @@ class MonitorScreen(BaseScreen):
         chart.log_scale = not chart.log_scale
         chart.redraw()
 
+    def action_smooth(self) -> None:
+        """The next smoothing: a mean over about 10 steps, 50, none, 3."""
+        order = [EMA_WEIGHT, *(weight for weight in reversed(EMA_WEIGHTS) if weight < EMA_WEIGHT), None]
+        order += [weight for weight in EMA_WEIGHTS if weight > EMA_WEIGHT]
+        self._smoothing = order[(order.index(self._smoothing) + 1) % len(order)]
+        self._show()
+
+    def action_gpus(self) -> None:
+        """The GPUs' other figures."""
+        self.query_one(GpuPanel).toggle()
+
     def action_figure(self) -> None:
         """The method's next figure in the last small chart."""
         self._figure += 1
         self._show()
+
+    def action_report(self) -> None:
+        """Write the run's report into the current folder."""
+        if self._run is not None:
+            actions.report(self.owner, self._run)
 
     def action_view(self) -> None:
         """Next view of the pane below the charts."""

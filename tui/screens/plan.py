@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from rich.markup import escape
 from textual import on, work
 from textual.app import ComposeResult
 from textual.containers import Horizontal, Vertical, VerticalScroll
+from textual.events import DescendantFocus
 from textual.message import Message
 from textual.timer import Timer
 
 from ...planner.errors import FinetuiError, RecipeError
+from ...planner.hardware import PRESETS
 from ...planner.plan import Plan
 from .. import (
     form,
@@ -25,11 +29,13 @@ from ..widgets.facts import Facts, Reasons
 from ..widgets.field import Field
 from ..widgets.lines import Line
 from ..widgets.memory_bar import MemoryBar
+from ..widgets.term_rows import TermRows
 from .base import BaseScreen
 from .editor import Editor, complete_path
+from .formula import Formula
 
 #: Seconds without an edit before planning: holding an arrow key down plans once.
-DEBOUNCE_S = 0.03
+DEBOUNCE_S = 0.05
 _DATA_SUFFIXES = (".jsonl", ".json", ".csv", ".parquet", ".txt")
 _RECIPE_SUFFIXES = (".yaml", ".yml")
 
@@ -50,6 +56,7 @@ class PlanScreen(BaseScreen):
     def __init__(self) -> None:
         super().__init__()
         self._version = 0
+        self._edited = 0.0
         self._timer: Timer | None = None
         self._error: FinetuiError | None = None
         self._data_note = ""
@@ -84,16 +91,22 @@ class PlanScreen(BaseScreen):
         if self.owner.plan is None or self._version == 0:
             self.call_after_refresh(self.plan_again, at_once=True)
 
-    def on_descendant_focus(self) -> None:
+    @on(DescendantFocus)
+    def _moved(self) -> None:
         """The keys differ between a field and the reasons."""
         self.refresh_bars()
         if isinstance(self.focused, Field):
             form_panel, words = self.query_one("#form"), self.focused.spec.help
             form_panel.border_subtitle = words if len(words) <= form_panel.size.width - 4 else ""
 
+    def on_resize(self) -> None:
+        """A field's words may fit now, or no longer."""
+        self.call_after_refresh(self._moved)
+
     def keys_shown(self) -> list[Key]:
         """A field's keys first."""
-        return [*(keys_of("field") if isinstance(self.focused, Field) else []), *super().keys_shown()]
+        inside = "field" if isinstance(self.focused, Field) else "terms" if isinstance(self.focused, TermRows) else ""
+        return [*keys_of(inside), *super().keys_shown()]
 
     def status_line(self) -> Line:
         """The verdict in one line."""
@@ -105,18 +118,21 @@ class PlanScreen(BaseScreen):
         glyph, word = verdict(plan)
         return [
             (f" {glyph} {word}  ", "bold"),
-            (f"{plan.memory.device_gib:.1f} of {plan.hardware.memory_gib:.1f} GiB", ""),
+            (format.gib_of(plan.memory.device_gib, plan.hardware.memory_gib), ""),
         ]
 
     # --- planning
 
     def plan_again(self, tree: Tree | None = None, *, at_once: bool = False) -> None:
-        """Plan ``tree``, or the form as it stands, once no edit has come for a moment."""
+        """Plan ``tree``, or the form as it stands: at once, or in a series of edits once none has come for a moment."""
         self._version += 1
         if self._timer is not None:
             self._timer.stop()
         version, wanted = self._version, self.owner.draft if tree is None else tree
-        self._timer = self.set_timer(0.001 if at_once else DEBOUNCE_S, lambda: self._compute(wanted, version))
+        now, last = time.monotonic(), self._edited
+        self._edited = now
+        alone = at_once or now - last > 4 * DEBOUNCE_S
+        self._timer = self.set_timer(0.001 if alone else DEBOUNCE_S, lambda: self._compute(wanted, version))
 
     @work(thread=True, exclusive=True, group="plan", exit_on_error=False)
     def _compute(self, tree: Tree, version: int) -> None:
@@ -139,7 +155,8 @@ class PlanScreen(BaseScreen):
         self.query_one(Reasons).show(plan, told)
         self.query_one(MemoryBar).show(plan, f"✘ no plan: see {on_field or 'below'}" if error else "planning…")
         panel = self.query_one("#verdict")
-        panel.border_title = f"verdict: {self._place(plan)}" if plan else "verdict"
+        simulated = "" if plan is None or plan.hardware.local else " [reverse] SIM [/]"
+        panel.border_title = f"verdict: {escape(self._place(plan))}{simulated}" if plan else "verdict"
         panel.border_subtitle = self._basis(plan) if plan else ""
         panel.set_class(plan is None, "-none")
         warnings = f", {len(plan.warnings)} warnings" if plan and plan.warnings else ""
@@ -171,6 +188,13 @@ class PlanScreen(BaseScreen):
         if plan is None or not self._data_note:
             return ""
         return f"{self._data_note}, {format.count(plan.workload.tokens)} tok"
+
+    @on(TermRows.Asked)
+    def _explain(self, message: TermRows.Asked) -> None:
+        recipe, plan = self.owner.recipe, self.owner.plan
+        if recipe is not None and plan is not None:
+            explain = self.owner.backend.explain
+            self.app.push_screen(Formula(message.name, plan.basis, lambda: explain(recipe)))
 
     # --- editing
 
@@ -222,11 +246,19 @@ class PlanScreen(BaseScreen):
             spec.label.strip(),
             form.get(tree, spec.key),
             hint=spec.help,
-            options=self._models if spec.key == "model" else _data_files if spec.key == "data" else options,
+            options=self._known_models if spec.key == "model" else _data_files if spec.key == "data" else options,
+            search=self.owner.backend.search_hub if spec.key == "model" else None,
+            place="Hub",
             closed=spec.closed,
             on_change=None if spec.key in ("model", "data") else typing,
         )
         self.app.push_screen(editor, done)
+
+    def _known_models(self, text: str) -> list[str]:
+        """Models for what was typed; all of them where that is the model that stands there."""
+        from ...planner.hub_search import folders, matching
+
+        return folders(text) or matching(self._models, "" if text == form.get(self.owner.draft, "model") else text)
 
     @work(thread=True, group="choices", exit_on_error=False)
     def _load_choices(self) -> None:
@@ -256,14 +288,16 @@ class PlanScreen(BaseScreen):
             if not text:
                 return
             try:
-                self.owner.open_recipe(Path(text).expanduser())
+                self.owner.open_recipe(_recipe_path(text))
             except RecipeError as error:
                 self.notify(str(error), title="not opened", severity="error", timeout=12)
                 return
             self._show_fields()
             self.plan_again(at_once=True)
 
-        self.app.push_screen(Editor("open a recipe", "", hint="A YAML file", options=_recipe_files), done)
+        self.app.push_screen(
+            Editor("open a recipe", "", hint="A preset's name, or a YAML file", options=_recipes), done
+        )
 
     def action_save(self) -> None:
         """Ask where to, and save the recipe."""
@@ -282,9 +316,11 @@ class PlanScreen(BaseScreen):
                 self.notify(f"{path}: {error.strerror}", title="not saved", severity="error", timeout=12)
                 return
             self.owner.recipe_path, self.owner.edited = path, False
+            self.owner.origin = (path.name, recipe.to_dict())
             self.notify(f"finetui run {path}", title=f"saved as {path.name}")
 
-        start = str(self.owner.recipe_path or "recipe.yaml")
+        path = self.owner.recipe_path
+        start = "recipe.yaml" if path is None or path.parent == PRESETS else str(path)
         self.app.push_screen(Editor("save as", start, hint="A file that is there already is replaced"), done)
 
 
@@ -292,5 +328,12 @@ def _data_files(text: str) -> list[str]:
     return complete_path(text, suffixes=_DATA_SUFFIXES)
 
 
-def _recipe_files(text: str) -> list[str]:
-    return complete_path(text, suffixes=_RECIPE_SUFFIXES)
+def _recipes(text: str) -> list[str]:
+    """Presets by their names, then files."""
+    presets = sorted(path.stem for path in PRESETS.glob("*.yaml") if path.stem.startswith(text))
+    return [*presets, *complete_path(text, suffixes=_RECIPE_SUFFIXES)]
+
+
+def _recipe_path(text: str) -> Path:
+    preset, path = PRESETS / f"{text}.yaml", Path(text).expanduser()
+    return preset if "/" not in text and preset.is_file() and not path.exists() else path

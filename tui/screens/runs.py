@@ -14,7 +14,7 @@ from textual.coordinate import Coordinate
 from textual.message import Message
 from textual.widgets import DataTable
 
-from ...planner.errors import RecipeError
+from ...planner.errors import FinetuiError, RecipeError
 from .. import format  # noqa: A004
 from ..keys import bindings
 from ..run_table import RunRow, RunScanner
@@ -85,6 +85,7 @@ class RunsScreen(BaseScreen):
         self._rows: dict[str, RunRow] = {}
         self._shown: dict[str, dict[str, str]] = {}
         self._columns: list[str] = []
+        self._laid_out: dict[str, int] = {}
         self._ended, self._seen = threading.Event(), threading.Event()
 
     def body(self) -> ComposeResult:
@@ -118,21 +119,33 @@ class RunsScreen(BaseScreen):
 
     def _scan(self) -> None:
         scanner = RunScanner(self.owner.backend.runs, self.owner.backend.now)
+        told = ""
         while self._seen.wait() and not self._ended.is_set():
-            self.post_message(self.Scanned(scanner.scan()))
-            self._ended.wait(SCAN_S)
+            try:
+                self.post_message(self.Scanned(scanner.scan()))
+                told = ""
+            except FinetuiError as error:  # another machine that can't be reached now
+                if told != str(error):
+                    told = str(error)
+                    self.owner.notify(told, severity="error")
+            self._ended.wait(SCAN_S / self.owner.preferences.refresh_hz)
 
     def on_resize(self) -> None:
-        """Other columns may fit now."""
-        if [name for name, _, least in _COLUMNS if self.size.width >= least] != self._columns:
+        """Other columns may fit now, and more of a name; the cursor stays on its run."""
+        columns = [name for name, _, least in _COLUMNS if self.size.width >= least]
+        if columns != self._columns or self._widths() != self._laid_out:
+            at = self._current_key()
             self._lay_out()
             self._fill()
+            if at in self._shown:
+                self.query_one(DataTable).move_cursor(row=list(self._shown).index(at))
 
     def _lay_out(self) -> None:
         table = self.query_one(DataTable)
         table.clear(columns=True)
         self._shown.clear()
         self._columns = [name for name, _, least in _COLUMNS if self.size.width >= least]
+        self._laid_out = self._widths()
         for name, right, least in _COLUMNS:
             if self.size.width >= least:
                 heading = Text(name, justify="right" if right else "left")

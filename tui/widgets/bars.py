@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
-from ..keys import KEYS, Key
+from ..keys import KEYS, Key, key_name
 from .lines import Line, Lines, fitted, length, spread
 
 #: Key, mode and title of each screen, from the table of keys.
@@ -15,6 +15,11 @@ MODES = [
 ]
 
 
+def rebound_modes(own: Mapping[str, str]) -> list[tuple[str, str, str]]:
+    """:data:`MODES` with the user's own keys."""
+    return [(key_name(own.get(f"app.mode.{mode}", key).split(",")[0]), mode, label) for key, mode, label in MODES]
+
+
 class TopBar(Lines):
     """The program's name, its screens with their keys, and this machine."""
 
@@ -22,17 +27,20 @@ class TopBar(Lines):
         super().__init__()
         self._mode = mode
         self._machine = ""
+        self._own: Mapping[str, str] = {}
 
-    def show(self, machine: str) -> None:
-        """Say which machine this is."""
-        self._machine = machine
+    def show(self, machine: str, own: Mapping[str, str]) -> None:
+        """Say which machine this is; ``own`` are the user's own keys."""
+        self._machine, self._own = machine, own
         self.redraw()
 
     def draw(self, width: int, height: int) -> list[Line]:
         """See :class:`Lines`."""
         left: Line = [(" finetui ", "accent")]
-        for key, mode, label in MODES:
-            left += [(f" {key} {label} ", "cursor")] if mode == self._mode else [(f" {key} ", "key"), (f"{label} ", "")]
+        gap = " " if sum(len(label) + 4 for _, _, label in MODES) <= width else ""
+        for key, mode, label in rebound_modes(self._own):
+            here, name = mode == self._mode, f"{label} "
+            left += [(f"{gap}{key} {name}", "cursor")] if here else [(f"{gap}{key} ", "key"), (name, "")]
         if length(left) > width:
             left = left[1:]
         right: Line = [(f"{self._machine} ", "dim")]

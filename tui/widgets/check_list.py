@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from ..format import CHECK_GLYPHS
 from .lines import Line, Lines, wrapped
 
 if TYPE_CHECKING:
     from ...engine.preflight import Check
 
-_GLYPHS = {"ok": ("✔", "good"), "warn": ("!", "warn"), "fail": ("✘", "bad")}
+_ROLES = {"ok": "good", "warn": "warn", "fail": "bad"}
 
 
 class CheckList(Lines):
@@ -30,7 +31,7 @@ class CheckList(Lines):
         """See :class:`Lines`."""
         lines: list[Line] = []
         for check in sorted(self._checks, key=lambda check: ("fail", "warn", "ok").index(check.status)):
-            glyph, role = _GLYPHS[check.status]
+            glyph, role = CHECK_GLYPHS[check.status], _ROLES[check.status]
             first, *rest = wrapped(f"{check.name}: {check.detail}" if check.detail else check.name, max(width - 2, 8))
             lines.append([(f"{glyph} ", role), *[(text, "" if check.status == "ok" else role) for text, _ in first]])
             lines += [[("  ", ""), *line] for line in rest]

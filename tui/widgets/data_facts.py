@@ -10,7 +10,7 @@ _LABEL = 12
 
 
 class DataFacts(Lines):
-    """Sources, counts, and what is wrong. As high as it has to be: put it into something that scrolls."""
+    """What is wrong, counts, and sources. As high as it has to be: put it into something that scrolls."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -28,20 +28,19 @@ class DataFacts(Lines):
         if self._look is None:
             return wrapped(self._words[0], width, self._words[1])
         lines: list[Line] = []
+        report = self._look.report
+        if report is not None:
+            for trouble in troubles(report):
+                lines += wrapped(f"! {trouble}", width, "warn", indent="  ")
+            for label, text in report_facts(report):
+                body = wrapped(text, max(width - _LABEL, 8))
+                lines.append([(label.ljust(_LABEL), "dim"), *body[0]])
+                lines += [[(" " * _LABEL, ""), *rest] for rest in body[1:]]
         for source in self._look.survey.sources:
             lines += wrapped(source.path, width, "bold")
             lines += wrapped(f"  {source_facts(source)}", width, "", indent="  ")
         for note in self._look.notes:
             lines += wrapped(note, width, "dim")
-        report = self._look.report
-        if report is None:
-            return lines
-        for label, text in report_facts(report):
-            body = wrapped(text, max(width - _LABEL, 8))
-            lines.append([(label.ljust(_LABEL), "dim"), *body[0]])
-            lines += [[(" " * _LABEL, ""), *rest] for rest in body[1:]]
-        for trouble in troubles(report):
-            lines += wrapped(f"! {trouble}", width, "warn", indent="  ")
         return lines
 
 

@@ -5,16 +5,21 @@ from __future__ import annotations
 from ...planner.plan import Plan, Reason
 from .. import format  # noqa: A004
 from .lines import Line, Lines, wrapped
+from .term_rows import TermRows
 
 _LABEL = 9
 
 
-class Facts(Lines):
+class Facts(TermRows):
     """How fast, how long, how much, how many parameters."""
 
     def __init__(self, *, id: str | None = None) -> None:  # noqa: A002
         super().__init__(id=id)
         self._plan: Plan | None = None
+
+    def names(self) -> list[str]:
+        """See :class:`TermRows`."""
+        return ["speed", "time", "cost"] if self._plan is not None else []
 
     def show(self, plan: Plan | None) -> None:
         """Draw a plan; None draws nothing."""
@@ -30,7 +35,7 @@ class Facts(Lines):
             return []
         lines: list[Line] = []
         for label, text, note in facts(self._plan):
-            line: Line = [(label.ljust(_LABEL), "dim"), (text, "bold")]
+            line: Line = [*self.mark(label), (label.ljust(_LABEL - 2), "dim"), (text, "bold")]
             if _LABEL + len(text) + 2 + len(note) <= width:
                 line.append((f"  {note}", "dim"))
             lines.append(line)

@@ -83,12 +83,9 @@ class Field(Lines, can_focus=True):
             lines += wrapped(f"    {self.error}", width, "bad", indent="    ")[:4]
         return lines
 
-    def on_focus(self) -> None:
-        """Show the cursor."""
-        self.redraw()
-
-    def on_blur(self) -> None:
-        """Take the cursor away."""
+    def watch_has_focus(self, focused: bool) -> None:
+        """Show the cursor, or take it away."""
+        super().watch_has_focus(focused)
         self.redraw()
 
     def on_click(self) -> None:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import re
+from collections.abc import Callable
 
 from .. import format  # noqa: A004
+from ..format import short_name
 from .lines import Line, Lines, fitted, length
 from .memory_bar import bar
 
@@ -13,16 +14,16 @@ QUIET_S = 10.0
 #: GPUs that get a line of their own; more share lines.
 MOST_ROWS = 4
 _CELL = 34
-_NOISE = re.compile(r"\b(NVIDIA|GeForce|Tesla|Quadro|Graphics|Device|HBM\w*|PCIe)\b")
-
-
-def short_name(name: str) -> str:
-    """A GPU's name without what all of them have in common."""
-    return re.sub(r"[ -]+", " ", _NOISE.sub("", name)).strip() or name
 
 
 def _figure(value: float | None, unit: str, width: int) -> str:
     return (f"{value:.0f} {unit}" if value is not None else "–").rjust(width)
+
+
+def _marked(text: str, role: str) -> tuple[str, str]:
+    """A figure whose colour says that something is wrong also says so with a mark, in the blank before it."""
+    bare = text.lstrip(" ")
+    return (("!" + bare).rjust(len(text)) if role and len(bare) < len(text) else text, role)
 
 
 def _heat(value: float | None, warn: float, bad: float) -> str:
@@ -33,18 +34,16 @@ def gpu_row(gpu: dict, quiet_s: float, width: int) -> Line:
     """One GPU as one line: bar, memory, load, power, temperature and what holds it back."""
     name = short_name(str(gpu.get("name", "?")))[:14].ljust(14 if width >= 72 else 0)
     head: Line = [(f"{gpu.get('index', 0):>2} ", "bold"), (name + " ", "")]
-    if quiet_s > QUIET_S:
-        return [*head, (f"✘ no reading for {format.duration(quiet_s)}", "bad")]
+    if silent := _silent(gpu, quiet_s):
+        return [*head, (silent, "bad")]
     used, total = gpu.get("memory_used_gib"), gpu.get("memory_total_gib")
     sm, power, heat = gpu.get("sm_percent"), gpu.get("power_w"), gpu.get("temperature_c")
-    if used is None and sm is None and power is None:
-        return [*head, ("✘ the driver gives no reading", "bad")]
-    memory = f"{used:.1f}/{total:.1f} GiB" if used is not None and total else "–"
+    memory = f"{format.bare_gib(used)}/{format.gib(total)}" if used is not None and total else "–"
     right: Line = [
         (memory.rjust(15), ""),
         (_figure(sm, "%", 6), ""),
         (_figure(power, "W", 7), ""),
-        (_figure(heat, "°C", 7), _heat(heat, 83, 90)),
+        _marked(_figure(heat, "°C", 7), _heat(heat, 83, 90)),
     ]
     throttle = ", ".join(gpu.get("throttle") or [])
     if throttle:
@@ -60,18 +59,85 @@ def gpu_cell(gpu: dict, quiet_s: float, width: int) -> Line:
     head: Line = [(f"{gpu.get('index', 0):>2} ", "bold")]
     used, total = gpu.get("memory_used_gib"), gpu.get("memory_total_gib")
     sm, power, heat = gpu.get("sm_percent"), gpu.get("power_w"), gpu.get("temperature_c")
-    if quiet_s > QUIET_S or (used is None and sm is None and power is None):
+    if _silent(gpu, quiet_s):
         return fitted([*head, ("✘ no reading", "bad")], width)
     memory = f"{used:.0f}/{total:.0f}G" if used is not None and total else "–"
     hot = "warn" if gpu.get("throttle") else _heat(heat, 83, 90)
-    figures: Line = [(f"{memory:>8}{_figure(sm, '%', 6)}{_figure(power, 'W', 6)}", ""), (_figure(heat, "°C", 6), hot)]
+    load = f"{memory:>8}{_figure(sm, '%', 6)}{_figure(power, 'W', 6)}"
+    figures: Line = [(load, ""), _marked(_figure(heat, "°C", 6), hot)]
     room = width - length(head) - length(figures) - 2
     share = used / total if used is not None and total else 0.0
     return fitted([*head, *(bar(share, room - 1) if room >= 7 else []), *figures], width)
 
 
+def _pair(gpu: dict, first: str, second: str, show: Callable[[float], str]) -> str:
+    """Two figures as ``1.2/0.4``, or nothing if the driver gives neither."""
+    values = gpu.get(first), gpu.get(second)
+    return "" if values == (None, None) else "/".join("–" if value is None else show(value) for value in values)
+
+
+def _traffic(gb_s: float) -> str:
+    return f"{gb_s:.1f}" if gb_s < 9.95 else f"{gb_s:.0f}"
+
+
+def _silent(gpu: dict, quiet_s: float) -> str:
+    """Why there are no figures, or nothing."""
+    if quiet_s > QUIET_S:
+        return f"✘ no reading for {format.duration(quiet_s)}"
+    figures = ("memory_used_gib", "sm_percent", "power_w")
+    return "✘ the driver gives no reading" if all(gpu.get(name) is None for name in figures) else ""
+
+
+def details_row(gpu: dict, quiet_s: float, width: int) -> Line:
+    """One GPU as one line: clocks, PCIe and NVLink traffic, memory errors, and all that holds it back."""
+    head: Line = [(f"{gpu.get('index', 0):>2} ", "bold")]
+    if silent := _silent(gpu, quiet_s):
+        return fitted([*head, (silent, "bad")], width)
+    clocks = "/".join(f"{gpu[key]:.0f}" for key in ("sm_clock_mhz", "memory_clock_mhz") if gpu.get(key) is not None)
+    pcie = _pair(gpu, "pcie_in_gb_s", "pcie_out_gb_s", _traffic)
+    link = _pair(gpu, "nvlink_in_gb_s", "nvlink_out_gb_s", _traffic)
+    parts: Line = [
+        (f"{clocks or '–'} MHz".ljust(14), ""),
+        (f"PCIe in/out {pcie} GB/s  " if pcie else "", ""),
+        (f"NVLink {link} GB/s  " if link else "", ""),
+    ]
+    corrected, uncorrected = gpu.get("ecc_corrected"), gpu.get("ecc_uncorrected")
+    if uncorrected:
+        parts.append((f"✘ {uncorrected} memory errors  ", "bad"))
+    elif corrected is not None:
+        parts.append((f"ECC {corrected} corrected  ", ""))
+    if throttle := ", ".join(gpu.get("throttle") or []):
+        parts.append((f"! {throttle}", "warn"))
+    if limit := gpu.get("power_limit_w"):
+        parts.append((f"  limit {limit:.0f} W", "dim"))
+    return fitted([*head, *parts], width)
+
+
+def details_cell(gpu: dict, quiet_s: float, width: int) -> Line:
+    """The same in few cells: SM clock, PCIe (P) and NVLink (N) in GB/s, memory errors (E), ! if held back."""
+    head: Line = [(f"{gpu.get('index', 0):>2} ", "bold")]
+    if _silent(gpu, quiet_s):
+        return fitted([*head, ("✘ no reading", "bad")], width)
+    clock = gpu.get("sm_clock_mhz")
+    text = f"{clock:.0f} MHz" if clock is not None else "– MHz"
+    if pcie := _pair(gpu, "pcie_in_gb_s", "pcie_out_gb_s", _traffic):
+        text += f" P{pcie}"
+    if link := _pair(gpu, "nvlink_in_gb_s", "nvlink_out_gb_s", _traffic):
+        text += f" N{link}"
+    errors = gpu.get("ecc_uncorrected")
+    figures: Line = [(text, "")]
+    if errors is not None:
+        figures.append((f" E{errors}", "bad" if errors else ""))
+    if gpu.get("throttle"):
+        figures.append((" !", "warn"))
+    return fitted([*head, *figures], width)
+
+
 class GpuPanel(Lines):
-    """GPUs and host of a run. Shows what its last events said; 0 GPUs is a run on the CPU."""
+    """GPUs and host of a run. Shows what its last events said; 0 GPUs is a run on the CPU.
+
+    :attr:`detailed` shows clocks, traffic and errors in place of memory, load, power and temperature.
+    """
 
     TITLED = True
 
@@ -79,6 +145,13 @@ class GpuPanel(Lines):
         super().__init__(id=id)
         self._gpus: list[tuple[dict, float]] = []
         self._host: dict = {}
+        self.detailed = False
+
+    def toggle(self) -> None:
+        """Show the other figures."""
+        self.detailed = not self.detailed
+        self.refresh(layout=True)
+        self.redraw()
 
     def show(self, gpus: list[tuple[dict, float]], host: dict) -> None:
         """Draw GPUs, each with the seconds since its last reading, and the host."""
@@ -94,6 +167,8 @@ class GpuPanel(Lines):
         powers = [gpu["power_w"] for gpu, _ in self._gpus if gpu.get("power_w") is not None]
         if powers:
             line.append((f" {sum(powers):,.0f} W", "accent"))
+        if self.detailed and self._gpus:
+            line.append(("  clocks, traffic, errors", "second"))
         host = self._host
         if host:
             memory = f"{host.get('memory_used_gib', 0):.0f}"
@@ -110,11 +185,12 @@ class GpuPanel(Lines):
         if not self._gpus:
             waiting = "no GPU in use" if self._host else "no readings yet"
             return [[(waiting, "dim")]]
+        row, short = (details_row, details_cell) if self.detailed else (gpu_row, gpu_cell)
         if len(self._gpus) <= min(MOST_ROWS, height) and width >= 50:
-            return [gpu_row(gpu, quiet, width) for gpu, quiet in self._gpus]
+            return [row(gpu, quiet, width) for gpu, quiet in self._gpus]
         per_line = max(width // _CELL, 1)
         cell = width // per_line
         return [
-            [span for gpu, quiet in self._gpus[n : n + per_line] for span in gpu_cell(gpu, quiet, cell)]
+            [span for gpu, quiet in self._gpus[n : n + per_line] for span in short(gpu, quiet, cell)]
             for n in range(0, len(self._gpus), per_line)
         ]

@@ -1,24 +1,24 @@
 """LineChart: curves in braille, 2 x 4 dots per cell.
 
 Each column shows the range from the smallest to the largest value that falls into it, so that no spike is lost. A
-value that is not finite leaves a gap and a mark on the baseline. The right end of the x axis is the whole run divided
+value that is not finite leaves a gap and a cross on the baseline. What happened on the way (checkpoints, warnings)
+stands in a line of its own below the curves. The right end of the x axis is the whole run divided
 by a power of two: it stands still while the run grows into it, and so do the columns already drawn.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 
+from ..axes import SHORTEST_AXIS, Scale, axis_end, scale_of, tick, ticks
+from ..history import Mark
 from ..series import Bucket, Series
 from .lines import Line, Lines, Span
 
 #: Bit of each dot in a braille cell, by column (0, 1) and row from the top (0 to 3): Unicode block U+2800.
 DOTS = ((0x01, 0x02, 0x04, 0x40), (0x08, 0x10, 0x20, 0x80))
-#: The fewest x units an axis spans.
-SHORTEST_AXIS = 16.0
 
 
 @dataclass(frozen=True)
@@ -35,87 +35,9 @@ class Curve:
     label: str = ""
 
 
-@dataclass(frozen=True)
-class Scale:
-    """The y axis: values from ``low`` to ``high``, linear or logarithmic."""
-
-    low: float
-    high: float
-    log: bool = False
-
-    def place(self, value: float) -> float:
-        """Where a value lies, from 0 at the bottom to 1 at the top."""
-        if self.log:
-            value, low, high = math.log10(max(value, self.low)), math.log10(self.low), math.log10(self.high)
-        else:
-            low, high = self.low, self.high
-        return min(max((value - low) / (high - low), 0.0), 1.0)
-
-
 def scale_for(curves: Sequence[Curve], *, log: bool = False) -> Scale | None:
-    """A y axis with round ends that holds all finite values, or None without any.
-
-    A logarithmic axis is only possible when every value is above 0; else it is linear.
-    """
-    lows = [b.low for curve in curves for b in curve.series.buckets if b.count]
-    highs = [b.high for curve in curves for b in curve.series.buckets if b.count]
-    if not lows:
-        return None
-    low, high = min(lows), max(highs)
-    if log and low > 0:
-        step = 10 ** math.floor(math.log10(low))
-        floor = math.floor(low / step * (1 + 1e-9)) * step
-        top = 10 ** math.floor(math.log10(high))
-        ceiling = math.ceil(high / top * (1 - 1e-9)) * top
-        return Scale(floor, ceiling if ceiling > floor else floor * 2, log=True)
-    if high - low < 1e-12 * max(abs(high), abs(low), 1e-30):
-        pad = abs(high) * 0.1 or 1.0
-        return Scale(low - pad, high + pad)
-    step = nice_step((high - low) / 8)
-    return Scale(math.floor(low / step + 1e-9) * step, math.ceil(high / step - 1e-9) * step)
-
-
-def nice_step(rough: float) -> float:
-    """The smallest of 1, 2, 2.5, 5 times a power of ten that is at least ``rough``."""
-    power = 10.0 ** math.floor(math.log10(rough))
-    return next(factor * power for factor in (1, 2, 2.5, 5, 10) if factor * power >= rough * (1 - 1e-9))
-
-
-def axis_end(last: float, total: float, shortest: float = SHORTEST_AXIS) -> float:
-    """The right end of the x axis for curves that reach ``last`` of a run of ``total``: total / 2**n, or more."""
-    end = max(total, shortest)
-    if total <= 0 or last > end:
-        end = shortest
-        while end < last:
-            end *= 2
-        return end
-    while end / 2 >= max(last, shortest):
-        end /= 2
-    return end
-
-
-def tick(value: float) -> str:
-    """A short label of an axis."""
-    if value and not 1e-3 <= abs(value) < 1e5:
-        return f"{value:.0e}".replace("e-0", "e-").replace("e+0", "e")
-    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
-
-
-def ticks(scale: Scale, rows: int) -> dict[int, float]:
-    """The rows, counted from the top, that get a label, with round values at least three rows apart."""
-    if scale.log:
-        decade = 10 ** math.floor(math.log10(scale.low))
-        values = [decade * 10**power * factor for power in range(8) for factor in (1, 2, 5)]
-    else:
-        step = nice_step((scale.high - scale.low) / max(min(rows // 3, 5), 1))
-        first = math.ceil(scale.low / step - 1e-9)
-        values = [(first + n) * step for n in range(12)]
-    named: dict[int, float] = {}
-    for value in [scale.low, scale.high, *values]:
-        row = round((1 - scale.place(value)) * (rows - 1))
-        if scale.low * (1 - 1e-9) <= value <= scale.high * (1 + 1e-9) and all(abs(row - have) >= 3 for have in named):
-            named[row] = value
-    return named or {0: scale.high}
+    """A y axis with round ends that holds all finite values of these curves, or None without any."""
+    return scale_of([curve.series for curve in curves], log=log)
 
 
 def plot(curves: Sequence[Curve], width: int, height: int, scale: Scale, end: float, start: float = 0.0) -> list[Line]:
@@ -142,7 +64,7 @@ def plot(curves: Sequence[Curve], width: int, height: int, scale: Scale, end: fl
             if bucket is None:
                 continue
             if bucket.broken:
-                dot(x, rows - 1, curve, "bad")
+                labels[height - 1][x // 2] = ("×", "bad")
             if not bucket.count:
                 before = None
                 continue
@@ -159,6 +81,28 @@ def plot(curves: Sequence[Curve], width: int, height: int, scale: Scale, end: fl
         if curve.label and before is not None:
             labels[before[1] // 4][before[0] // 2] = (curve.label, curve.role)
     return [runs_of_one_style(cells[y], roles[y], labels[y]) for y in range(height)]
+
+
+#: How what happened is drawn, the most telling last: it is seen where several fall into one cell.
+MARKS: dict[str, Span] = {
+    "checkpoint": ("◆", "good"),
+    "attempt": ("▸", "accent"),
+    "fallback": ("!", "warn"),
+    "warning": ("!", "warn"),
+    "nan": ("×", "bad"),
+    "failure": ("✘", "bad"),
+}
+
+
+def mark_line(marks: Mapping[str, Sequence[Mark]], width: int, end: float) -> Line:
+    """What happened between x = 0 and ``end``, each in its column; nothing if nothing did."""
+    placed: dict[int, Span] = {}
+    for kind, span in MARKS.items():
+        steps = [mark.step for mark in marks.get(kind, ()) if 0 <= mark.step <= end]
+        columns = {round(step / end * (width * 2 - 1)) // 2 for step in steps}
+        if kind != "checkpoint" or len(columns) <= width // 3:  # as many as that say only that there are many
+            placed |= dict.fromkeys(columns, span)
+    return runs_of_one_style([0] * width, [""] * width, placed) if placed else []
 
 
 def _entry(bucket: Bucket) -> float:
@@ -219,11 +163,21 @@ class LineChart(Lines):
         self._curves: Sequence[Curve] = ()
         self._figures: Line = []
         self._total = 0.0
+        self._marks: Mapping[str, Sequence[Mark]] = {}
         self.log_scale = False
 
-    def show(self, curves: Sequence[Curve], figures: Line, total: float) -> None:
-        """Draw curves; ``figures`` follow the name in the title, ``total`` is the x at which the run will end."""
-        self._curves, self._figures, self._total = curves, figures, total
+    def show(
+        self, curves: Sequence[Curve], figures: Line, total: float, marks: Mapping[str, Sequence[Mark]] | None = None
+    ) -> None:
+        """Draw curves.
+
+        Args:
+            curves: later ones are drawn over earlier ones.
+            figures: what follows the name in the title.
+            total: the x at which the run will end.
+            marks: what happened on the way, by kind; needs a labelled chart of seven lines.
+        """
+        self._curves, self._figures, self._total, self._marks = curves, figures, total, marks or {}
         self.redraw()
 
     def title(self, width: int) -> Line:
@@ -247,7 +201,8 @@ class LineChart(Lines):
         end = axis_end(max(curve.series.last_x for curve in self._curves), self._total, self._shortest)
         labels = 7 if self._axis and width >= 30 and height >= 3 else 0
         axis = 1 if labels and height >= 6 else 0
-        rows = plot(self._curves, width - labels, height - axis, scale, end)
+        marked = mark_line(self._marks, width - labels, end) if axis and height >= 7 else []
+        rows = plot(self._curves, width - labels, height - axis - bool(marked), scale, end)
         if not labels:
             return rows
         named = ticks(scale, len(rows))
@@ -255,6 +210,8 @@ class LineChart(Lines):
         for y, row in enumerate(rows):
             label = tick(named[y])[:6].rjust(6) if y in named else " " * 6
             lines.append([(f"{label}{'┤' if y in named else '│'}", "dim"), *row])
+        if marked:
+            lines.append([(" " * labels, ""), *marked])
         if axis:
             right = self.end_label(end) + (" (log)" if scale.log else "")
             lines.append([(" " * labels + "0".ljust(width - labels - len(right)) + right, "dim")])

@@ -12,6 +12,7 @@ from rich.style import Style
 from textual.events import Resize
 from textual.geometry import Region, Size
 from textual.strip import Strip
+from textual.style import Style as VisualStyle
 from textual.widget import Widget
 
 #: A run of text and the role that its colour comes from; see :data:`ROLES`.
@@ -39,12 +40,12 @@ ROLES = (
 class Lines(Widget):
     """A widget made of lines; subclasses override :meth:`draw`, and :attr:`TITLED` to get a box with a title."""
 
-    COMPONENT_CLASSES = {f"lines--{role}" for role in ROLES}  # noqa: RUF012
     TITLED = False
 
     def __init__(self, *, id: str | None = None, classes: str | None = None) -> None:  # noqa: A002
         super().__init__(id=id, classes=classes)
         self._lines: list[Line] = []
+        self._role_styles: dict[str, Style] = {}
 
     # --- for subclasses
 
@@ -102,7 +103,28 @@ class Lines(Widget):
         return Strip(segments).adjust_cell_length(width, base)
 
     def _style(self, role: str, base: Style) -> Style:
-        return self.get_component_rich_style(f"lines--{role}") if role else base
+        if not role:
+            return base
+        if role not in self._role_styles:
+            # The app holds the roles' rules for all: each widget with its own would be styled fourteen times over.
+            rules = self.app.get_component_styles(f"lines--{role}")
+            text = rules.text_style
+            style = VisualStyle(
+                rules.background if rules.has_rule("background") else None,
+                rules.color if rules.has_rule("color") else None,
+                bold=text.bold,
+                dim=text.dim,
+                italic=text.italic,
+                reverse=text.reverse,
+                underline=text.underline,
+            )
+            self._role_styles[role] = (self.visual_style + style).rich_style
+        return self._role_styles[role]
+
+    def notify_style_update(self) -> None:
+        """The theme, or something above this widget, has changed."""
+        self._role_styles.clear()
+        super().notify_style_update()
 
     @property
     def text(self) -> str:

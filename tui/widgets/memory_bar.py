@@ -5,7 +5,8 @@ from __future__ import annotations
 from ...planner.plan import Plan
 from .. import format  # noqa: A004
 from ..plan_view import verdict
-from .lines import Line, Lines, Span, length, spread, wrapped
+from .lines import Line, Span, length, spread, wrapped
+from .term_rows import TermRows
 
 _VERDICT_ROLES = {"✔": "good", "!": "warn", "✘": "bad"}
 
@@ -20,7 +21,7 @@ def interval_line(plan: Plan, width: int) -> Line:
     """A ruler below the bar: where the lowest and the highest prediction end, and how full the card gets."""
     memory, capacity = plan.memory, max(plan.hardware.memory_gib, 1e-9)
     low, high = (min(round(value / capacity * width), width - 1) for value in (memory.low_gib, memory.high_gib))
-    text = f"{memory.low_gib:.1f}–{memory.high_gib:.1f} GiB"
+    text = f"{format.bare_gib(memory.low_gib)}–{format.gib(memory.high_gib)}"
     ruler = f"├{'─' * max(high - low - 1, 0)}┤" if high > low else "│"
     line: Line = [(" " * low, ""), (ruler, "dim")]
     if low + len(ruler) + 2 + len(text) <= width:
@@ -30,13 +31,22 @@ def interval_line(plan: Plan, width: int) -> Line:
     return [(text.center(width), "dim")]
 
 
-class MemoryBar(Lines):
+def _terms(plan: Plan) -> list[tuple[float, str]]:
+    """What is worth a row, largest first."""
+    return sorted(((value, name) for name, value in plan.memory.terms.items() if value >= 0.005), reverse=True)
+
+
+class MemoryBar(TermRows):
     """The verdict, the bar, and a row per term, largest first."""
 
     def __init__(self, *, id: str | None = None) -> None:  # noqa: A002
         super().__init__(id=id)
         self._plan: Plan | None = None
         self._note = "planning…"
+
+    def names(self) -> list[str]:
+        """See :class:`TermRows`."""
+        return [name for _, name in _terms(self._plan)] if self._plan is not None else []
 
     def show(self, plan: Plan | None, note: str = "planning…") -> None:
         """Draw a plan's memory, or in its place a note that says why there is none."""
@@ -57,7 +67,7 @@ class MemoryBar(Lines):
         role = _VERDICT_ROLES[glyph]
         capacity = max(plan.hardware.memory_gib, 1e-9)
         share = memory.device_gib / capacity
-        figures: Line = [(f"{memory.device_gib:.1f} of {capacity:.1f} GiB", "bold"), (f" {share:5.0%}", role)]
+        figures: Line = [(format.gib_of(memory.device_gib, capacity), "bold"), (f" {share:5.0%}", role)]
         head: Line = [(f"{glyph} {word}", role)]
         if length(head) + length(figures) >= width:
             figures = figures[:1]
@@ -66,12 +76,12 @@ class MemoryBar(Lines):
             bar(share, width, role),
             interval_line(plan, width),
         ]
-        terms = sorted(((value, name) for name, value in memory.terms.items() if value >= 0.005), reverse=True)
+        terms = _terms(plan)
         largest = max((value for value, _ in terms), default=1.0)
         for value, name in terms:
-            label, figure = name.ljust(13), format.gib(value).rjust(9)
-            room = width - len(label) - len(figure) - 1
-            row: Line = [(label, "")]
+            label, figure = name.ljust(12), format.gib(value).rjust(9)
+            room = width - 2 - len(label) - len(figure) - 1
+            row: Line = [*self.mark(name), (f"{label}", "bold" if name == self.current else "")]
             if room >= 4:
                 cells = max(round(value / largest * room), 1)
                 row += [("━" * cells, "second"), (" " * (room - cells + 1), "")]

@@ -38,8 +38,8 @@ class OfferDetails(Lines):
         lines: list[Line] = [
             [
                 (f"{glyph} {words}  ", _ROLES[glyph]),
-                (f"{memory.device_gib:.1f} of {plan.hardware.memory_gib:.1f} GiB", "bold"),
-                (f"  {memory.low_gib:.1f} to {memory.high_gib:.1f}, by {plan.basis}", "dim"),
+                (format.gib_of(memory.device_gib, plan.hardware.memory_gib), "bold"),
+                (f"  {format.bare_gib(memory.low_gib)} to {format.bare_gib(memory.high_gib)}, by {plan.basis}", "dim"),
             ]
         ]
         r = plan.resolved
@@ -53,6 +53,6 @@ class OfferDetails(Lines):
             lines.append([("price    ", "dim"), (f"{format.usd(row.usd_per_h)}/h {dated}", ""), *old])
             lines += wrapped(f"source   {row.source}", width, "dim", indent=" " * 9)
         for key, other in zip(APPLY_KEYS, self._others, strict=False):
-            figures = f"{format.rate(other.plan.speed.tokens_per_s)} tok/s, {other.plan.memory.device_gib:.1f} GiB"
+            figures = f"{format.rate(other.plan.speed.tokens_per_s)} tok/s, {format.gib(other.plan.memory.device_gib)}"
             lines.append([(f"{key}  ", "key"), (f"{other.change}  ", ""), (figures, "dim")])
         return lines

@@ -37,9 +37,9 @@ class RunDetails(Lines):
             lines += wrapped(f"Try: {row.do}", width, "bold")
         attempt = f", attempt {row.attempt}" if row.attempt > 1 else ""
         lines.append([("model    ", "dim"), (f"{row.model}, {row.tuning}{attempt}", "")])
-        memory = f"{row.planned_gib:.1f} GiB planned" if math.isfinite(row.planned_gib) else ""
+        memory = f"{format.gib(row.planned_gib)} planned" if math.isfinite(row.planned_gib) else ""
         if math.isfinite(row.peak_gib):
-            memory += f", {row.peak_gib:.1f} GiB reserved at most"
+            memory += f", {format.gib(row.peak_gib)} reserved at most"
         lines.append([("memory   ", "dim"), (memory, "")])
         planned = f" of {format.duration(row.planned_s)} planned" if math.isfinite(row.planned_s) else ""
         saved = f", checkpoint at step {row.checkpoint_step:,}" if row.checkpoint_step else ", no checkpoint"

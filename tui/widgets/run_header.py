@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
+
 from ...engine.run import LIVE_STATES, Status
 from ...planner.plan import Plan
 from .. import format  # noqa: A004
+from ..format import short_name
 from ..history import History
-from .gpu_panel import short_name
 from .lines import Line, Lines, Span, fitted, length, spread, wrapped
 from .memory_bar import bar
 
@@ -69,10 +71,9 @@ class RunHeader(Lines):
             right = [(f"run {self._place}  ", "dim"), *right]
         lines = [spread(left, right, width) if length(left) + length(right) < width else fitted(left, width)]
         lines.append(self._progress(elapsed, width))
-        if status.state in ("failed", "lost", "stopped") or (not live and status.message):
-            role = STATE_ROLES.get(status.state, "")
-            if status.message:
-                lines += wrapped(f" {status.message}", width - 1, role, indent="   ")[:3]
+        if status.message:  # a live run has one where the connection to its machine is lost
+            role = "warn" if live else STATE_ROLES.get(status.state, "")
+            lines += wrapped(f" {status.message}", width - 1, role, indent="   ")[:3]
             if status.do:
                 lines += wrapped(f" Try: {status.do}", width - 1, "bold", indent="   ")[:3]
         return lines
@@ -87,14 +88,20 @@ class RunHeader(Lines):
     def _progress(self, elapsed: float, width: int) -> Line:
         history = self._history
         cost = history.cost_usd(self._plan, elapsed)
-        total = self._plan.cost.usd if self._plan else 0.0
+        planned = self._plan.cost.usd if self._plan else 0.0
+        projected = history.projected_usd(self._plan, elapsed)
         live = self._status.state in LIVE_STATES
         took = f"{format.duration(elapsed)} so far" if live else f"took {format.duration(elapsed)}"
         parts = [took] if elapsed else []
         if eta := eta_text(history, self._status.state):
             parts.append(eta)
-        if total or cost:
+        if live and (planned or cost):
+            total = projected if math.isfinite(projected) else planned
             parts.append(f"{format.usd(cost)} of ~{format.usd(total)}" if total else format.usd(cost))
+        elif cost:
+            parts.append(format.usd(cost))
+        if planned and width >= 110:
+            parts.append(f"(plan {format.duration(self._plan.time_s)}, {format.usd(planned)})" if self._plan else "")
         steps = f"step {history.step:,}/{history.steps:,}" if history.steps else "no step yet"
         if history.phase and live:
             steps = history.phase if not history.step else f"{steps}  {history.phase}"

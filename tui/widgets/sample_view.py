@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Literal
 
 from rich.cells import cell_len
 
@@ -17,13 +18,31 @@ _CONTROL = re.compile(r"[\x00-\x09\x0b-\x1f\x7f-\x9f]")
 _LINE_END = "⏎"
 
 
-def pieces_in_lines(sample: Sample, width: int) -> list[Line]:
+#: What stands between tokens, and around those that are trained, for eyes and terminals that need more than colour.
+Marks = Literal["", "trained", "tokens"]
+MARKS: tuple[Marks, ...] = ("", "trained", "tokens")
+
+
+def _marked(sample: Sample, marks: Marks) -> Iterator[tuple[str, str]]:
+    """Each token's text and role, with the marks before and after it."""
+    inside = False
+    for number, piece in enumerate(sample.pieces):
+        if marks == "trained" and piece.trained != inside:
+            yield ("[[" if piece.trained else "]]"), "key"
+            inside = piece.trained
+        if marks == "tokens" and number:
+            yield "|", "key"
+        yield _CONTROL.sub("·", piece.text), "trained" if piece.trained else "dim"
+    if inside:
+        yield "]]", "key"
+
+
+def pieces_in_lines(sample: Sample, width: int, marks: Marks = "") -> list[Line]:
     """The tokens as lines of at most ``width`` cells; trained ones have the role ``trained``, others ``dim``."""
     lines: list[Line] = [[]]
     room = width
-    for piece in sample.pieces:
-        role = "trained" if piece.trained else "dim"
-        for character in _CONTROL.sub("·", piece.text):
+    for text, role in _marked(sample, marks):
+        for character in text:
             shown = _LINE_END if character == "\n" else character
             cells = cell_len(shown)
             if cells > room:
@@ -48,10 +67,11 @@ class SampleView(Lines):
         super().__init__(id=id)
         self._sample: Sample | None = None
         self._words = ""
+        self._marks: Marks = ""
 
-    def show(self, sample: Sample | None, words: str = "") -> None:
+    def show(self, sample: Sample | None, words: str = "", marks: Marks = "") -> None:
         """Draw an example; without one, ``words`` say why."""
-        self._sample, self._words = sample, words
+        self._sample, self._words, self._marks = sample, words, marks
         self.refresh(layout=True)
         self.redraw()
 
@@ -59,4 +79,4 @@ class SampleView(Lines):
         """See :class:`Lines`."""
         if self._sample is None:
             return [[(self._words, "dim")]]
-        return pieces_in_lines(self._sample, max(width, 2))
+        return pieces_in_lines(self._sample, max(width, 2), self._marks)

@@ -31,7 +31,9 @@ class Scatter(Lines):
 
     def title(self, width: int) -> Line:
         """What the axes are."""
-        return [("time →  money ↑", "bold")] if width >= 15 else []
+        if width < 15:
+            return []
+        return [("time →  money ↑", "bold"), *([("  ● ", "good"), ("best", "")] if width >= 26 else [])]
 
     def draw(self, width: int, height: int) -> list[Line]:
         """See :class:`Lines`."""
@@ -57,10 +59,11 @@ class Scatter(Lines):
 
         for row in self._rows:
             dot(row, "trace")
+        marks: list[dict[int, Span]] = [{} for _ in range(lines)]
         for row in self._rows:
             if row.best:
-                dot(row, "good")
-        marks: list[dict[int, Span]] = [{} for _ in range(lines)]
+                x, y = place(row)
+                marks[y // 4][x // 2] = ("●", "good")
         if self._at is not None and self._at.plan.fits:
             x, y = place(self._at)
             marks[y // 4][x // 2] = ("◆", "accent")

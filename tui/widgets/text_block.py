@@ -39,8 +39,7 @@ class StartRow(Lines, can_focus=True):
         """See :class:`Lines`."""
         return [[("▸ " if self.has_focus else "  ", "accent"), (self._text, self._role)]]
 
-    def on_focus(self) -> None:
-        """Show the cursor."""
+    def watch_has_focus(self, focused: bool) -> None:
+        """Show the cursor, or take it away."""
+        super().watch_has_focus(focused)
         self.redraw()
-
-    on_blur = on_focus

@@ -12,13 +12,13 @@ from typer.testing import CliRunner
 
 from finetui.engine.events import GpuSample, HostSample, Warn
 from finetui.engine.run import Run
-from finetui.tui.cli import _build
 from finetui.tui.commands import top as top_verb
 from finetui.tui.commands.top import Machine, picture
+from finetui.tui.verbs import build
 
 
 def run_verb(*words: str) -> str:
-    result = CliRunner().invoke(_build([words[0]]), list(words), catch_exceptions=False)
+    result = CliRunner().invoke(build({words[0]: words[0]}), list(words), catch_exceptions=False)
     assert result.exit_code == 0, result.output
     return result.output
 
@@ -41,7 +41,10 @@ class FakeGpus:
         self.told = [Warn("GPU 1 does not answer", do="Restart the machine.")]
 
     def sample(self) -> list[GpuSample]:
-        good = GpuSample(0, "NVIDIA H100", 40.0, 80.0, 97.0, 642.0, 67.0, 1755.0, ["power cap"])
+        good = GpuSample(
+            0, "NVIDIA H100", 40.0, 80.0, 97.0, 642.0, 67.0, 1755.0, ["power cap"], nvlink_in_gb_s=212.0,
+            nvlink_out_gb_s=208.0,
+        )  # fmt: skip
         return [good, GpuSample(1, "NVIDIA H100", None, None, None, None, None, None, [])]
 
     def take_warnings(self) -> list[Warn]:
@@ -68,6 +71,8 @@ def test_top_names_the_run_on_each_gpu_and_keeps_a_warning(fleet: list[Run], mon
         assert "40.0/80.0 GiB" in text
         assert "██████████░░░░░░░░░░" in text
         assert "power cap" in text
+        assert "212/208 GB/s" in text
+        assert "PCIe" not in text  # which neither GPU tells
         assert "! GPU 1 does not answer. Restart the machine." in text
         assert "RAM 42/252 GiB" in text
     rows = [line for line in text.splitlines() if "H100" in line]

@@ -104,3 +104,18 @@ def test_wide_letters_and_long_tokens_break_at_the_edge() -> None:
         [("⏎", "trained")],
         [("⏎", "trained")],
     ]
+
+
+async def test_tokens_are_marked_without_colour_too(app_of: AppOf, settle: Settle) -> None:
+    app = app_of("data")
+    async with app.run_test(size=(100, 30)) as pilot:
+        await settle(pilot)
+        view = app.screen.query_one(SampleView)
+        assert "[[" not in view.text
+        await pilot.press("m")
+        assert "[[Run nvidia-smi." in view.text
+        assert view.text.rstrip().endswith("<|im_end|>]]")
+        await pilot.press("m")
+        assert "<|im_start|>|user" in view.text
+        await pilot.press("m")
+        assert "[[" not in view.text

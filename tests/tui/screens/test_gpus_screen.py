@@ -6,6 +6,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from typing import Any
 
+import pytest
 from textual.widgets import DataTable
 
 from finetui.planner.errors import ModelError
@@ -13,6 +14,8 @@ from finetui.planner.recipe import Recipe
 from finetui.tui.app import FinetuiApp
 from finetui.tui.backend import Backend
 from finetui.tui.form import get
+from finetui.tui.offers import price_age
+from finetui.tui.screens.offers_compared import OfferColumns, OffersCompared
 from finetui.tui.widgets.offer_details import OfferDetails
 from finetui.tui.widgets.scatter import Scatter
 
@@ -34,7 +37,7 @@ async def test_offers_cheapest_first_with_the_best_marked(app_of: AppOf, settle:
         assert len(rows) == 5
         assert [row[1] for row in rows[:2]] == ["RTX 4090", "RTX 4090"]
         assert rows[0][0].strip() == "◆"
-        assert rows[0][-1] == "2025-06-01 old"
+        assert rows[0][-1] == "273 d!"
         assert "1 do not fit" in str(app.screen.query_one(DataTable).border_title)
         details = app.screen.query_one(OfferDetails).text
         assert "$0.31/h of 2025-06-01  old" in details
@@ -133,3 +136,28 @@ async def test_a_recipe_that_can_not_be_planned(app_of: AppOf, settle: Settle, b
         assert "there is no model" in str(app.screen.query_one("#offer").border_title)
         await pilot.press("enter", "a", "space", "k")
         assert app.current_mode == "gpus"
+
+
+async def test_marked_offers_are_compared_in_a_box(app_of: AppOf, settle: Settle) -> None:
+    app = app_of("gpus")
+    async with app.run_test(size=(110, 34)) as pilot:
+        await settle(pilot)
+        await pilot.press("t")
+        assert not isinstance(app.screen, OffersCompared)
+        await pilot.press("space", "space", "space", "t")
+        await settle(pilot)
+        assert isinstance(app.screen, OffersCompared)
+        lines = {line[:14].strip(): line[14:] for line in app.screen.query_one(OfferColumns).text.splitlines()}
+        assert lines["$ run"].count("◆") == 1
+        assert lines["provider"].split()[0] in ("vast-ai", "runpod")
+        assert "d" in lines["price age"]
+        await pilot.press("t")
+        await settle(pilot)
+        assert not isinstance(app.screen, OffersCompared)
+
+
+@pytest.mark.parametrize(
+    ("as_of", "age"), [("2026-02-20", "9 d"), ("2025-06", "273 d"), ("unknown", "?"), ("", "?"), ("2027-01-01", "0 d")]
+)
+def test_how_old_a_price_is(as_of: str, age: str, now: float) -> None:
+    assert price_age(as_of, now) == age

@@ -14,6 +14,8 @@ from finetui.planner.recipe import Recipe
 from finetui.tui.app import FinetuiApp
 from finetui.tui.backend import Backend
 from finetui.tui.widgets.check_list import CheckList
+from finetui.tui.widgets.field import Field
+from finetui.tui.widgets.recipe_view import RecipeView
 from finetui.tui.widgets.text_block import StartRow, TextBlock
 
 AppOf = Callable[..., FinetuiApp]
@@ -36,7 +38,7 @@ async def test_checks_command_and_recipe_are_shown(app_of: AppOf, settle: Settle
         assert checks.startswith("! GPU 0 is idle")
         assert "✔ disk" in checks
         assert "finetui run Qwen/Qwen3-8B --tuning qlora" in app.screen.query_one("#command-text", TextBlock).text
-        assert "type: qlora" in app.screen.query_one("#recipe-text", TextBlock).text
+        assert "type: qlora" in app.screen.query_one(RecipeView).text
 
 
 async def test_enter_starts_and_goes_to_monitor(app_of: AppOf, settle: Settle, calls: list[Any]) -> None:
@@ -109,4 +111,59 @@ async def test_without_a_plan_there_is_nothing_to_start(app_of: AppOf, settle: S
         await settle(pilot)
         assert "nothing to start" in app.screen.query_one(StartRow).text
         await pilot.press("enter", "y")
+        assert calls == []
+
+
+def launch_field(app: FinetuiApp, key: str) -> Field:
+    return app.screen.query_one(f"#field-{key}", Field)
+
+
+async def test_limits_are_set_here_and_belong_to_the_recipe(
+    app_of: AppOf, settle: Settle, tmp_path: Path, calls: list[Any]
+) -> None:
+    Recipe.build({"model": "Qwen/Qwen3-8B", "tuning": "qlora", "epochs": 2}).save(tmp_path / "mine.yaml")
+    app = app_of("launch", recipe=Recipe.load(tmp_path / "mine.yaml"), recipe_path=tmp_path / "mine.yaml")
+    async with app.run_test(size=(100, 40)) as pilot:
+        await settle(pilot)
+        assert "as mine.yaml says" in str(app.screen.query_one("#recipe").border_title)
+        launch_field(app, "limits-hours").focus()
+        await pilot.press("enter", *"12", "enter")
+        await settle(pilot)
+        launch_field(app, "limits-restarts").focus()
+        await pilot.press("right")
+        await settle(pilot)
+        launch_field(app, "limits-at_end").focus()
+        await pilot.press("enter", *"echo done", "enter")
+        await settle(pilot)
+        assert app.recipe is not None
+        assert (app.recipe.limits.hours, app.recipe.limits.restarts) == (12, 5)
+        assert (app.recipe.limits.at_end.do, app.recipe.limits.at_end.command) == ("command", "echo done")
+        command = " ".join(app.screen.query_one("#command-text", TextBlock).text.split())
+        for words in ("limits.hours=12", "limits.at_end.command=echo done"):
+            assert words in command
+        recipe = app.screen.query_one(RecipeView).text
+        assert "+   hours: 12" in recipe
+        assert "  epochs: 2" in recipe
+        assert "6 lines differ from mine.yaml" in str(app.screen.query_one("#recipe").border_title)
+        await pilot.press("a")
+        await settle(pilot)
+        assert app.recipe.limits.at_end.do == "nothing"
+        app.screen.query_one(StartRow).focus()
+        await pilot.press("enter")
+        await settle(pilot)
+        assert calls
+        assert calls[0][0] == "start"
+
+
+async def test_a_limit_that_can_not_be_is_told_beside_it(app_of: AppOf, settle: Settle, calls: list[Any]) -> None:
+    app = app_of("launch")
+    async with app.run_test(size=(100, 40)) as pilot:
+        await settle(pilot)
+        launch_field(app, "limits-hours").focus()
+        await pilot.press("enter", *"-1", "enter")
+        await settle(pilot)
+        assert "out of range" in launch_field(app, "limits-hours").text
+        app.screen.query_one(StartRow).focus()
+        await pilot.press("enter")
+        await settle(pilot)
         assert calls == []

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from finetui.engine.run import Run
+from finetui.tests.bench.long_run import lines
 from finetui.tui.app import FinetuiApp
 from finetui.tui.keys import key_of
 from finetui.tui.widgets.log_view import KEPT, LogView, clean
@@ -120,3 +121,19 @@ def test_a_long_log_keeps_its_end() -> None:
     view.wanted = "20004"
     assert view.find(-1)
     assert not view.following
+
+
+async def test_the_events_of_a_long_run_begin_near_their_end(app_of: AppOf, settle: Settle, logged: Run) -> None:
+    made, about = lines(14_000, 1, 1000.0)
+    logged.events_path.write_text("\n".join(made) + "\n", encoding="utf-8")
+    app = app_of("logs", logged)
+    async with app.run_test(size=(100, 30)) as pilot:
+        await settle(pilot)
+        await pilot.press("r", "r")
+        for _ in range(100):
+            await pilot.pause(0.1)
+            if f"step {about.steps} " in text(app):
+                break
+        assert f"step {about.steps} " in text(app)
+        await pilot.press("g")
+        assert "events before are left out" in text(app).splitlines()[1]

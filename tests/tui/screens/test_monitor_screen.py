@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Awaitable, Callable
 from typing import Any
@@ -112,6 +113,8 @@ async def test_every_view_of_the_pane_below(app_of: AppOf, settle: Settle, fleet
         await pilot.press("v")
         assert "predicted" in shown(app)
         await pilot.press("v")
+        assert "   0      9.1 GiB      9.4 GiB      9.8 GiB" in shown(app)
+        await pilot.press("v")
         assert "checkpoint at step 200" in shown(app)
 
 
@@ -188,3 +191,82 @@ async def test_the_figures_of_the_method(app_of: AppOf, settle: Settle, fleet: l
         assert titles[0].startswith("rewards/accuracies 0.625 (1 of 4)")
         assert titles[1].startswith("rewards/margins 0.75")
         assert titles[3].startswith("learning rate")
+
+
+async def test_the_loss_smoothed_as_one_likes(app_of: AppOf, settle: Settle, fleet: list[Run]) -> None:
+    app = app_of("monitor", fleet[1])
+    async with app.run_test(size=(120, 40)) as pilot:
+        await settle(pilot)
+        titles = []
+        for _ in range(4):
+            titles.append(app.screen.query_one("#loss", LineChart).text.splitlines()[0])
+            await pilot.press("s")
+        assert ["mean over 50" in title for title in titles] == [False, True, False, False]
+        assert ["mean" in title for title in titles] == [True, True, False, True]
+        assert "mean over 3" in titles[3]
+
+
+async def test_what_happened_is_marked_below_the_curve(app_of: AppOf, settle: Settle, fleet: list[Run]) -> None:
+    app = app_of("monitor", fleet[3])
+    async with app.run_test(size=(120, 40)) as pilot:
+        await settle(pilot)
+        marks = app.screen.query_one("#loss", LineChart).text.splitlines()[-3]
+        assert marks.count("◆") == 1
+        assert "×" in marks
+
+
+async def test_the_gpus_other_figures(app_of: AppOf, settle: Settle, fleet: list[Run]) -> None:
+    app = app_of("monitor", fleet[0])
+    async with app.run_test(size=(80, 24)) as pilot:
+        await settle(pilot)
+        await pilot.press("g")
+        assert "1755 MHz" in app.screen.query_one(GpuPanel).text
+        await pilot.press("g")
+        assert "67 °C" in app.screen.query_one(GpuPanel).text
+
+
+async def test_mfu_and_what_it_will_have_cost(app_of: AppOf, settle: Settle, fleet: list[Run]) -> None:
+    app = app_of("monitor", fleet[0])
+    async with app.run_test(size=(120, 40)) as pilot:
+        await settle(pilot)
+        rate, plan = app.screen.query_one("#rate", LineChart).text, fleet[0].plan
+        history = app.screen._history  # type: ignore[attr-defined]
+        assert f"MFU {0.41 * history.median_rate() / plan.speed.tokens_per_s:.0%}" in rate
+        spent = fleet[0].recorded.elapsed_s(app.backend.now())
+        whole = (spent + history.eta_s()) / 3600 * plan.cost.usd_per_h
+        header = app.screen.query_one(RunHeader).text
+        assert f"of ~${whole:.2f}" in header
+        assert f"(plan 22 min, ${plan.cost.usd:.2f})" in header
+
+
+async def test_the_processes_are_named_before_they_are_killed(
+    app_of: AppOf, settle: Settle, fleet: list[Run], calls: list[Any]
+) -> None:
+    app = app_of("monitor", fleet[0])  # whose process is this one
+    async with app.run_test(size=(80, 24)) as pilot:
+        await settle(pilot)
+        await pilot.press("K")
+        await pilot.pause()
+        words = str(app.screen.query("Static").first().render())
+        assert f"{os.getpid()} pytest" in words or f"{os.getpid()} python" in words
+        await pilot.press("y")
+        await settle(pilot)
+    assert ("kill", fleet[0].name) in calls
+
+
+async def test_a_run_that_ends_is_announced(
+    app_of: AppOf, settle: Settle, fleet: list[Run], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[str] = []
+    monkeypatch.setattr("finetui.tui.screens.actions.sound", lambda alert, run, wanted: told.append(alert.text) or "")
+    app = app_of("monitor", fleet[0])
+    async with app.run_test(size=(80, 24)) as pilot:
+        await settle(pilot)
+        await pilot.press(key_of("runs"))  # somebody looks elsewhere
+        await settle(pilot)
+        fleet[0].update(state="failed", cause="oom", message="CUDA out of memory")
+        for _ in range(50):
+            await pilot.pause(0.1)
+            if told:
+                break
+    assert told == [f"{fleet[0].name} failed (oom): CUDA out of memory"]

@@ -9,16 +9,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from textual.widgets import Input
+from textual.widgets import Input, OptionList, Static
 
+from finetui.planner.errors import HubError, ModelError
 from finetui.planner.plan import Plan
 from finetui.planner.recipe import Recipe
+from finetui.planner.terms import Part, Term
 from finetui.tui.app import FinetuiApp
 from finetui.tui.backend import Backend
+from finetui.tui.screens.editor import SEARCH_S
 from finetui.tui.widgets.bars import KeyBar
 from finetui.tui.widgets.facts import Facts, Reasons
 from finetui.tui.widgets.field import Field
 from finetui.tui.widgets.memory_bar import MemoryBar
+from finetui.tui.widgets.term_list import TermList
 
 AppOf = Callable[..., FinetuiApp]
 Settle = Callable[[Any], Awaitable[None]]
@@ -205,3 +209,114 @@ async def test_leaving_an_unsaved_plan_takes_two_presses(app_of: AppOf, settle: 
         await pilot.press("q")
         await pilot.pause()
         assert app._exit is True
+
+
+async def test_enter_on_a_figure_shows_its_formula(app_of: AppOf, backend: Backend, settle: Settle) -> None:
+    part = Part("linear layers in 4 bits", "6,945.8 M × 0.5159 bytes", 3.34)
+    weights = Term("weights", "memory", "GiB", 5.66, "parameters × bytes each", (part,), "arXiv:2305.14314")
+    speed = Term("speed", "speed", "s", 3.2, "tokens of a step ÷ seconds", (Part("forward", "", 3.2),))
+    forward = Term("forward", "speed", "s", 3.2, "tokens × FLOPs ÷ rate", (Part("products", "4,096 × 15 GFLOP", 3.2),))
+    terms = {"weights": weights, "speed": speed, "forward": forward}
+    app = app_of(backend=replace(backend, explain=lambda recipe: terms))
+    async with app.run_test(size=(100, 40)) as pilot:
+        await settle(pilot)
+        app.screen.query_one(MemoryBar).focus()
+        await pilot.pause()
+        assert "▸ weights" in app.screen.query_one(MemoryBar).text
+        await pilot.press("enter")
+        await settle(pilot)
+        shown = app.screen.query_one(TermList).text
+        for words in ("5.66 GiB", "parameters × bytes each", "6,945.8 M × 0.5159 bytes", "arXiv:2305.14314"):
+            assert words in shown
+        await pilot.press("escape")
+        for _ in range(8):
+            await pilot.press("down")
+        assert "▸ speed" in app.screen.query_one(Facts).text
+        assert "▸" not in app.screen.query_one(MemoryBar).text
+        await pilot.press("enter")
+        await settle(pilot)
+        assert "tokens × FLOPs ÷ rate" in app.screen.query_one(TermList).text
+
+
+async def test_a_formula_that_can_not_be_had_is_no_crash(app_of: AppOf, backend: Backend, settle: Settle) -> None:
+    def explain(recipe: Recipe) -> dict[str, Term]:
+        raise ModelError("the config is gone", where="model")
+
+    app = app_of(backend=replace(backend, explain=explain))
+    async with app.run_test(size=(100, 40)) as pilot:
+        await settle(pilot)
+        app.screen.query_one(MemoryBar).focus()
+        await pilot.press("enter")
+        await settle(pilot)
+        assert "the config is gone" in app.screen.query_one(TermList).text
+
+
+async def test_what_is_not_this_machine_has_a_badge(app_of: AppOf, settle: Settle) -> None:
+    app = app_of()
+    async with app.run_test(size=(100, 30)) as pilot:
+        await settle(pilot)
+        panel = app.screen.query_one("#verdict")
+        assert "SIM" not in str(panel.border_title)
+        field(app, "hardware-gpu").focus()
+        await pilot.press("right", "right")
+        await settle(pilot)
+        assert "SIM" in str(panel.border_title)
+
+
+async def test_the_hub_is_searched_while_one_types(app_of: AppOf, backend: Backend, settle: Settle) -> None:
+    asked: list[str] = []
+
+    def search(text: str) -> list[str]:
+        asked.append(text)
+        return ["Qwen/Qwen3-8B", "someone/qwen-tuned"]
+
+    app = app_of(backend=replace(backend, search_hub=search))
+    async with app.run_test(size=(80, 30)) as pilot:
+        await settle(pilot)
+        await pilot.press("enter", *"qwen")
+        await pilot.pause(SEARCH_S + 0.2)
+        await settle(pilot)
+        options = app.screen.query_one(OptionList)
+        names = [str(options.get_option_at_index(number).prompt) for number in range(options.option_count)]
+        assert names == ["Qwen/Qwen3-8B", "Qwen/Qwen3-0.6B", "someone/qwen-tuned"]
+        assert asked == ["qwen"]
+        await pilot.press("down", "down", "down", "enter")
+        await settle(pilot)
+        assert app.draft["model"] == "someone/qwen-tuned"
+
+
+async def test_without_a_network_it_says_so(app_of: AppOf, backend: Backend, settle: Settle, tmp_path: Path) -> None:
+    def search(text: str) -> list[str]:
+        raise HubError("https://huggingface.co can't be reached")
+
+    for name in ("mine", "other"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "mine" / "config.json").write_text("{}")
+    app = app_of(backend=replace(backend, search_hub=search))
+    async with app.run_test(size=(80, 30)) as pilot:
+        await settle(pilot)
+        await pilot.press("enter", *"llama")
+        await pilot.pause(SEARCH_S + 0.2)
+        await settle(pilot)
+        assert "can't be reached" in str(app.screen.query_one("#place", Static).render())
+        app.screen.query_one(Input).value = f"{tmp_path}/"
+        await settle(pilot)
+        options = app.screen.query_one(OptionList)
+        assert str(options.get_option_at_index(0).prompt) == str(tmp_path / "mine")
+        await pilot.press("down", "enter")
+        await settle(pilot)
+        assert app.draft["model"] == str(tmp_path / "mine")
+
+
+async def test_a_preset_opens_by_its_name_and_is_not_written_to(app_of: AppOf, settle: Settle) -> None:
+    app = app_of()
+    async with app.run_test(size=(100, 30)) as pilot:
+        await settle(pilot)
+        await pilot.press("o", *"productio", "down", "enter")
+        await settle(pilot)
+        assert app.origin is not None
+        assert app.origin[0] == "production.yaml"
+        assert app.draft["tuning"]["rank"] == 64
+        await pilot.press("s")
+        await settle(pilot)
+        assert app.screen.query_one(Input).value == "recipe.yaml"

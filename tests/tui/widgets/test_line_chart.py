@@ -8,8 +8,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from finetui.tui.axes import Scale, axis_end, tick, ticks
+from finetui.tui.history import Mark
 from finetui.tui.series import Series
-from finetui.tui.widgets.line_chart import Curve, LineChart, Scale, axis_end, plot, scale_for, tick, ticks
+from finetui.tui.widgets.line_chart import Curve, LineChart, mark_line, plot, scale_for
 from finetui.tui.widgets.lines import length
 
 
@@ -35,8 +37,20 @@ def test_a_falling_line_starts_at_the_top_and_ends_at_the_bottom() -> None:
 
 def test_a_value_that_is_not_finite_is_a_gap_with_a_mark_on_the_baseline() -> None:
     lines = picture([1.0, 1.0, 2.0, math.nan, math.inf, 1.0, 1.0])
-    marks = [x for x, character in enumerate(lines[-1]) if character in "⢀⡀⣀"]
-    assert marks
+    assert lines[-1][4:6] == "××"  # steps 4 and 5 of 20, on 20 cells of two columns each
+    assert "×" not in "".join(picture([1.0, 2.0, 3.0]))
+
+
+def test_what_happened_stands_below_its_step() -> None:
+    marks = {"checkpoint": [Mark(10, "checkpoint")], "warning": [Mark(20, "warning")], "nan": [Mark(20, "nan")]}
+    (line,) = ["".join(text for text, _ in mark_line(marks, 21, 20.0))]
+    assert (line[10], line[20]) == ("◆", "×")  # the graver one is seen
+    assert mark_line({"warning": [Mark(99, "warning")]}, 20, 20.0) == []
+
+
+def test_checkpoints_at_every_turn_say_nothing() -> None:
+    many = {"checkpoint": [Mark(step, "checkpoint") for step in range(100)], "warning": [Mark(50, "warning")]}
+    assert "".join(text for text, _ in mark_line(many, 20, 100.0)).strip() == "!"
 
 
 def test_a_spike_between_two_columns_is_seen() -> None:

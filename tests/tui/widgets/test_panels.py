@@ -13,8 +13,9 @@ from finetui.engine.events import Event, GpuSample
 from finetui.engine.run import Status
 from finetui.planner.recipe import Recipe
 from finetui.tui.backend import Backend
+from finetui.tui.format import short_name
 from finetui.tui.history import History
-from finetui.tui.widgets.gpu_panel import GpuPanel, gpu_row, short_name
+from finetui.tui.widgets.gpu_panel import GpuPanel, gpu_row
 from finetui.tui.widgets.lines import fitted, length, spread, wrapped
 from finetui.tui.widgets.log_pane import LogPane
 from finetui.tui.widgets.memory_bar import MemoryBar
@@ -44,6 +45,45 @@ def test_every_gpu_is_there(gpu_sample: Callable[..., GpuSample], count: int, ro
     assert len(lines) == rows
     assert text(lines).count("67 °C") == count
     assert all(length(line) <= 76 for line in lines)
+
+
+TRAFFIC: dict[str, Any] = {
+    "memory_clock_mhz": 2619.0, "power_limit_w": 700.0, "pcie_in_gb_s": 1.23, "pcie_out_gb_s": 0.4,
+    "nvlink_in_gb_s": 212.4, "nvlink_out_gb_s": 8.96, "ecc_corrected": 3, "ecc_uncorrected": 0,
+}  # fmt: skip
+
+
+def test_clocks_traffic_errors_and_what_holds_back(gpu_sample: Callable[..., GpuSample]) -> None:
+    panel = GpuPanel()
+    panel.detailed = True
+    panel._gpus = gpus(gpu_sample, 1, **TRAFFIC, throttle=["power cap", "software thermal"])
+    line = text(panel.draw(140, 4))
+    for words in ("1755/2619 MHz", "PCIe in/out 1.2/0.4 GB/s", "NVLink 212/9.0 GB/s", "ECC 3 corrected",
+                  "! power cap, software thermal", "limit 700 W"):  # fmt: skip
+        assert words in line
+    panel._gpus = gpus(gpu_sample, 8, **{**TRAFFIC, "ecc_uncorrected": 2})
+    lines = text(panel.draw(140, 40))
+    assert lines.count("1755 MHz P1.2/0.4 N212/9.0 E2") == 8
+    panel._gpus = gpus(gpu_sample, 1, **{**TRAFFIC, "ecc_uncorrected": 2})
+    assert "✘ 2 memory errors" in text(panel.draw(140, 4))
+
+
+def test_a_gpu_without_traffic_shows_its_clock_alone(gpu_sample: Callable[..., GpuSample]) -> None:
+    panel = GpuPanel()
+    panel.detailed = True
+    panel._gpus = gpus(gpu_sample, 1)
+    assert text(panel.draw(76, 4)).strip() == "0 1755 MHz"
+    panel._gpus = gpus(gpu_sample, 1, memory_used_gib=None, sm_percent=None, power_w=None)
+    assert "gives no reading" in text(panel.draw(76, 4))
+
+
+@pytest.mark.parametrize("width", [1, 5, 20, 33, 76, 200])
+@pytest.mark.parametrize("count", [1, 3, 8, 17])
+def test_details_fit_any_width(gpu_sample: Callable[..., GpuSample], width: int, count: int) -> None:
+    panel = GpuPanel()
+    panel.detailed = True
+    panel._gpus = gpus(gpu_sample, count, **TRAFFIC, throttle=["hardware thermal"])
+    assert all(length(line) <= width for line in panel.draw(width, 40))
 
 
 def test_a_lost_gpu_is_said_in_words(gpu_sample: Callable[..., GpuSample]) -> None:
