@@ -1,8 +1,8 @@
 """Whole training runs beside those of other programs: tokens/s, peak memory, and how long the first step takes.
 
-    python -P tests/bench/engine.py MODEL [--arms finetui unsloth trl-liger trl] [--checkpointing full none]
+    python -P tests/bench/engine.py MODEL [--arms finetui unsloth trl-liger trl] [--checkpointing full none none+graphs]
         [--tuning lora] [--sequence-length 2048] [--micro-batch 4] [--rounds 2] [--turn 8] [--json FILE]
-        [--skip finetui:full] [--profile FILE] [--apart]
+        [--skip finetui:full] [--profile FILE] [--apart] [--append FILE] [--folder DIR]
 
 What ``finetui bench engine`` does, with what developers want besides: profiles, combinations left out, and programs
 that load side by side, which spares minutes of a rented GPU (``--apart`` loads one after the other, so that the times
@@ -17,9 +17,10 @@ import json
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 from finetui.engine.bench.shapes import SHAPES, make
-from finetui.engine.bench.task import ARMS, MODES, Task
+from finetui.engine.bench.task import ARMS, MODES, TUNINGS, Task
 from finetui.engine.bench.turns import facts, measure, tasks_of
 
 
@@ -34,7 +35,7 @@ def main() -> int:
     parser.add_argument("--make", choices=tuple(SHAPES))
     parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=tuple(ARMS))
     parser.add_argument("--checkpointing", nargs="+", default=["full", "none"], choices=MODES)
-    parser.add_argument("--tuning", default="lora", choices=("lora", "qlora", "full"))
+    parser.add_argument("--tuning", default="lora", choices=TUNINGS)
     parser.add_argument("--sequence-length", type=int, default=2048)
     parser.add_argument("--micro-batch", type=int, default=4)
     parser.add_argument("--rounds", type=int, default=2)
@@ -45,6 +46,8 @@ def main() -> int:
     parser.add_argument("--apart", action="store_true", help="load one after the other")
     parser.add_argument("--timeout", type=float, default=240)
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--append", type=Path, help="a file that gets each result as a line, the moment it is known")
+    parser.add_argument("--folder", type=Path, help="keep what the arms print there")
     a = parser.parse_args()
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     if a.make and not (Path(a.model) / "config.json").is_file():
@@ -61,9 +64,18 @@ def main() -> int:
     )
     tasks = tasks_of(first, a.arms, a.checkpointing, _say)
     tasks = [task for task in tasks if f"{task.arm}:{task.mode}" not in a.skip]
-    results = measure(tasks, _say, timeout_s=a.timeout, together=not a.apart, profile=a.profile)
-    for result in results:
+    head = {"model": a.model, "tuning": a.tuning, "sequence_length": a.sequence_length, "micro_batch": a.micro_batch}
+
+    def done(result: dict[str, Any]) -> None:
         print(json.dumps(result), flush=True)
+        if a.append:
+            with a.append.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(head | result) + "\n")
+
+    together = not a.apart
+    results = measure(
+        tasks, _say, timeout_s=a.timeout, together=together, profile=a.profile, folder=a.folder, done=done
+    )
     if a.json:
         told = {**facts(" ".join(sys.argv)), "results": results}
         a.json.write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")

@@ -15,7 +15,8 @@ def read(path: Path) -> list[dict[str, Any]]:
     """The runs of a file of lines, or of a table kept in ``results``, each predicted anew."""
     text = path.read_text(encoding="utf-8")
     rows = json.loads(text)["rows"] if path.suffix == ".json" else [json.loads(line) for line in text.splitlines()]
-    return [{**row, "predicted": predicted(Case(**row["case"]))} for row in rows]
+    # What was measured before the program changed how it does it (``before`` says what) is kept, and not scored.
+    return [{**row, "predicted": predicted(Case(**row["case"]))} for row in rows if not row.get("before")]
 
 
 def facts(rows: list[dict[str, Any]]) -> dict[str, Any]:
