@@ -60,16 +60,16 @@ def _peak_memory(
     stack = stack_for(settings.method, stack_on(architecture, settings, stack, gpu))
     fixed = stored(architecture, settings, stack)
     shared = shares(architecture, settings, stack, fixed)
-    moments = _moments(architecture, settings, stack, fixed, shared, gpu)
+    moments = moments_of(architecture, settings, stack, fixed, shared, gpu)
     static, needs = shared.static, {}
     for name, terms in moments.items():
         moving = sum(terms.values())
-        unsure = _unknown(architecture, settings, stack, name, unknown)
+        unsure = unknowns(architecture, settings, stack, name, unknown)
         needs[name] = (moving + lean(stored=static, moving=moving, unknown=unsure), moving, unsure)
     moment = max(needs, key=lambda name: needs[name][0])
     need, moving, unknown = needs[moment]
     terms, raised, allocated = moments[moment], need - moving, static + need
-    slack = _slack(moments, stack, gpu) + shared.whole.stranded
+    slack = slack_bytes(moments, stack, gpu) + shared.whole.stranded
     context = context_bytes(gpu, settings.world_size)
     device = allocated + slack + context
     parts = {
@@ -96,7 +96,7 @@ def _peak_memory(
     )
 
 
-def _unknown(
+def unknowns(
     architecture: Architecture, settings: Settings, stack: Stack, moment: Moment, said: tuple[str, ...]
 ) -> tuple[str, ...]:
     """What is not known: what the caller says, and what follows from model, settings and stack."""
@@ -111,19 +111,19 @@ def _unknown(
     return tuple(sorted({*said, *(name for name, so in found.items() if so)}))
 
 
-def _moments(
+def moments_of(
     architecture: Architecture, settings: Settings, stack: Stack, fixed: Fixed, shared: Shares, gpu: Gpu
 ) -> dict[Moment, dict[str, float]]:
     """Bytes beside the static ones at each moment: three, and the rollout of methods that generate."""
     tokens, hidden, cpu = settings.tokens, architecture.hidden, gpu.kind == "cpu"
     copies, whole = shared.copies, shared.whole
-    stages, moving = _stages(architecture, settings, stack, fixed, copies)
+    stages, moving = stages_of(architecture, settings, stack, fixed, copies)
     copies = 0.0 if stack.whole_layers else copies
     forward, backward, head = loss_bytes(architecture, settings, stack, fixed, cpu=cpu)
     dequantized = fixed.dequantized
-    standing = _mask(settings) + shared.bucket + cublas_workspaces(gpu)
+    standing = mask_bytes(settings) + shared.bucket + cublas_workspaces(gpu)
     if stack.keeps_scratch and settings.quantized and not cpu:  # a buffer that all layers share is never given back
-        standing, dequantized = standing + _scratch(architecture, settings, stack), 0.0
+        standing, dequantized = standing + scratch_bytes(architecture, settings, stack), 0.0
     loss = {
         "activations": sum(stage.count * stage.kept for stage in stages)
         + moving
@@ -159,7 +159,7 @@ def _moments(
 
 
 @dataclass(frozen=True)
-class _Stage:
+class Stage:
     """Layers under one policy: what each keeps until its backward, and what it needs besides while that runs."""
 
     count: int
@@ -167,9 +167,9 @@ class _Stage:
     work: float
 
 
-def _stages(
+def stages_of(
     architecture: Architecture, settings: Settings, stack: Stack, fixed: Fixed, copies: float
-) -> tuple[list[_Stage], float]:
+) -> tuple[list[Stage], float]:
     """Layers in the order of backward, and bytes of parked tensors that are on the device on their way."""
     layers, tokens, masks = architecture.num_layers, settings.tokens, _mask_copies(settings)
     keeping = settings.kept(layers)
@@ -184,7 +184,7 @@ def _stages(
             policy = policy if policy != "selective" else "full"
             need = layer_bytes(architecture, settings.rank, adapters, policy, tokens)
             # The 16-bit copies of a layer's adapters wait with it.
-            stages.append(_Stage(count, need.kept * tokens + copies / layers, need.work * tokens))
+            stages.append(Stage(count, need.kept * tokens + copies / layers, need.work * tokens))
             moving += need.moving * tokens
             continue
         kinds, work = activation_bytes(
@@ -196,19 +196,19 @@ def _stages(
             mean = sum(number * size for number, size, _ in kinds) / max(layers, 1)
             sparse = sum(layer.count for layer in architecture.layers if layer.experts) / max(layers, 1)
             grow = max(grow for _, _, grow in kinds)
-            stages.append(_Stage(count, mean * tokens + masks + sparse * merged, grow * tokens + 0.4 * merged))
+            stages.append(Stage(count, mean * tokens + masks + sparse * merged, grow * tokens + 0.4 * merged))
             continue
         residual = 4 if settings.weight_bytes == 4 or (settings.quantized and stack.kbit_upcast) else 2
         parked = stack.offloads_checkpoints or policy == "offload"
         boundary = float(residual * architecture.hidden * tokens)
         kept = 0.0 if parked else boundary
         moving += 2 * boundary if parked else 0.0  # one on its way, one at work
-        stages.append(_Stage(count, kept, work * tokens + masks + 1.4 * merged))
+        stages.append(Stage(count, kept, work * tokens + masks + 1.4 * merged))
     return stages, moving
 
 
 def _largest_backward(
-    stages: list[_Stage], settings: Settings, fixed: Fixed, shared: Shares, last: float
+    stages: list[Stage], settings: Settings, fixed: Fixed, shared: Shares, last: float
 ) -> tuple[float, float]:
     """Activations and gradients at the worst layer of backward: kept ones are freed while gradients appear.
 
@@ -248,7 +248,7 @@ def kv_cache_bytes(architecture: Architecture, settings: Settings) -> float:
     return per_token * settings.sequence_length * settings.rows * settings.accumulation
 
 
-def _scratch(architecture: Architecture, settings: Settings, stack: Stack) -> float:
+def scratch_bytes(architecture: Architecture, settings: Settings, stack: Stack) -> float:
     """Bytes of the weights that finetui's kernels unpack at once, or turn over if they stay in 8 bits: attention or
     MLP, or gate and up where these run by themselves."""
     parts = [part for layer in architecture.layers for part in (layer.attention, layer.mlp)]
@@ -265,17 +265,17 @@ def cublas_workspaces(gpu: Gpu) -> float:
     return 2.0 * (32.0 if gpu.compute_capability[:1] in ("9", "1") else 8.125) * 2**20
 
 
-def _mask(settings: Settings) -> float:
+def mask_bytes(settings: Settings) -> float:
     """Bytes of an explicit mask: one boolean per pair of positions."""
     return float(settings.rows * settings.sequence_length**2) if settings.masked else 0.0
 
 
 def _mask_copies(settings: Settings) -> float:
     """Bytes of the additive mask that each call of SDPA makes of the boolean one and keeps for its backward."""
-    return settings.compute_bytes * _mask(settings)
+    return settings.compute_bytes * mask_bytes(settings)
 
 
-def _slack(moments: dict[Moment, dict[str, float]], stack: Stack, gpu: Gpu) -> float:
+def slack_bytes(moments: dict[Moment, dict[str, float]], stack: Stack, gpu: Gpu) -> float:
     """What the caching allocator holds beyond what is allocated: blocks that no later request fits.
 
     Blocks of every moment stay, whichever binds. Those of a loss over all logits leave the largest gaps: runs on

@@ -10,16 +10,16 @@ from .hardware import Gpu
 from .interval import lean
 from .loss import loss_bytes, tail_bytes
 from .memory import (
-    _mask,
-    _moments,
-    _scratch,
-    _slack,
-    _Stage,
-    _stages,
-    _unknown,
+    Stage,
     context_bytes,
     cublas_workspaces,
     kv_cache_bytes,
+    mask_bytes,
+    moments_of,
+    scratch_bytes,
+    slack_bytes,
+    stages_of,
+    unknowns,
 )  # fmt: skip
 from .methods import METHODS, stack_for
 from .settings import Settings
@@ -42,11 +42,11 @@ def memory_parts(architecture: Architecture, settings: Settings, stack: Stack, g
     stack = stack_for(settings.method, stack_on(architecture, settings, stack, gpu))
     fixed = stored(architecture, settings, stack)
     shared = shares(architecture, settings, stack, fixed)
-    moments = _moments(architecture, settings, stack, fixed, shared, gpu)
+    moments = moments_of(architecture, settings, stack, fixed, shared, gpu)
     needs, raised = {}, {}
     for name, terms in moments.items():
         moving = sum(terms.values())
-        unsure = _unknown(architecture, settings, stack, name, ())
+        unsure = unknowns(architecture, settings, stack, name, ())
         raised[name] = lean(stored=shared.static, moving=moving, unknown=unsure)
         needs[name] = moving + raised[name]
     moment = max(needs, key=lambda name: needs[name])
@@ -58,7 +58,7 @@ def memory_parts(architecture: Architecture, settings: Settings, stack: Stack, g
         "optimizer": at.optimizer(),
         "activations": at.activations(),
         "logits": at.logits(),
-        "buffers": at.buffers(raised[moment], _slack(moments, stack, gpu)),
+        "buffers": at.buffers(raised[moment], slack_bytes(moments, stack, gpu)),
         "context": at.context(),
     }
 
@@ -159,7 +159,7 @@ class _At:
             return "nothing is kept any more when the optimiser steps", "", []
         if self.moment == "rollout":
             return "hidden states of the answers that are generated", "", [("states", shape, self.terms["activations"])]
-        stages, moving = _stages(a, s, self.stack, self.fixed, self.shared.copies)
+        stages, moving = stages_of(a, s, self.stack, self.fixed, self.shared.copies)
         policy = "all they made" if s.checkpointing == "none" else "their inputs alone"
         parts: list[Part] = []
         if self.moment == "loss":
@@ -176,7 +176,7 @@ class _At:
         formula = f"layers × bytes a token × tokens of a micro-batch ({shape})"
         return formula, "bytes counted with saved-tensor hooks on transformers' Llama (planner/activations.py)", parts
 
-    def _worst_layer(self, stages: Sequence[_Stage], wanted: float) -> list[Part]:
+    def _worst_layer(self, stages: Sequence[Stage], wanted: float) -> list[Part]:
         """The parts of the instant of backward whose activations are ``wanted``."""
         tokens = self.settings.tokens
         total, done = sum(stage.count * stage.kept for stage in stages), 0
@@ -231,9 +231,9 @@ class _At:
             parts.append(("16-bit copies and gathers", "", self.terms["buffers"] - kv_cache_bytes(a, s)))
             return "what stands beside the data", "", parts
         reused = self.stack.keeps_scratch and s.quantized and self.gpu.kind != "cpu"
-        scratch = _scratch(a, s, self.stack) if reused else 0.0
+        scratch = scratch_bytes(a, s, self.stack) if reused else 0.0
         standing = [
-            ("mask of packed or padded rows", f"{s.rows} × {s.sequence_length:,}² bytes", _mask(s)),
+            ("mask of packed or padded rows", f"{s.rows} × {s.sequence_length:,}² bytes", mask_bytes(s)),
             ("gradient buckets of DDP", "once more all gradients", shared.bucket),
             ("cuBLAS", "two workspaces", cublas_workspaces(self.gpu)),
             ("weights that are unpacked at once", "the largest block of a layer in 16 bits", scratch),

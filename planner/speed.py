@@ -26,17 +26,17 @@ from .traffic import KERNELS, dequantized_bytes, elementwise_bytes, launches, op
 
 #: What a training step gets of the best matrix product: shapes differ from the best one, and launches leave gaps.
 #: Chosen so that llama-shaped 7B runs on A100-80GB at 16k tokens land on their measured 3,063 to 3,354 tokens/s.
-_STEP_EFFICIENCY = 0.86
+STEP_EFFICIENCY = 0.86
 #: The same where layers run as one function or are compiled: their pieces add up to a step's time (on an H200).
-_WHOLE_LAYERS_EFFICIENCY = 0.91
+WHOLE_LAYERS_EFFICIENCY = 0.91
 #: What the products of real layers reach of the best product there is (706 of 794 TFLOP/s on an H200).
 LAYER_SHARE = 0.89
 #: Rate of e4m3 products with a scale per row over bf16 ones (1,348 of 689 TFLOP/s on an H200), less their small parts.
-_FP8_GAIN = 1.85
+FP8_GAIN = 1.85
 #: Tokens at which matrix products reach half of that; smaller micro-batches can't fill the device.
 _HALF_TOKENS = 160.0
 #: Share of peak bandwidth that elementwise kernels see.
-_BANDWIDTH_SHARE = 0.8
+BANDWIDTH_SHARE = 0.8
 #: Seconds from one kernel to the next under PyTorch eager on a usual host.
 _LAUNCH_S = 7e-6
 #: The same on a CPU, where each operation also starts and joins its threads.
@@ -67,27 +67,27 @@ def step_speed(
     method = METHODS[settings.method]
     tokens = settings.tokens
     peak = (gpu.bf16_tflops if settings.compute_bytes == 2 else gpu.fp32_tflops) * 1e12
-    efficiency = _WHOLE_LAYERS_EFFICIENCY if stack.whole_layers or stack.compiled else _STEP_EFFICIENCY
-    rate = peak * gpu.achievable * efficiency * _fill(tokens, gpu)
-    bandwidth = gpu.bandwidth_gb_s * 1e9 * _BANDWIDTH_SHARE
-    forward, backward, recompute = _matmul_flops(architecture, settings, stack)
-    in_8_bits = settings.quantization == "fp8" and _has_fp8(gpu)
-    gain = _FP8_GAIN if in_8_bits else 1.0
+    efficiency = WHOLE_LAYERS_EFFICIENCY if stack.whole_layers or stack.compiled else STEP_EFFICIENCY
+    rate = peak * gpu.achievable * efficiency * fill(tokens, gpu)
+    bandwidth = gpu.bandwidth_gb_s * 1e9 * BANDWIDTH_SHARE
+    forward, backward, recompute = matmul_flops(architecture, settings, stack)
+    in_8_bits = settings.quantization == "fp8" and has_fp8(gpu)
+    gain = FP8_GAIN if in_8_bits else 1.0
     span = min(mean_length or settings.sequence_length, settings.sequence_length)
-    attention = _attention_flops(architecture, span)
+    attention = attention_flops(architecture, span)
     within = settings.masked and stack.whole_layers  # these layers attend within documents, by flash attention
     if (
         settings.masked and not within
     ):  # a kernel that is given a mask computes the upper half too, and all documents of a row
-        span, attention = settings.sequence_length, 2 * _attention_flops(architecture, settings.sequence_length)
+        span, attention = settings.sequence_length, 2 * attention_flops(architecture, settings.sequence_length)
     # What is parked on the host has the attention's output with it, where layers run as one function.
     again = settings.recomputed(architecture.num_layers)
     passes = 3.5 + (0.0 if stack.whole_layers and settings.checkpointing == "offload" else again)
     recent = stack.recent_attention and not within
     attention_rate = peak * _attention_share(gpu, span, recent=recent) * stack.attention_speed
     terms = {
-        "forward": tokens * _shortened(forward, architecture, gain) / rate,
-        "backward": tokens * _shortened(backward, architecture, gain) / rate,
+        "forward": tokens * shortened(forward, architecture, gain) / rate,
+        "backward": tokens * shortened(backward, architecture, gain) / rate,
         "recompute": tokens * recompute / gain / rate,
         "attention": tokens * attention * passes / attention_rate,
         "elementwise": tokens * elementwise_bytes(architecture, settings, stack) / bandwidth,
@@ -144,7 +144,7 @@ def _attention_share(gpu: Gpu, span: float, *, recent: bool) -> float:
     return {"8": 0.62, "9": 0.34, "1": 0.3}.get(generation, 0.45) * span / (span + 470)
 
 
-def _has_fp8(gpu: Gpu) -> bool:
+def has_fp8(gpu: Gpu) -> bool:
     """Whether its matrix units take e4m3: Ada, Hopper and later."""
     major, _, minor = gpu.compute_capability.partition(".")
     if gpu.kind != "cuda" or not major.isdigit():  # AMD's names (gfx942) have no such order
@@ -152,13 +152,13 @@ def _has_fp8(gpu: Gpu) -> bool:
     return (int(major), int(minor or 0)) >= (8, 9)
 
 
-def _shortened(flops: float, architecture: Architecture, gain: float) -> float:
+def shortened(flops: float, architecture: Architecture, gain: float) -> float:
     """The FLOPs per token that take as long where all but the head's run ``gain`` times as fast."""
     head = min(2.0 * architecture.vocab * architecture.hidden, flops)
     return head + (flops - head) / gain
 
 
-def _fill(tokens: int, gpu: Gpu) -> float:
+def fill(tokens: int, gpu: Gpu) -> float:
     """How well a micro-batch of so many tokens fills the device."""
     half = _HALF_TOKENS * (gpu.bf16_tflops / 312) if gpu.kind == "cuda" else 16.0
     return tokens / (tokens + half)
@@ -176,7 +176,7 @@ def _flops(architecture: Architecture, tuning: str, rank: int, targets: str | tu
     return 2.0 * (weights + pairs), 2.0 * weights + 4.0 * pairs
 
 
-def _matmul_flops(architecture: Architecture, settings: Settings, stack: Stack) -> tuple[float, float, float]:
+def matmul_flops(architecture: Architecture, settings: Settings, stack: Stack) -> tuple[float, float, float]:
     """FLOPs per token of forward, backward and recomputation; the head is not checkpointed, but its tiles run twice."""
     forward, backward = _flops(architecture, settings.tuning, settings.rank, settings.targets)
     head = 2.0 * architecture.vocab * architecture.hidden
@@ -190,7 +190,7 @@ def _matmul_flops(architecture: Architecture, settings: Settings, stack: Stack) 
     return forward, backward, head + again
 
 
-def _attention_flops(architecture: Architecture, span: float) -> float:
+def attention_flops(architecture: Architecture, span: float) -> float:
     """FLOPs per token of one causal forward over all layers: QK^T and its product with V."""
     width = architecture.heads * (architecture.head_dim + architecture.value_dim)
     local = min(span, architecture.window) if architecture.window else span
@@ -203,7 +203,7 @@ def _rollout_s(architecture: Architecture, settings: Settings, gpu: Gpu) -> floa
     the cache on average; its kernels are launched one by one. vLLM is 5 to 10 times faster (published surveys). The
     longest answer decides, since a batch ends together; several updates on the same answers share them.
     """
-    bandwidth = gpu.bandwidth_gb_s * 1e9 * _BANDWIDTH_SHARE
+    bandwidth = gpu.bandwidth_gb_s * 1e9 * BANDWIDTH_SHARE
     weights = 2.0 * architecture.parameters
     launch = KERNELS * architecture.num_layers * (_LAUNCH_S if gpu.kind == "cuda" else _LAUNCH_CPU_S)
     each = max((weights + kv_cache_bytes(architecture, settings) / 2) / bandwidth, launch)

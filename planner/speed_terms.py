@@ -9,15 +9,15 @@ from .memory_terms import Reckoned
 from .methods import stack_for
 from .settings import Settings
 from .speed import (
-    _BANDWIDTH_SHARE,
-    _FP8_GAIN,
-    _STEP_EFFICIENCY,
-    _WHOLE_LAYERS_EFFICIENCY,
-    _attention_flops,
-    _fill,
-    _has_fp8,
-    _matmul_flops,
-    _shortened,
+    BANDWIDTH_SHARE,
+    FP8_GAIN,
+    STEP_EFFICIENCY,
+    WHOLE_LAYERS_EFFICIENCY,
+    attention_flops,
+    fill,
+    has_fp8,
+    matmul_flops,
+    shortened,
     step_speed,
 )  # fmt: skip
 from .stacks import Stack
@@ -47,13 +47,13 @@ def speed_parts(
     stack = stack_for(settings.method, stack_on(architecture, settings, stack, gpu))
     tokens, times = settings.tokens, settings.accumulation
     peak = gpu.bf16_tflops if settings.compute_bytes == 2 else gpu.fp32_tflops
-    efficiency = _WHOLE_LAYERS_EFFICIENCY if stack.whole_layers or stack.compiled else _STEP_EFFICIENCY
-    filled = _fill(tokens, gpu)
+    efficiency = WHOLE_LAYERS_EFFICIENCY if stack.whole_layers or stack.compiled else STEP_EFFICIENCY
+    filled = fill(tokens, gpu)
     rate = peak * gpu.achievable * efficiency * filled
-    bandwidth = gpu.bandwidth_gb_s * _BANDWIDTH_SHARE
-    in_8_bits = settings.quantization == "fp8" and _has_fp8(gpu)
-    gain = _FP8_GAIN if in_8_bits else 1.0
-    forward, backward, recompute = _matmul_flops(architecture, settings, stack)
+    bandwidth = gpu.bandwidth_gb_s * BANDWIDTH_SHARE
+    in_8_bits = settings.quantization == "fp8" and has_fp8(gpu)
+    gain = FP8_GAIN if in_8_bits else 1.0
+    forward, backward, recompute = matmul_flops(architecture, settings, stack)
     reaches = (
         f"rate = {peak:,.0f} TFLOP/s × {gpu.achievable:.0%} of the best product × {efficiency:.0%} in a training step "
         f"× {filled:.0%} filled by {tokens:,} tokens = {rate:,.1f} TFLOP/s"
@@ -61,8 +61,8 @@ def speed_parts(
     again = f" × {times} micro-batches" if times > 1 else ""
     found: dict[str, Reckoned] = {}
     for name, flops in (
-        ("forward", _shortened(forward, architecture, gain)),
-        ("backward", _shortened(backward, architecture, gain)),
+        ("forward", shortened(forward, architecture, gain)),
+        ("backward", shortened(backward, architecture, gain)),
         ("recompute", recompute / gain),
     ):
         how = f"{tokens:,} tokens × {flops / 1e9:,.2f} GFLOP ÷ {rate:,.1f} TFLOP/s{again}"
@@ -72,7 +72,7 @@ def speed_parts(
             [("matrix products", how, tokens * flops / (rate * 1e12) * times)],
         )
     span = min(mean_length or settings.sequence_length, settings.sequence_length)
-    attention = _attention_flops(architecture, span)
+    attention = attention_flops(architecture, span)
     seconds = total.terms.get("attention", 0.0)
     found["attention"] = (
         "tokens × FLOPs a token ÷ what the attention kernel reaches, over all passes",

@@ -72,6 +72,8 @@ def main(root: Path, report: Path) -> None:
                     if wrong is None:
                         verified.add(key)
                         had.add(folder)
+                    elif (folder.parent / "harmed").exists():  # since the look above
+                        break
                     elif still_there(path, inode) and damage(path) is not None and still_there(path, inode):
                         tell(f"{path}: {wrong}")
                 if folder in had and not found and not any(names(folder) for _ in range(5)) and folder.exists():

