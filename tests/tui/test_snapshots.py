@@ -51,7 +51,7 @@ async def still(pilot: Any) -> None:
 
 
 @pytest.mark.parametrize("size", SIZES, ids=lambda size: f"{size[0]}x{size[1]}")
-@pytest.mark.parametrize("mode", ["plan", "gpus", "data", "launch", "monitor", "runs", "compare", "logs", "settings"])
+@pytest.mark.parametrize("mode", ["plan", "gpus", "data", "launch", "monitor", "runs", "compare", "settings"])
 def test_screen(
     snap_compare: Any, app_of: AppOf, settle: Settle, fleet: list[Run], mode: str, size: tuple[int, int]
 ) -> None:
