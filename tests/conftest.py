@@ -2,7 +2,11 @@
 
 import glob
 import os
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
+import pytest
 from hypothesis import settings
 
 # Tests run side by side; OpenMP threads that spin while they wait would slow each other down several times over.
@@ -15,3 +19,22 @@ if not glob.glob("/dev/nvidia[0-9]*"):
 settings.register_profile("steady", derandomize=True, deadline=None)
 settings.register_profile("random", deadline=None)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "steady"))
+
+
+@pytest.fixture
+def file_system(tmp_path: Path) -> Iterator[Callable[[int], Path]]:
+    """Makes a file system of so many MiB, where that is allowed."""
+    made: list[Path] = []
+
+    def mount(mib: int) -> Path:
+        folder = tmp_path / f"{mib}-mib"
+        folder.mkdir()
+        command = ["mount", "-t", "tmpfs", "-o", f"size={mib}m", "tmpfs", str(folder)]
+        if os.geteuid() or subprocess.run(command, capture_output=True).returncode:
+            pytest.skip("mounting a file system is not allowed here")
+        made.append(folder)
+        return folder
+
+    yield mount
+    for folder in made:
+        subprocess.run(["umount", "--lazy", str(folder)], check=True)
