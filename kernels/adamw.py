@@ -31,7 +31,7 @@ import triton
 import triton.language as tl
 
 from . import selfcheck
-from .launch import on, unavailable
+from .launch import INTERPRETED, on, unavailable
 
 #: How m and v are stored. Tensors below :data:`SMALLEST` values have fp32 states under ``8bit``.
 States = Literal["8bit", "bf16", "fp32"]
@@ -41,11 +41,12 @@ BLOCK = 256
 #: What 8-bit states of a smaller tensor would save is nothing, and norms are sensitive.
 SMALLEST = 4096
 
-_TILE_BLOCKS = 8
 _TILES = 16  # per program
-_WARPS = 8
-#: Of 8-bit states: codes are decoded by arithmetic instead of a table; the next tile is read while one is worked on.
-_ARITHMETIC, _AHEAD = False, True
+#: Blocks of a tile and warps that work on it, by how states are stored.
+_TILE: dict[States, tuple[int, int]] = {"8bit": (4, 4), "bf16": (8, 8), "fp32": (8, 8)}
+#: Of a thread that works on 8-bit states: six programs share a processor then, and one computes while others wait for
+#: memory. On an H200 that beat reading the next tile ahead, which takes 96 or more.
+_REGISTERS = 80
 _COLUMNS = 7  # of the table: addresses of p, g, m, v and the scales of m and v; number of values
 _TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 _8BIT = tl.constexpr(0)
@@ -53,28 +54,33 @@ _BF16 = tl.constexpr(1)
 
 
 @triton.jit
+def _least(a, b):
+    """The smaller of two positive numbers. Their bits are ordered as they are; Hopper takes three integers at once."""
+    return tl.minimum(a.to(tl.int32, bitcast=True), b.to(tl.int32, bitcast=True)).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _largest(x):
+    """Of each row of numbers ≥ 0. Integers of a warp are compared in one instruction, numbers in ten."""
+    return tl.max(x.to(tl.int32, bitcast=True), axis=1, keep_dims=True).to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def _encode(x, TOP: tl.constexpr):
     """Values in [0, 1] to the codes of their cells, 0 … 2^(TOP+1) − 1 (as floats less a half: see ``_whole``)."""
     cells = x * (2.0 * 10.0 ** (TOP - 1) / 0.9) + (2 * 8 / 9 - 1.5)
     for j in tl.static_range(2, TOP + 1):
-        cells = tl.minimum(cells, x * (2.0**j * 10.0 ** (TOP - j) / 0.9) + (2.0**j * 8 / 9 - 1.5))
+        line = x * (2.0**j * 10.0 ** (TOP - j) / 0.9) + (2.0**j * 8 / 9 - 1.5)
+        cells = _least(cells, line)
     return cells
 
 
 @triton.jit
-def _decode(code, TOP: tl.constexpr):
-    """What codes 0 … 2^(TOP+1) − 1 stand for, by the lines that :func:`values` is made of: no table, so no look-ups."""
-    middle = code.to(tl.float32) + 0.5
-    value = tl.zeros_like(middle)
-    for j in tl.static_range(1, TOP + 1):
-        value = tl.maximum(value, (middle - (2.0**j * 8 / 9 - 1)) * (0.9 / (2.0**j * 10.0 ** (TOP - j))))
-    return tl.minimum(value, 1.0)
-
-
-@triton.jit
 def _whole(x):
-    """The nearest integer of x, −1 < x < 256: adding 1.5·2²³ leaves it in the low bits, cheaper than a cast."""
-    return (x + 12582912.0).to(tl.int32, bitcast=True) & 255
+    """The nearest integer of x, −256 < x < 256, as a byte (in two's complement): adding 1.5·2²³ leaves it in the low
+    bits, cheaper than a cast.
+    """
+    return (x + 12582912.0).to(tl.int32, bitcast=True).to(tl.uint8)
 
 
 @triton.jit
@@ -87,10 +93,17 @@ def _mix(x):
 
 @triton.jit
 def _to_bf16(x, bits):
-    """fp32 rounded to bf16: up with the probability of what is cut off, by 16 random ``bits``."""
-    whole = x.to(tl.uint32, bitcast=True)
-    moved = ((whole + (bits & 0xFFFF)) & 0xFFFF0000).to(tl.float32, bitcast=True)
-    return tl.where(x == x, moved, x).to(tl.bfloat16)  # the bits of a NaN might carry over into those of a number
+    """fp32 rounded to bf16: up with the probability of what is cut off, by the upper 16 of random ``bits``."""
+    moved = (x.to(tl.uint32, bitcast=True) + (bits >> 16)).to(tl.float32, bitcast=True)
+    moved += x * 0.0  # the bits of a NaN might have been carried over into those of a number
+    return (moved.to(tl.uint32, bitcast=True) >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
+
+
+@triton.jit
+def _inverse(x):
+    """A little more than 1 / x for x ≥ 0, so that the largest value has the largest code whatever the rounding."""
+    root = tl.rsqrt(tl.maximum(x, 1e-37))
+    return root * root * 1.000001
 
 
 @triton.jit
@@ -99,22 +112,10 @@ def _pointer(table_ptr, tensor, COLUMN: tl.constexpr, COLUMNS: tl.constexpr, TYP
     return tl.multiple_of(pointer, 16) if ALIGNED else pointer
 
 
-@triton.jit
-def _read(g_ptr, p_ptr, m_ptr, v_ptr, tile, left, BLOCKS: tl.constexpr, BLOCK: tl.constexpr):
-    """One tile as it is stored."""
-    at = (tile * BLOCKS + tl.arange(0, BLOCKS)[:, None]) * BLOCK + tl.arange(0, BLOCK)[None, :]
-    inside = at < left
-    g = tl.load(g_ptr + at, mask=inside, other=0.0)
-    p = tl.load(p_ptr + at, mask=inside, other=0.0)
-    m = tl.load(m_ptr + at, mask=inside, other=0)
-    return g, p, m, tl.load(v_ptr + at, mask=inside, other=0)
-
-
 @triton.jit(do_not_specialize=["key"])
 def _kernel(
-    table_ptr, tensor_ptr, chunk_ptr, values_ptr, lr, beta1, beta2, new1, new2, eps, decay, rate, root2, key,
+    table_ptr, tensor_ptr, chunk_ptr, values_ptr, factor_ptr, beta1, beta2, new1, new2, eps, decay, root2, key,
     P: tl.constexpr, G: tl.constexpr, STATE: tl.constexpr, STOCHASTIC: tl.constexpr, ALIGNED: tl.constexpr,
-    ARITHMETIC: tl.constexpr, AHEAD: tl.constexpr,
     COLUMNS: tl.constexpr, TILES: tl.constexpr, BLOCKS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     tensor = tl.load(tensor_ptr + tl.program_id(0)).to(tl.int64)
@@ -128,6 +129,10 @@ def _kernel(
     v_scale_ptr = _pointer(table_ptr, tensor, 5, COLUMNS, tl.float32, ALIGNED)
     first = chunk * (TILES * BLOCKS)
     left = tl.minimum(tl.load(table_ptr + tensor * COLUMNS + 6) - first * BLOCK, TILES * BLOCKS * BLOCK).to(tl.int32)
+    factor = tl.load(factor_ptr)
+    left = tl.where(factor == factor, left, 0)  # a factor that is no number leaves everything as it is
+    new1 *= factor
+    new2 *= factor * factor
     if ALIGNED:  # so that 16 bytes lie within the mask or outside it as one
         left = tl.multiple_of(left, 16)
     seed = _mix(_mix(key.to(tl.uint32) + tensor.to(tl.uint32)) + chunk.to(tl.uint32))
@@ -137,60 +142,70 @@ def _kernel(
     v_ptr += first * BLOCK
     m_scale_ptr += first
     v_scale_ptr += first
-    if AHEAD:
-        g, p, m_raw, v_raw = _read(g_ptr, p_ptr, m_ptr, v_ptr, 0, left, BLOCKS, BLOCK)
+    place = tl.arange(0, BLOCKS)[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
+    # A linear congruence per place, begun at a random number, of which the upper half is used.
+    bits = _mix(seed + place.to(tl.uint32))
+    if STATE == _8BIT:
+        values = tl.load(values_ptr + tl.arange(0, 512))
     for tile in range(TILES):
         block = tile * BLOCKS + tl.arange(0, BLOCKS)[:, None]
         some = block * BLOCK < left
         at = block * BLOCK + tl.arange(0, BLOCK)[None, :]
         inside = at < left
-        # 8-bit states take long enough to work on that the next tile has to be on its way meanwhile.
-        if AHEAD:
-            next_g, next_p, next_m, next_v = _read(g_ptr, p_ptr, m_ptr, v_ptr, tile + 1, left, BLOCKS, BLOCK)
-        else:
-            g, p, m_raw, v_raw = _read(g_ptr, p_ptr, m_ptr, v_ptr, tile, left, BLOCKS, BLOCK)
+        g = tl.load(g_ptr + at, mask=inside, other=0.0)
+        p = tl.load(p_ptr + at, mask=inside, other=0.0)
+        m_raw = tl.load(m_ptr + at, mask=inside, other=0)
+        v_raw = tl.load(v_ptr + at, mask=inside, other=0)
         if STATE == _8BIT:
-            if ARITHMETIC:
-                m = _decode(m_raw & 127, 6)
-                m = tl.where(m_raw > 127, -m, m)
-                v = _decode(v_raw, 7)
-            else:
-                m = tl.load(values_ptr + m_raw.to(tl.int32))
-                v = tl.load(values_ptr + 256 + v_raw.to(tl.int32))
-            m *= tl.load(m_scale_ptr + block, mask=some, other=0.0)
-            v *= tl.load(v_scale_ptr + block, mask=some, other=0.0)
+            # One gather for both: the table is put into shared memory once per tile. Look-ups through a pointer would
+            # move every code to another thread and back.
+            which = tl.join(m_raw.to(tl.int8, bitcast=True).to(tl.int32) + 128, v_raw.to(tl.int32) + 256)
+            read = tl.gather(values, tl.reshape(which, [BLOCKS * BLOCK * 2]), 0)
+            m, v = tl.split(tl.reshape(read, [BLOCKS, BLOCK, 2]))
+            m *= beta1 * tl.load(m_scale_ptr + block, mask=some, other=0.0)
+            v *= beta2 * tl.load(v_scale_ptr + block, mask=some, other=0.0)
         else:
-            m, v = m_raw.to(tl.float32), v_raw.to(tl.float32)
+            m, v = beta1 * m_raw.to(tl.float32), beta2 * v_raw.to(tl.float32)
         wide = g.to(tl.float32)
-        m = beta1 * m + new1 * wide
-        v = beta2 * v + new2 * wide * wide
-        updated = p.to(tl.float32) * decay - rate * m / (tl.sqrt(v) * root2 + eps)
+        m += new1 * wide
+        v += new2 * wide * wide
+        below = tl.sqrt(v) * root2 + eps
+        # 1 / x as 1 / √x²: one instruction and its product instead of a division's seven.
+        updated = p.to(tl.float32) * decay - m * tl.rsqrt(below * below)
 
-        bits = _mix(seed + at.to(tl.uint32))
+        bits = bits * 0x2C9277B5 + 0xAC564B05
         if STATE == _8BIT:
-            m_scale = tl.max(tl.abs(m), axis=1, keep_dims=True)
-            v_scale = tl.max(v, axis=1, keep_dims=True)
+            m_scale, v_scale = _largest(tl.abs(m)), _largest(v)
             tl.store(m_scale_ptr + block, m_scale, mask=some)
             tl.store(v_scale_ptr + block, v_scale, mask=some)
-            # A little more than 1 / scale, so that the largest value has the largest code whatever the rounding.
-            code = _whole(_encode(tl.abs(m) * (1.000001 / tl.maximum(m_scale, 1e-37)), 6))
-            code |= (m.to(tl.int32, bitcast=True) >> 24) & 128
-            tl.store(m_ptr + at, code.to(tl.uint8), mask=inside)
-            code = _whole(tl.maximum(_encode(v * (1.000001 / tl.maximum(v_scale, 1e-37)), 7), 0.75))
-            tl.store(v_ptr + at, tl.where(v > 0, code, 0).to(tl.uint8), mask=inside)
+            cells = _encode(tl.abs(m) * _inverse(m_scale), 6)
+            sign = m.to(tl.uint32, bitcast=True) & 0x80000000
+            cells = (cells.to(tl.uint32, bitcast=True) | sign).to(tl.float32, bitcast=True)
+            tl.store(m_ptr + at, _whole(cells), mask=inside)
+            cells = _encode(v * _inverse(v_scale), 7)
+            # What is not 0 has no code below 1.
+            tl.store(v_ptr + at, _whole(tl.maximum(cells, tl.minimum(v * 1e38, 0.75))), mask=inside)
         elif STATE == _BF16:
             more = _mix(bits)
             tl.store(m_ptr + at, _to_bf16(m, more), mask=inside)
-            tl.store(v_ptr + at, _to_bf16(v, more >> 16), mask=inside)
+            tl.store(v_ptr + at, _to_bf16(v, more << 16), mask=inside)
         else:
             tl.store(m_ptr + at, m, mask=inside)
             tl.store(v_ptr + at, v, mask=inside)
         if STOCHASTIC:
-            tl.store(p_ptr + at, _to_bf16(updated, bits >> 16), mask=inside)
+            tl.store(p_ptr + at, _to_bf16(updated, bits), mask=inside)
         else:
             tl.store(p_ptr + at, updated.to(P), mask=inside)
-        if AHEAD:
-            g, p, m_raw, v_raw = next_g, next_p, next_m, next_v
+
+
+@dataclass(frozen=True)
+class _Fixed:
+    """What stays the same of one tensor from step to step: its first state, where all of it lies, and how."""
+
+    m: torch.Tensor
+    addresses: tuple[int, ...]
+    states: States
+    aligned: bool
 
 
 @dataclass(frozen=True)
@@ -230,7 +245,19 @@ class AdamW(torch.optim.Optimizer):
         self._wide = {id(p) for p in wide}
         self._seed = seed
         self._chunks: dict[tuple[Any, ...], tuple[torch.Tensor, torch.Tensor]] = {}
+        self._fixed: dict[int, _Fixed] = {}
+        self._factor: torch.Tensor | None = None
         super().__init__(params, defaults)
+
+    def scale_gradients(self, factor: torch.Tensor) -> None:
+        """Multiply gradients by ``factor`` in the next step, as clipping does; NaN leaves that step out.
+
+        Clipped by themselves, gradients are read and written once more, and rounded.
+
+        Args:
+            factor: a scalar in fp32 on the parameters' device; nobody waits for it.
+        """
+        self._factor = factor
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
@@ -245,18 +272,25 @@ class AdamW(torch.optim.Optimizer):
                 loss = closure()
         place = 0  # of a tensor among all, which its random bits depend on
         for group in self.param_groups:
-            kinds: dict[_Kind, list[tuple[int, torch.Tensor, torch.Tensor]]] = {}
+            kinds: dict[_Kind, list[tuple[int, _Fixed, torch.Tensor]]] = {}
             for p in group["params"]:
                 place += 1
                 if p.grad is not None and p.numel():
-                    kind, gradient = self._prepared(p, group)
-                    kinds.setdefault(kind, []).append((place, p, gradient))
+                    kind, fixed, gradient = self._prepared(p, group)
+                    kinds.setdefault(kind, []).append((place, fixed, gradient))
             for kind, members in kinds.items():
                 self._launch(kind, members, group)
+        self._factor = None
         return loss
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over a state exactly: the base class would cast 8-bit codes and scales to the parameters' format."""
+        """Take over a state exactly: the base class would cast 8-bit codes and scales to the parameters' format.
+
+        Raises:
+            ValueError: 8-bit states of a version of this optimiser whose codes meant other values.
+        """
+        if any(getattr(s.get("exp_avg"), "dtype", None) == torch.uint8 for s in state_dict["state"].values()):
+            raise ValueError("these 8-bit states are of an earlier version of AdamW, whose codes meant other values")
         super().load_state_dict(state_dict)
         saved = [i for group in state_dict["param_groups"] for i in group["params"]]
         own = [p for group in self.param_groups for p in group["params"]]
@@ -267,59 +301,68 @@ class AdamW(torch.optim.Optimizer):
                     for name, value in state_dict["state"][i].items()
                 }
 
-    def _prepared(self, p: torch.Tensor, group: dict[str, Any]) -> tuple[_Kind, torch.Tensor]:
-        """The kind of a tensor and its gradient as the kernel takes it; its state is made and counted on."""
+    def _prepared(self, p: torch.Tensor, group: dict[str, Any]) -> tuple[_Kind, _Fixed, torch.Tensor]:
+        """The kind of a tensor, its places, and its gradient as the kernel takes it; its state is counted on."""
         gradient = p.grad
         assert gradient is not None
+        if gradient.is_sparse:
+            raise ValueError("a parameter's gradient is sparse; it can't be updated")
+        state, fixed = self.state[p], self._fixed.get(id(p))
+        if fixed is None or fixed.m is not state.get("exp_avg") or fixed.addresses[0] != p.data_ptr():
+            fixed = self._fixed[id(p)] = self._found(p, state, group)
+        state["step"] += 1
+        gradient = gradient.contiguous()
+        aligned = fixed.aligned and gradient.data_ptr() % 16 == 0
+        return _Kind(p.dtype, gradient.dtype, fixed.states, int(state["step"]), aligned), fixed, gradient
+
+    def _found(self, p: torch.Tensor, state: dict[str, Any], group: dict[str, Any]) -> _Fixed:
+        """What the kernel needs of a tensor and its state, which is made if there is none."""
         if why := unavailable(p.device):
             raise ValueError(f"a parameter can't be updated: {why}")
-        if p.dtype not in _TYPES or not p.is_contiguous() or gradient.is_sparse:
+        if p.dtype not in _TYPES or not p.is_contiguous():
             raise ValueError(f"a parameter is {p.dtype}, {p.layout}, with strides {p.stride()}; it can't be updated")
-        state = self.state[p]
         if not state:
             states = group["states"]
             if states == "8bit" and (p.numel() < SMALLEST or id(p) in self._wide):
                 states = "fp32"
             state.update(_zeros(p, states))
-        state["step"] += 1
-        m = state["exp_avg"]
-        stored: States = "8bit" if m.dtype == torch.uint8 else "bf16" if m.dtype == torch.bfloat16 else "fp32"
-        gradient = gradient.contiguous()
-        touched = (p, gradient, *(t for t in state.values() if isinstance(t, torch.Tensor)))
-        aligned = p.numel() % 16 == 0 and all(t.data_ptr() % 16 == 0 for t in touched)
-        return _Kind(p.dtype, gradient.dtype, stored, int(state["step"]), aligned), gradient
+        m, v = state["exp_avg"], state["exp_avg_sq"]
+        stored: States = "8bit" if m.dtype == torch.int8 else "bf16" if m.dtype == torch.bfloat16 else "fp32"
+        scales = (state["exp_avg_scale"], state["exp_avg_sq_scale"]) if stored == "8bit" else (m, v)
+        addresses = tuple(t.data_ptr() for t in (p, m, v, *scales))
+        aligned = p.numel() % 16 == 0 and all(address % 16 == 0 for address in addresses)
+        return _Fixed(m, addresses, stored, aligned)
 
-    def _launch(
-        self, kind: _Kind, members: list[tuple[int, torch.Tensor, torch.Tensor]], group: dict[str, Any]
-    ) -> None:
+    def _launch(self, kind: _Kind, members: list[tuple[int, _Fixed, torch.Tensor]], group: dict[str, Any]) -> None:
         rows = []
-        for _, p, gradient in members:
-            state = self.state[p]
-            m, v = state["exp_avg"], state["exp_avg_sq"]
-            scales = (state["exp_avg_scale"], state["exp_avg_sq_scale"]) if kind.states == "8bit" else (m, v)
-            rows.append([t.data_ptr() for t in (p, gradient, m, v, *scales)] + [p.numel()])
-        device = members[0][1].device
+        for _, fixed, gradient in members:
+            first, *states = fixed.addresses
+            rows.append((first, gradient.data_ptr(), *states, gradient.numel()))
+        device, (blocks, warps) = members[0][2].device, _TILE[kind.states]
         table = torch.tensor(rows, dtype=torch.int64)
         if device.type == "cuda":
             table = table.pin_memory().to(device, non_blocking=True)
-        tensor, chunk = self._chunked(tuple(row[-1] for row in rows), device)
+        tensor, chunk = self._chunked(tuple(row[-1] for row in rows), blocks, device)
         (beta1, beta2), lr, t = group["betas"], float(group["lr"]), kind.step
-        with on(members[0][1]):
+        rate = max(lr / (1 - beta1**t), 1e-30)  # it divides the denominator, where it costs no instruction
+        limited = kind.states == "8bit" and not INTERPRETED and torch.version.hip is None
+        factor = _one(device) if self._factor is None else self._factor
+        with on(members[0][2]):
             _kernel[(tensor.numel(),)](
-                table, tensor, chunk, _both_values(device), lr, beta1, beta2, 1 - beta1, 1 - beta2, group["eps"],
-                1 - lr * group["weight_decay"], lr / (1 - beta1**t), (1 - beta2**t) ** -0.5,
+                table, tensor, chunk, _both_values(device), factor, beta1, beta2, 1 - beta1, 1 - beta2,
+                max(group["eps"], 1e-18) / rate, 1 - lr * group["weight_decay"], (1 - beta2**t) ** -0.5 / rate,
                 _key(self._seed, t, members[0][0]),
                 P=_TYPES[kind.p], G=_TYPES[kind.g], STATE=STATES.index(kind.states),
                 STOCHASTIC=group["stochastic"] and kind.p == torch.bfloat16, ALIGNED=kind.aligned,
-                ARITHMETIC=_ARITHMETIC, AHEAD=_AHEAD and kind.states == "8bit",
-                COLUMNS=_COLUMNS, TILES=_TILES, BLOCKS=_TILE_BLOCKS, BLOCK=BLOCK, num_warps=_WARPS,
+                COLUMNS=_COLUMNS, TILES=_TILES, BLOCKS=blocks, BLOCK=BLOCK, num_warps=warps,
+                **({"maxnreg": _REGISTERS} if limited else {}),
             )  # fmt: skip
 
-    def _chunked(self, sizes: tuple[int, ...], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    def _chunked(self, sizes: tuple[int, ...], blocks: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
         """For each program of a launch: its tensor, and which chunk of it."""
-        key = (device, sizes)
+        key = (device, sizes, blocks)
         if key not in self._chunks:
-            counts = torch.tensor([-(-n // (_TILES * _TILE_BLOCKS * BLOCK)) for n in sizes])
+            counts = torch.tensor([-(-n // (_TILES * blocks * BLOCK)) for n in sizes])
             tensor = torch.repeat_interleave(torch.arange(len(sizes)), counts)
             first = torch.repeat_interleave(counts.cumsum(0) - counts, counts)
             chunk = torch.arange(tensor.numel()) - first
@@ -329,13 +372,19 @@ class AdamW(torch.optim.Optimizer):
 
 def _zeros(p: torch.Tensor, states: States) -> dict[str, Any]:
     """The state before the first step; code 0 is the value 0."""
-    dtype = {"8bit": torch.uint8, "bf16": torch.bfloat16, "fp32": torch.float32}[states]
+    wide = torch.bfloat16 if states == "bf16" else torch.float32
     state: dict[str, Any] = {"step": 0}
-    for name in ("exp_avg", "exp_avg_sq"):
+    for name, code in (("exp_avg", torch.int8), ("exp_avg_sq", torch.uint8)):
+        dtype = code if states == "8bit" else wide
         state[name] = torch.zeros(p.shape, dtype=dtype, device=p.device)
         if states == "8bit":
             state[f"{name}_scale"] = torch.zeros(-(-p.numel() // BLOCK), dtype=torch.float32, device=p.device)
     return state
+
+
+@functools.cache
+def _one(device: torch.device) -> torch.Tensor:
+    return torch.ones((), dtype=torch.float32, device=device)
 
 
 def _key(seed: int, step: int, place: int) -> int:
@@ -347,25 +396,29 @@ def _key(seed: int, step: int, place: int) -> int:
 
 @functools.cache
 def _both_values(device: torch.device) -> torch.Tensor:
-    return torch.cat((values(signed=True), values(signed=False))).to(device)
+    """Those of m in the order of its codes as signed numbers, from −128 on; then those of v."""
+    return torch.cat((values(signed=True).roll(128), values(signed=False))).to(device)
 
 
 def values(signed: bool) -> torch.Tensor:
-    """What the codes of a state stand for, in units of its block's largest value: 256 of m (signed) or of v."""
+    """What the codes of a state stand for, in units of its block's largest value: 256 of m (signed) or of v.
+
+    Those of m are 8-bit numbers in two's complement, −127 … 127; −128 is not used.
+    """
     top = 6 if signed else 7
     middle = torch.arange(2 ** (top + 1), dtype=torch.float64) + 0.5
     lines = [(middle - (2.0**j * 8 / 9 - 1)) * (0.9 / (2.0**j * 10.0 ** (top - j))) for j in range(1, top + 1)]
     table = torch.stack(lines).amax(0).clamp(0, 1).float()
-    return torch.cat((table, -table)) if signed else table
+    return torch.cat((table, -torch.ones(1), -table[1:].flip(0))) if signed else table
 
 
 def dequantised(state: dict[str, Any], name: str) -> torch.Tensor:
     """A state of :class:`AdamW` (``exp_avg`` or ``exp_avg_sq``) as fp32, however it is stored."""
     stored: torch.Tensor = state[name]
-    if stored.dtype != torch.uint8:
+    if stored.is_floating_point():
         return stored.float()
     table = values(signed=name == "exp_avg").to(stored.device)
-    flat = table[stored.reshape(-1).long()]
+    flat = table[stored.view(torch.uint8).reshape(-1).long()]
     return (flat * state[f"{name}_scale"].repeat_interleave(BLOCK)[: flat.numel()]).view(stored.shape)
 
 

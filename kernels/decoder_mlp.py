@@ -1,7 +1,8 @@
 """The second half of a decoder layer, y = s + down(f(gate(n))·up(n)) with n = norm(s): forward and backward by hand.
 
 Gate, up and what is made of them are the widest tensors of a layer, three to four times the model's width. Where they
-are not kept they need not exist for all rows at once either: rows go through in pieces, forward and backward.
+are not kept they need not exist for all rows at once either: rows go through in pieces, forward and backward. In
+backward that is for frozen weights: those of a trained one's gradient would be rounded with every piece.
 """
 
 from __future__ import annotations
@@ -31,28 +32,31 @@ Pairs = list[tuple[torch.Tensor | None, torch.Tensor | None]]
 
 @dataclass(frozen=True)
 class Norm:
-    """A frozen RMSNorm."""
+    """An RMSNorm. ``trained``: its weight is."""
 
     weight: torch.Tensor
     eps: float
     form: rms_norm.Form
+    trained: bool = False
 
 
-def normed(rows: torch.Tensor, norm: Norm) -> tuple[torch.Tensor, torch.Tensor]:
-    """The normed rows, and 1 / root mean square of each."""
-    y, _, rstd = rms_norm.forward(rows, norm.weight, norm.eps, norm.form)
+def normed(rows: torch.Tensor, norm: Norm, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """The normed rows in ``dtype``, and 1 / root mean square of each."""
+    y, _, rstd = rms_norm.forward(rows, norm.weight, norm.eps, norm.form, dtype=dtype)
     return y, rstd
 
 
 @dataclass(frozen=True)
 class MLP:
-    """What is frozen of it, but for the projections.
+    """What it is, but for the projections.
 
-    ``fuses``: the narrow products of LoRA are made by ``lora_glu`` where ranks allow it; see :mod:`.faster`.
+    ``dtype``: of its products; s may be wider. ``fuses``: the narrow products of LoRA are made by ``lora_glu`` where
+    ranks allow it; see :mod:`.faster`.
     """
 
     norm: Norm
     activation: glu.Activation
+    dtype: torch.dtype
     fuses: bool = True
 
 
@@ -72,10 +76,10 @@ def forward(s: torch.Tensor, y: torch.Tensor, mlp: MLP, pair: Group, down: Group
         pair: gate and up; down: the down projection alone.
         keep: gate and up wait for the backward pass.
     """
-    weights = dense([part.weight for part in (*pair.parts, *down.parts)], s.dtype)
+    weights = dense([part.weight for part in (*pair.parts, *down.parts)], mlp.dtype)
     kept = []
     for mine, out in zip(*_pieces(keep, s, y), strict=True):
-        n, _ = normed(mine, mlp.norm)
+        n, _ = normed(mine, mlp.norm, mlp.dtype)
         na = shrink(n, pair)
         gate, up = _gate_up(n, na, pair, down, mlp, weights)
         del n
@@ -91,31 +95,34 @@ def forward(s: torch.Tensor, y: torch.Tensor, mlp: MLP, pair: Group, down: Group
 
 def backward(
     dy: torch.Tensor, s: torch.Tensor, kept: Kept, mlp: MLP, pair: Group, down: Group
-) -> tuple[torch.Tensor, Pairs]:
-    """The gradient of s, and those of A and B of gate, up and down. Writes over what was kept."""
-    weights = dense([part.weight for part in (*pair.parts, *down.parts)], s.dtype)
+) -> tuple[torch.Tensor, Pairs, torch.Tensor | None]:
+    """The gradient of s, the pairs of gate, up and down, and that of the norm's weight. Writes over what was kept."""
+    weights = dense([part.weight for part in (*pair.parts, *down.parts)], mlp.dtype)
     ds: list[torch.Tensor] = []
     total: Pairs | None = None
+    dnorm: torch.Tensor | None = None
     nas, has = (t if t is not None else s[:, :0] for t in (kept.na, kept.ha))
-    for d, mine, na, ha in zip(*_pieces(kept.gate_up is not None, dy, s, nas, has), strict=True):
+    at_once = kept.gate_up is not None or mlp.norm.trained or any(part.trained for part in (*pair.parts, *down.parts))
+    for d, mine, na, ha in zip(*_pieces(at_once, dy, s, nas, has), strict=True):
         piece = Kept(na if kept.na is not None else None, ha if kept.ha is not None else None, kept.gate_up)
         kept.gate_up = None
-        made, pairs = _piece_backward(d, mine, piece, mlp, pair, down, weights)
+        made, pairs, dnorm = _piece_backward(d, mine, piece, mlp, pair, down, weights)
         ds.append(made)
         total = pairs if total is None else [_summed(a, b) for a, b in zip(total, pairs, strict=True)]
     assert total is not None
-    return ds[0] if len(ds) == 1 else torch.cat(ds), total
+    return ds[0] if len(ds) == 1 else torch.cat(ds), total, dnorm
 
 
 def _piece_backward(
     dy: torch.Tensor, s: torch.Tensor, kept: Kept, mlp: MLP, pair: Group, down: Group, weights: Sequence[torch.Tensor],
-) -> tuple[torch.Tensor, Pairs]:  # fmt: skip
-    n, rstd = normed(s, mlp.norm)
+) -> tuple[torch.Tensor, Pairs, torch.Tensor | None]:  # fmt: skip
+    n, rstd = normed(s, mlp.norm, mlp.dtype)
     gate, up = kept.gate_up or _gate_up(n, kept.na, pair, down, mlp, weights)
     kept.gate_up = None
 
-    dha, down_bs = expand_gradients([dy], kept.ha, down)
-    dh = input_gradient([dy], dha, down, weights[2:])
+    d = dy.to(mlp.dtype)
+    dha, down_bs = expand_gradients([d], kept.ha, down)
+    dh = input_gradient([d], dha, down, weights[2:])
     dna: torch.Tensor | None
     bs: list[torch.Tensor | None]
     fused = _fused(kept.na, pair, down, mlp)
@@ -125,20 +132,20 @@ def _piece_backward(
         dna, bs, down_as = inner_gradients([gate, up], pair), [made.db_gate, made.db_up], [made.da_down]
     else:
         glu.backward(dh, gate, up, mlp.activation, dgate=gate, dup=up, h=dh)
-        down_as = shrink_gradients(dha, dh, down)  # dh has become h
+        down_as = shrink_gradients(dha, dh, down, [d])  # dh has become h
         del dh
         dna, bs = expand_gradients([gate, up], kept.na, pair)
-    as_ = shrink_gradients(dna, n, pair)
+    as_ = shrink_gradients(dna, n, pair, [gate, up])
     dn = input_gradient([gate, up], dna, pair, weights[:2], out=n)
     del gate, up
-    ds, _ = rms_norm.backward(dn, dy, s, mlp.norm.weight, rstd, mlp.norm.form, weight_grad=False)
-    return ds, [*zip(as_, bs, strict=True), *zip(down_as, down_bs, strict=True)]
+    ds, dnorm = rms_norm.backward(dn, dy, s, mlp.norm.weight, rstd, mlp.norm.form, weight_grad=mlp.norm.trained)
+    return ds, [*zip(as_, bs, strict=True), *zip(down_as, down_bs, strict=True)], dnorm
 
 
-def _pieces(keep: bool, *tensors: torch.Tensor) -> list[tuple[torch.Tensor, ...]]:
-    """All cut at the same rows; whole if gate and up are there for all rows anyway."""
+def _pieces(at_once: bool, *tensors: torch.Tensor) -> list[tuple[torch.Tensor, ...]]:
+    """All cut at the same rows."""
     rows = tensors[0].shape[0]
-    size = rows if keep else PIECE
+    size = rows if at_once else PIECE
     return [tensor.split(max(size, 1)) for tensor in tensors]
 
 
@@ -150,6 +157,7 @@ def _fused(na: torch.Tensor | None, pair: Group, down: Group, mlp: MLP) -> tuple
         or na is None
         or not 0 < gate.rank == up.rank <= lora_glu.MAX_RANK
         or down.parts[0].rank not in (0, gate.rank)
+        or down.parts[0].trained
     ):
         return None
     return na.split(pair.ranks, dim=1), pair.b, (gate.scaling, up.scaling)

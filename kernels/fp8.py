@@ -38,9 +38,10 @@ E4M3 = torch.float8_e4m3fn
 LARGEST = 448.0
 _SIDE = 16  # the matrix units take multiples of this
 _TILE = 128  # of the transposition, both ways
-#: Rows wider than this are quantised piece by piece, in two passes, instead of being held whole.
-_WHOLE = MAX_COLUMNS
-_PIECE, _PIECE_WARPS = 4096, 8
+#: Rows wider than this are quantised piece by piece, in two passes, instead of being held whole: a row of 28,672 values
+#: fills a processor's registers by itself, and it then computes and waits for memory in turns.
+_WHOLE = 16384
+_PIECE, _PIECE_WARPS = 8192, 16
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,7 @@ def _quantise_kernel(
     if POWER:  # the next power of two: an exponent more, unless there is no mantissa
         scale = ((scale.to(tl.int32, bitcast=True) + 0x7FFFFF) & 0x7F800000).to(tl.float32, bitcast=True)
     tl.store(scale_ptr + row, scale, mask=row < n_rows)
-    x = tl.minimum(tl.maximum(x * (1.0 / scale)[:, None], -448.0), 448.0)
+    x *= (1.0 / scale)[:, None]  # 448 but for its last bits, which the format does not have
     tl.store(q_ptr + row[:, None] * n_columns + column[None, :], x.to(q_ptr.dtype.element_ty), mask=inside)
 
 
@@ -115,8 +116,7 @@ def _quantise_pieces_kernel(
         x = tl.load(x_ptr + row * x_stride + start + column, mask=inside, other=0.0).to(tl.float32)
         if FOLD:
             x *= tl.load(fold_ptr + start + column, mask=inside, other=0.0).to(tl.float32)
-        x = tl.minimum(tl.maximum(x * factor, -448.0), 448.0)
-        tl.store(q_ptr + row * n_columns + start + column, x.to(q_ptr.dtype.element_ty), mask=inside)
+        tl.store(q_ptr + row * n_columns + start + column, (x * factor).to(q_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -177,7 +177,7 @@ def quantise(x: torch.Tensor, fold: torch.Tensor | None = None, *, power: bool =
             _quantise_kernel[(triton.cdiv(rows, tile_rows),)](
                 x, scale if fold is None else fold, data, scale, rows, columns, x.stride(0),
                 FOLD=fold is not None, POWER=power, ROWS=tile_rows, BLOCK=block,
-                num_warps=4 if block <= 4096 else 8 if block <= 16384 else 32,
+                num_warps=4 if block <= 4096 else 8,
             )  # fmt: skip
     return Quantised(data.to(E4M3).view(torch.uint8), scale)
 

@@ -1,13 +1,14 @@
 """Decoder layers of a loaded model, known by their parts: what makes one fit :mod:`.decoder_layer`, and its forward.
 
-A layer is taken over if it is norm, attention with rotary embedding, norm and gated MLP around two residual sums, with
-everything in it frozen but its adapters. That it computes just this is found by running it: our function, the layer's
+A layer is taken over if it is norm, attention with rotary embedding, norm and gated MLP around two residual sums,
+whatever of it is trained. That it computes just this is found by running it: our function, the layer's
 own forward and a float64 composition are held against each other before the first layer of a kind is replaced.
 """
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -82,7 +83,7 @@ def kind(module: Any) -> tuple[Any, ...]:
     norms = _norm_modules(module)
     settings = (
         attention.head_dim, getattr(attention, "scaling", None), getattr(attention, "attention_dropout", 0.0),
-        *((type(m), m.weight.shape, m.weight.dtype, *recognise.settings(m)) for m in norms),
+        *((type(m), m.weight.shape, m.weight.dtype, m.weight.requires_grad, *recognise.settings(m)) for m in norms),
         recognise.settings(module), recognise.settings(attention),
     )  # fmt: skip
     linears = (*(getattr(attention, name) for name in _ATTENTION), *mlp.children())
@@ -125,11 +126,14 @@ def found(module: Any, dtype: torch.dtype, policy: Policy, *, parks: bool = Fals
 
 
 def build(module: Any, what: Found, x: torch.Tensor) -> tuple[Layer, list[torch.Tensor]] | str:
-    """The layer as it stands now for an input like ``x``, and its adapters; or why it has to run by itself."""
+    """The layer as it stands now for an input like ``x``, and what of it is trained; or why it has to run by itself.
+
+    The second as :func:`.decoder_layer.decoder_layer` takes it.
+    """
     attention, mlp = module.self_attn, module.mlp
     autocast = torch.is_autocast_enabled(x.device.type)
     dtype = torch.get_autocast_dtype(x.device.type) if autocast else x.dtype
-    if x.dtype != dtype:
+    if x.dtype != stream(module, dtype):
         return f"its input is {x.dtype} and computes in {dtype}"
     modules = [getattr(attention, name) for name in _ATTENTION]
     modules += [getattr(mlp, name) for name in (what.mlp.gate, what.mlp.up, what.mlp.down)]
@@ -138,25 +142,30 @@ def build(module: Any, what: Found, x: torch.Tensor) -> tuple[Layer, list[torch.
         return "something listens to its parts"
     if module.training and getattr(attention, "attention_dropout", 0.0):
         return "its attention has dropout"
-    if any(norm.weight.requires_grad for norm in norms):
-        return "its norms are trained"
-    projections, small = [], []
+    projections, trained = [], [norm.weight for norm in norms if norm.weight.requires_grad]
     for linear in modules:
         read = _projection(linear, x, dtype)
         if isinstance(read, str):
             return read
         projections.append(read[0])
-        small += read[1]
-    if not small:
-        return "it has no adapters"
-    made = [Norm(norm.weight, known.eps, known.form) for norm, known in zip(norms, what.norms, strict=True)]
+        trained += read[1]
+    made = [
+        Norm(norm.weight, known.eps, known.form, norm.weight.requires_grad)
+        for norm, known in zip(norms, what.norms, strict=True)
+    ]
     layer = Layer(
         made[0], made[1], tuple(projections), int(attention.head_dim), float(attention.scaling), what.mlp.activation,
-        what.layout, q_norm=made[2] if what.inner_norms else None, k_norm=made[3] if what.inner_norms else None,
+        what.layout, dtype, q_norm=made[2] if what.inner_norms else None, k_norm=made[3] if what.inner_norms else None,
         policy=what.policy, parks=what.parks and x.is_cuda,
         fuses=_unit_pays(projections[4:6], dtype, x.device, what.mlp.activation),
     )  # fmt: skip
-    return layer, small
+    return layer, trained
+
+
+def stream(module: Any, dtype: torch.dtype) -> torch.dtype:
+    """The dtype of the hidden states between layers that compute in ``dtype``: fp32 if their weights are."""
+    weight = getattr(module.self_attn.q_proj, "weight", None)
+    return torch.float32 if isinstance(weight, torch.Tensor) and weight.dtype == torch.float32 else dtype
 
 
 def _unit_pays(gate_up: list[Projection], dtype: torch.dtype, device: torch.device, activation: glu.Activation) -> bool:
@@ -226,14 +235,15 @@ def own_forward(self: Any, what: Found, args: tuple[Any, ...], kwargs: dict[str,
 
 
 def reference(
-    x: torch.Tensor, tables: tuple[torch.Tensor, torch.Tensor], layer: Layer, small: list[torch.Tensor]
+    x: torch.Tensor, tables: tuple[torch.Tensor, torch.Tensor], layer: Layer, trained: Sequence[torch.Tensor]
 ) -> torch.Tensor:
-    """The layer in plain PyTorch, without a mask; float64 in gives float64 arithmetic."""
+    """The layer in plain PyTorch, without a mask; float64 in gives float64 arithmetic. ``trained`` as in ours."""
     from .glu import glu_reference
     from .rms_norm import rms_norm_reference
     from .rope import rope_reference
 
-    left = list(small)
+    layer = layer.filled(trained)
+    left = list(trained)[sum(norm.trained for norm in layer.norms) :]
 
     def linear(x: torch.Tensor, part: Projection) -> torch.Tensor:
         from . import fp8, nf4
@@ -245,8 +255,9 @@ def reference(
             weight = fp8.dequantise(weight)
         bias = part.bias.to(x.dtype) if part.bias is not None else None
         y = nn.functional.linear(x, weight.to(x.dtype), bias)
+        mine = [left.pop(0).to(x.dtype) for _ in range(part.tensors)]
         if part.rank:
-            a, b = left.pop(0).to(x.dtype), left.pop(0).to(x.dtype)
+            a, b = mine
             y = y + nn.functional.linear(nn.functional.linear(x, a), b) * part.scaling
         return y
 
@@ -281,8 +292,11 @@ def _projection(module: Any, x: torch.Tensor, dtype: torch.dtype) -> tuple[Proje
             return f"its weights are {part.weight.dtype} and compute in {dtype}"
         return Projection(part.weight, part.bias, part.a.shape[0], part.scaling), [part.a, part.b]
     weight, bias = getattr(module, "weight", None), getattr(module, "bias", None)
-    if weight is None or weight.requires_grad or (bias is not None and bias.requires_grad):
-        return "a projection is trained, or is no linear layer"
+    if weight is None:
+        return "a projection is no linear layer"
+    trained = weight.requires_grad
+    if bias is not None and bias.requires_grad is not trained:
+        return "a projection's weight and bias are not trained alike"
     if getattr(weight, "quant_state", None) is not None:
         state = nf4_state(weight)
         if isinstance(state, str):
@@ -291,15 +305,19 @@ def _projection(module: Any, x: torch.Tensor, dtype: torch.dtype) -> tuple[Proje
     packed = fp8_state(module)
     if packed is not None:
         return Projection(packed, bias), []
-    if type(module).forward is not nn.Linear.forward or weight.dtype != dtype or weight.device != x.device:
+    if type(module).forward is not nn.Linear.forward or weight.dtype != x.dtype or weight.device != x.device:
         return f"a projection is {type(module).__name__} in {weight.dtype}"
-    return Projection(weight, bias), []
+    if bias is not None and bias.dtype != weight.dtype:
+        return f"a projection's bias is {bias.dtype}"
+    own = [weight] if bias is None else [weight, bias]
+    return Projection(weight, bias, trained=trained), own if trained else []
 
 
 def _signature(module: Any) -> tuple[Any, ...]:
     """What makes one projection like another."""
     if not adapters.looks_like_lora(module):
         weight = getattr(module, "weight", None)
-        return (type(module), getattr(weight, "shape", None), getattr(weight, "dtype", None))
+        known = [getattr(weight, name, None) for name in ("shape", "dtype", "requires_grad")]
+        return (type(module), *known, getattr(module, "bias", None) is None)
     ranks = tuple((name, tuple(layer.weight.shape), module.scaling[name]) for name, layer in module.lora_A.items())
     return (type(module), *_signature(module.base_layer), ranks, adapters.obstacle(module))

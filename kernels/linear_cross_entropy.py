@@ -9,14 +9,17 @@
 
 Only rows with a label are computed. They go through the head in chunks: cuBLAS makes the logits of a chunk, one kernel
 turns them into loss and gradient in place, cuBLAS makes the gradient of h (and of W if it is trained), and the buffer
-is used again. So forward does three products where recomputation would need four, and backward only scales.
+is used again. So forward does three products where recomputation would need four, and backward only scales, where the
+gradient of the loss is not 1. If W is trained and in bf16, the gradients of all logits wait for one product, as long as
+they take no more memory than sums over chunks in fp32 would.
 
 Sources: online normaliser, Milakov and Gimelshein, arXiv 1805.02867; z-loss, Chowdhery et al. (PaLM), arXiv
 2204.02311; soft cap, Gemma 2, arXiv 2408.00118; chunking with the gradient in forward, Hsu et al. (Liger), arXiv
 2410.10989. Chunks here are sized by rows, not by vocabulary / hidden size, so that W is streamed few times.
 
-The gradient of h is summed in fp32, scaled in fp32 and rounded once; that of W is summed over chunks in fp32. Backward
-multiplies both by the gradient of the loss, which rounds again unless it is a power of two.
+The gradient of h is summed in fp32, scaled in fp32 and rounded once; that of W is one product of fp32 sums, or summed
+over chunks in fp32. Backward multiplies both by the gradient of the loss in place, which rounds again unless it is a
+power of two; so it runs once per forward.
 """
 
 # mypy: allow-untyped-defs
@@ -30,10 +33,13 @@ import triton.language as tl
 from torch.autograd.function import once_differentiable
 
 from .launch import as_rows, next_power_of_2, on
+from .wide import add_mm_fp32, mm_fp32
 
 #: Rows of one chunk: enough for the head's product to run at full speed, 263 MB of bf16 logits at 128,256 words.
 CHUNK_ROWS = 1024
-_BLOCK, _WARPS = 8192, 16
+#: Of 28 ways to go through a row of 128,256 words on an H200 the fastest; it is read twice, from memory and from cache.
+_BLOCK, _WARPS = 16384, 32
+_LANE = 8  # values of a block that lie with one thread
 
 
 @triton.jit
@@ -45,9 +51,23 @@ def _tanh(x):
 
 
 @triton.jit
+def _logits(base, column, n_columns, scale, cap, CAPPED: tl.constexpr):
+    """Logits as they are stored, to the base 2 (times log2(e)), and the slope of the cap there."""
+    read = tl.load(base + column, mask=column < n_columns, other=0.0).to(tl.float32)
+    slope = 1.0
+    if CAPPED:
+        capped = _tanh(read * (scale / cap))
+        z = capped * (cap * 1.4426950408889634)
+        slope = 1.0 - capped * capped
+    else:
+        z = read * (scale * 1.4426950408889634)
+    return z, slope
+
+
+@triton.jit
 def _rows_kernel(
     logits_ptr, label_ptr, loss_ptr, right_ptr, stride, n_columns, scale, cap, z_weight,
-    CAPPED: tl.constexpr, GRADIENT: tl.constexpr, BLOCK: tl.constexpr,
+    CAPPED: tl.constexpr, GRADIENT: tl.constexpr, BLOCK: tl.constexpr, LANE: tl.constexpr,
 ):  # fmt: skip
     """Loss of one row, and its gradient written over its logits. A row labelled -1 has neither."""
     row = tl.program_id(0).to(tl.int64)
@@ -62,40 +82,35 @@ def _rows_kernel(
                 inside = start + column < n_columns
                 tl.store(base + start + column, tl.zeros([BLOCK], logits_ptr.dtype.element_ty), mask=inside)
     else:
-        top = tl.full([], float("-inf"), tl.float32)
-        total = tl.full([], 0.0, tl.float32)
+        # Each thread keeps the largest value and the sum of what it has seen; they meet once, behind the loop. Not
+        # −∞: the difference of two such is no number.
+        tops = tl.full([BLOCK // LANE], -1e30, tl.float32)
+        totals = tl.zeros([BLOCK // LANE], tl.float32)
         for start in range(0, n_columns, BLOCK):
-            inside = start + column < n_columns
-            z = tl.load(base + start + column, mask=inside, other=0.0).to(tl.float32) * scale
-            if CAPPED:
-                z = cap * _tanh(z / cap)
-            z = tl.where(inside, z, float("-inf"))
-            new_top = tl.maximum(top, tl.max(z, axis=0))
-            total = total * tl.exp(top - new_top) + tl.sum(tl.exp(z - new_top), axis=0)
-            top = new_top
-        lse = top + tl.log(total)
+            z, _ = _logits(base, start + column, n_columns, scale, cap, CAPPED)
+            z = tl.reshape(tl.where(start + column < n_columns, z, float("-inf")), [BLOCK // LANE, LANE])
+            new_tops = tl.maximum(tops, tl.max(z, axis=1))
+            totals = totals * tl.exp2(tops - new_tops) + tl.sum(tl.exp2(z - new_tops[:, None]), axis=1)
+            tops = new_tops
+        top = tl.max(tops, axis=0)
+        lse2 = top + tl.log2(tl.sum(totals * tl.exp2(tops - top), axis=0))
+        lse = lse2 * 0.6931471805599453
 
         known = (label >= 0) & (label < n_columns)
-        target = tl.load(base + label, mask=known, other=0.0).to(tl.float32) * scale
-        if CAPPED:
-            target = cap * _tanh(target / cap)
-        loss = lse - target + z_weight * lse * lse
+        target, _ = _logits(base, tl.where(known, label, n_columns), n_columns, scale, cap, CAPPED)
+        loss = lse - target * 0.6931471805599453 + z_weight * lse * lse
         # A label outside the vocabulary must not pass unseen, nor read foreign memory.
         tl.store(loss_ptr + row, tl.where(known, loss, float("nan")))
         tl.store(right_ptr + row, (known & (target >= top)).to(tl.int32))
 
         if GRADIENT:
-            factor = 1.0 + 2.0 * z_weight * lse
-            for start in range(0, n_columns, BLOCK):
+            factor = (1.0 + 2.0 * z_weight * lse) * scale
+            for step in range(0, n_columns, BLOCK):
+                start = (tl.cdiv(n_columns, BLOCK) - 1) * BLOCK - step  # what was read last is still in the cache
+                z, slope = _logits(base, start + column, n_columns, scale, cap, CAPPED)
+                dz = tl.exp2(z - lse2) * factor - tl.where(start + column == label, scale, 0.0)
                 inside = start + column < n_columns
-                z = tl.load(base + start + column, mask=inside, other=0.0).to(tl.float32) * scale
-                slope = tl.full([BLOCK], 1.0, tl.float32)
-                if CAPPED:
-                    t = _tanh(z / cap)
-                    z = cap * t
-                    slope = 1.0 - t * t
-                dz = tl.exp(z - lse) * factor - tl.where(start + column == label, 1.0, 0.0)
-                tl.store(base + start + column, (dz * slope * scale).to(logits_ptr.dtype.element_ty), mask=inside)
+                tl.store(base + start + column, (dz * slope).to(logits_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -107,6 +122,16 @@ def _place_kernel(source_ptr, row_ptr, scale_ptr, out_ptr, n_columns, out_stride
     inside = column < n_columns
     value = tl.load(source_ptr + i * n_columns + column, mask=inside, other=0.0) * tl.load(scale_ptr)
     tl.store(out_ptr + row * out_stride + column, value.to(out_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _scale_kernel(x_ptr, scale_ptr, n, BLOCK: tl.constexpr):
+    """x · scale in place, of which nothing is read or written where the scale is 1."""
+    scale = tl.load(scale_ptr).to(tl.float32)
+    if scale != 1.0:
+        at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+        value = tl.load(x_ptr + at, mask=at < n, other=0.0).to(tl.float32) * scale
+        tl.store(x_ptr + at, value.to(x_ptr.dtype.element_ty), mask=at < n)
 
 
 def shift_labels(labels: torch.Tensor, ignore_index: int = -100) -> torch.Tensor:
@@ -184,30 +209,39 @@ class _LinearCrossEntropy(torch.autograd.Function):
         right = torch.zeros(n, dtype=torch.int32, device=h.device)
         # One row more than there are: unused slots of a bound that was too large are written there.
         dh = torch.zeros(h.shape[0] + 1, features, dtype=h.dtype, device=h.device) if h_grad else None
-        dw = torch.zeros(words, features, dtype=torch.float32, device=h.device) if w_grad else None
+        whole = w_grad and h.dtype == weight.dtype == torch.bfloat16
+        wait = _rows_that_wait(n, features, chunk_rows) if whole else chunk_rows
+        whole = whole and n <= wait
+        dw = torch.zeros(words, features, dtype=torch.float32, device=h.device) if w_grad and not whole else None
         # Rows that start at multiples of 64 values let cuBLAS and the row kernel use wide loads and stores.
-        buffer = torch.empty(min(n, chunk_rows), -(-words // 64) * 64, dtype=h.dtype, device=h.device)[:, :words]
-        for start in range(0, n, chunk_rows):
-            index = rows[start : start + chunk_rows]
+        pitch = -(-words // 64) * 64
+        buffer = torch.empty(min(n, wait), pitch, dtype=h.dtype, device=h.device)[:, :words]
+        block = min(_BLOCK, max(_LANE, next_power_of_2(words)))
+        for first in range(0, n, max(1, wait)):
+            index = rows[first : first + wait]
             part = h.index_select(0, index.clamp_max(h.shape[0] - 1))
-            logits = buffer[: index.numel()]
-            torch.mm(part, w.t(), out=logits)
-            with on(h):
-                _rows_kernel[(index.numel(),)](
-                    logits, targets[start:], losses[start:], right[start:], logits.stride(0), words,
-                    float(logit_scale), float(softcap or 1.0), float(z_loss),
-                    CAPPED=softcap is not None, GRADIENT=h_grad or w_grad,
-                    BLOCK=min(_BLOCK, next_power_of_2(words)), num_warps=_WARPS,
-                )  # fmt: skip
-            if dh is not None:
-                _place(_mm_fp32(logits, w), index, factor, dh)
+            for start in range(0, index.numel(), chunk_rows):
+                logits, among = buffer[start : index.numel()][:chunk_rows], slice(first + start, None)
+                mine = part[start : start + chunk_rows]
+                torch.mm(mine, w.t(), out=logits)
+                with on(h):
+                    _rows_kernel[(mine.shape[0],)](
+                        logits, targets[among], losses[among], right[among], logits.stride(0), words,
+                        float(logit_scale), float(softcap or 1.0), float(z_loss),
+                        CAPPED=softcap is not None, GRADIENT=h_grad or w_grad,
+                        BLOCK=block, LANE=_LANE, num_warps=max(1, min(_WARPS, block // (32 * _LANE))),
+                    )  # fmt: skip
+                if dh is not None:
+                    _place(mm_fp32(logits, w), index[start : start + chunk_rows], factor, dh)
             if dw is not None:
-                _add_mm_fp32(dw, logits.t(), part)
-
+                add_mm_fp32(dw, buffer[: index.numel()].t(), part)
+        made = dw.mul_(factor).to(weight.dtype) if dw is not None else None
+        if whole:
+            # 1 / N goes into the small operand, whose rounding errors are many and small in each sum.
+            made = torch.mm(buffer[:n].t(), (part.float() * factor).to(h.dtype)) if n else torch.zeros_like(w)
+        del buffer
         ctx.shape = hidden.shape
-        ctx.save_for_backward(
-            dh[:-1] if dh is not None else None, dw.mul_(factor).to(weight.dtype) if dw is not None else None
-        )
+        ctx.gradients = dh[:-1] if dh is not None else None, made
         # More labels than the caller said would be left out silently.
         found = right.sum()
         ctx.mark_non_differentiable(found)
@@ -216,9 +250,25 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dloss: torch.Tensor, _right: Any = None) -> tuple[torch.Tensor | None, ...]:
-        dh, dw = ctx.saved_tensors
-        dh = (dh * dloss).view(ctx.shape) if dh is not None else None
-        return dh, dw * dloss if dw is not None else None, None, None, None
+        if ctx.gradients is None:
+            raise RuntimeError("the loss was asked for its gradient twice; what it kept is handed on")
+        (dh, dw), ctx.gradients = ctx.gradients, None
+        for gradient in (dh, dw):
+            if gradient is not None and gradient.numel():
+                with on(gradient):
+                    _scale_kernel[(triton.cdiv(gradient.numel(), 4096),)](
+                        gradient, dloss, gradient.numel(), BLOCK=4096, num_warps=8
+                    )
+        return dh.view(ctx.shape) if dh is not None else None, dw, None, None, None
+
+
+def _rows_that_wait(n: int, features: int, chunk_rows: int) -> int:
+    """Of how many rows the 16-bit gradients of the logits wait for the product that makes the weight's gradient.
+
+    All of them, where they take no more memory than sums over chunks would: 4 bytes for each of the weight's values,
+    besides one chunk and the rounded copy. One product then, rounded once. Else as many as take no more than that copy.
+    """
+    return n if n <= 2 * features + chunk_rows else max(chunk_rows, features)
 
 
 def labelled_rows(labels: torch.Tensor, labelled: int, ignore_index: int = -100) -> torch.Tensor:
@@ -262,21 +312,6 @@ def _place(source: torch.Tensor, rows: torch.Tensor, factor: torch.Tensor, out: 
         _place_kernel[(source.shape[0], triton.cdiv(columns, block))](
             source, rows, factor, out, columns, out.stride(0), BLOCK=block, num_warps=4
         )
-
-
-def _mm_fp32(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """a @ b with the fp32 sums left as they are."""
-    if a.is_cuda and a.dtype != torch.float32:
-        return torch.mm(a, b, out_dtype=torch.float32)
-    return torch.mm(a.float(), b.float())
-
-
-def _add_mm_fp32(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
-    """total += a @ b in fp32."""
-    if a.is_cuda and a.dtype != torch.float32:
-        torch.ops.aten.addmm.dtype_out(total, a, b, torch.float32, out=total)
-    else:
-        total.addmm_(a.float(), b.float())
 
 
 def linear_cross_entropy_reference(

@@ -24,7 +24,7 @@ import triton.language as tl
 
 from .launch import INTERPRETED, on
 
-_TILE_BYTES = 4096  # of packed weights per program: 8192 weights
+_TILE_BYTES = 1024  # of packed weights per program: 2048 weights, 90% of a copy on an H200 where 4096 bytes reach 88%
 _WARPS = 4
 
 
@@ -73,31 +73,35 @@ def nf4_state(weight: torch.Tensor) -> NF4 | str:
 
 @triton.jit
 def _kernel(
-    packed_ptr, absmax_ptr, code_ptr, absmax2_ptr, code2_ptr, offset_ptr, out_ptr,
-    n, n_bytes, n_blocks, columns, out_stride, blocksize2,
-    NESTED: tl.constexpr, STRIDED: tl.constexpr, BLOCKS: tl.constexpr, BYTES: tl.constexpr,
+    packed_ptr, absmax_ptr, code_ptr, absmax2_ptr, code2_ptr, offset_ptr, out_ptr, n_blocks, columns, out_stride,
+    NESTED: tl.constexpr, INNER: tl.constexpr, STRIDED: tl.constexpr, BLOCKS: tl.constexpr, WORDS: tl.constexpr,
 ):  # fmt: skip
-    block = tl.program_id(0).to(tl.int64) * BLOCKS + tl.arange(0, BLOCKS)
-    known = block < n_blocks
-    byte = block[:, None] * BYTES + tl.arange(0, BYTES)[None, :]
-    packed = tl.load(packed_ptr + byte, mask=byte < n_bytes, other=0).to(tl.int32)
+    first = tl.program_id(0).to(tl.int64) * BLOCKS
+    block = tl.arange(0, BLOCKS)
+    known = block < n_blocks - first
+    word = block[:, None] * WORDS + tl.arange(0, WORDS)[None, :]
+    packed = tl.load(packed_ptr + first * WORDS + word, mask=known[:, None], other=0)
     # One scale per block, decoded once; the weights are on their way meanwhile.
-    scale = tl.load(absmax_ptr + block, mask=known, other=0)
+    scale = tl.load(absmax_ptr + first + block, mask=known, other=0)
     if NESTED:
-        inner = tl.load(absmax2_ptr + block // blocksize2, mask=known, other=0.0)
+        inner = tl.load(absmax2_ptr + (first + block) // INNER, mask=known, other=0.0)
         scale = tl.load(code2_ptr + scale.to(tl.int32)) * inner + tl.load(offset_ptr)
     scale = scale.to(tl.float32)
 
-    first = tl.load(code_ptr + (packed >> 4)) * scale[:, None]
-    second = tl.load(code_ptr + (packed & 15)) * scale[:, None]
-    value = tl.interleave(first, second).to(out_ptr.dtype.element_ty)
-    within = tl.arange(0, 2 * BYTES)
-    element = block[:, None] * (2 * BYTES) + within[None, :]
-    place = element
+    # Byte by byte, the high half first. A gather from 16 values in shared memory takes one instruction where a look-up
+    # through a pointer takes four, and keeps every value with the thread that stores it.
+    shift = (tl.arange(0, 8) ^ 1) * 4
+    which = tl.reshape((packed[:, :, None] >> shift[None, None, :]) & 15, [BLOCKS * WORDS * 8])
+    value = tl.reshape(tl.gather(tl.load(code_ptr + tl.arange(0, 16)), which, 0), [BLOCKS, WORDS * 8]) * scale[:, None]
+    within = tl.arange(0, WORDS * 8)
     if STRIDED:  # a block lies within one row
-        row = (block * (2 * BYTES)) // columns
-        place = (row * out_stride + block * (2 * BYTES) - row * columns)[:, None] + within[None, :]
-    tl.store(out_ptr + place, value, mask=element < n)
+        begin = (first + block) * (WORDS * 8)
+        row = begin // columns
+        place = (row * out_stride + begin - row * columns)[:, None] + within[None, :]
+    else:
+        out_ptr += first * (WORDS * 8)
+        place = block[:, None] * (WORDS * 8) + within[None, :]
+    tl.store(out_ptr + place, value.to(out_ptr.dtype.element_ty), mask=known[:, None])
 
 
 def dequantise(state: NF4, out: torch.Tensor | None = None) -> torch.Tensor:
@@ -118,17 +122,31 @@ def dequantise(state: NF4, out: torch.Tensor | None = None) -> torch.Tensor:
     if strided and (out.dim() != 2 or out.stride(1) != 1 or state.shape[1] % state.blocksize):
         raise ValueError("out may be strided only by rows, and only if rows are whole blocks")
     n = math.prod(state.shape)
-    n_blocks = -(-n // state.blocksize)
+    if n % state.blocksize or state.blocksize % 8 or state.packed.data_ptr() % 4:
+        return out.copy_(_by_torch(state))  # the shapes of no linear layer
+    n_blocks = n // state.blocksize
     nested = state.nested or (state.absmax, state.code, 1, state.code)
     blocks = max(1, _TILE_BYTES * 2 // state.blocksize)
     with on(out):
         _kernel[(triton.cdiv(n_blocks, blocks),)](
-            state.packed, state.absmax, state.code, nested[0], nested[1], nested[3], out,
-            n, state.packed.numel(), n_blocks, out.shape[-1], out.stride(0), nested[2],
-            NESTED=state.nested is not None, STRIDED=strided, BLOCKS=blocks, BYTES=state.blocksize // 2,
+            state.packed.view(torch.int32), state.absmax, state.code, nested[0], nested[1], nested[3], out,
+            n_blocks, out.shape[-1], out.stride(0), NESTED=state.nested is not None, INNER=nested[2],
+            STRIDED=strided, BLOCKS=blocks, WORDS=state.blocksize // 8,
             num_warps=_WARPS, **({} if INTERPRETED else {"enable_fp_fusion": False}),
         )  # fmt: skip
     return out
+
+
+def _by_torch(state: NF4) -> torch.Tensor:
+    """The same in plain PyTorch: each operation rounds by itself there too."""
+    scale = state.absmax
+    if state.nested is not None:
+        inner, code, blocksize, offset = state.nested
+        scale = code[scale.long()] * inner.repeat_interleave(blocksize)[: scale.numel()] + offset
+    n = math.prod(state.shape)
+    which = torch.stack((state.packed >> 4, state.packed & 15), dim=1).view(-1)[:n].long()
+    value = state.code[which] * scale.repeat_interleave(state.blocksize)[:n]
+    return value.to(state.dtype).view(state.shape)
 
 
 _scratch: dict[tuple[torch.device, torch.dtype], torch.Tensor] = {}

@@ -12,7 +12,6 @@ caught its breath.
 from __future__ import annotations
 
 import functools
-import time
 import weakref
 from collections.abc import Sequence
 
@@ -92,16 +91,3 @@ def park(tensors: Sequence[torch.Tensor]) -> Parked:
     if last is not None and last._before is not None and (older := last._before()) is not None:
         older.settle()
     return Parked(lane, tensors)
-
-
-@functools.cache
-def bandwidth(device: torch.device) -> float:
-    """Bytes per second from the device to pinned host memory, measured once."""
-    source = torch.empty(2**25, dtype=torch.uint8, device=device)
-    host = torch.empty(2**25, dtype=torch.uint8, pin_memory=True)
-    host.copy_(source)
-    torch.cuda.synchronize(device)
-    began = time.perf_counter()
-    host.copy_(source, non_blocking=True)
-    torch.cuda.synchronize(device)
-    return source.numel() / (time.perf_counter() - began)

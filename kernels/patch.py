@@ -11,11 +11,12 @@ on the spot, and the module's own forward runs if it fails.
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
+
+from .replacement import STATE, PatchReport, Replacement
 
 if TYPE_CHECKING:
     from .decoder_layer import Keeping
@@ -23,43 +24,6 @@ if TYPE_CHECKING:
 #: What can be replaced, in the order in which it is looked for: a whole layer is held against its own code, so before
 #: its parts; the gated MLP builds on the LoRA layers in it.
 KERNELS = ("decoder_layer", "lora", "rms_norm", "rope", "glu")
-#: The attribute under which a replaced module keeps what its new forward needs to know.
-STATE = "_finetui_patch"
-
-
-@dataclass(frozen=True)
-class Replacement:
-    """What became of one module: ``replaced`` or left, and why."""
-
-    path: str
-    kernel: str
-    replaced: bool
-    why: str
-
-
-@dataclass
-class PatchReport:
-    """What became of each module that a kernel could have replaced."""
-
-    items: list[Replacement] = field(default_factory=list)
-
-    @property
-    def replaced(self) -> list[Replacement]:
-        return [item for item in self.items if item.replaced]
-
-    @property
-    def left(self) -> list[Replacement]:
-        return [item for item in self.items if not item.replaced]
-
-    def summary(self) -> list[str]:
-        """One line per kernel and reason, as in ``rms_norm: 65 replaced (cast-first)``."""
-        counts: dict[tuple[str, bool, str], list[str]] = {}
-        for item in self.items:
-            counts.setdefault((item.kernel, item.replaced, item.why), []).append(item.path)
-        return [
-            f"{kernel}: {len(paths)} {'replaced' if done else 'left'} ({why}; {paths[0]}{' …' if paths[1:] else ''})"
-            for (kernel, done, why), paths in counts.items()
-        ]
 
 
 def patch_model(

@@ -1,12 +1,16 @@
-"""Frozen linear layers that share an input, each with or without a LoRA adapter; forward and backward by hand.
+"""Linear layers that share an input, each frozen, frozen with a LoRA adapter, or trained; forward and backward by hand.
 
     y_i   = x·W_iᵀ + b_i + s_i·(x·A_iᵀ)·B_iᵀ
     dXA_i = s_i·dy_i·B_i          dB_i = s_i·dy_iᵀ·(x·A_iᵀ)          dA_i = dXA_iᵀ·x
     dx    = Σ_i dXA_i·A_i + Σ_i dy_i·W_i
+    dW_i  = dy_iᵀ·x               db_i = Σ_rows dy_i                 where the layer itself is trained
 
 Source: Hu et al., "LoRA", arXiv 2106.09685. No autograd here: these are the pieces of larger functions, which decide
 what is kept between the two passes. The adapters of a group arrive stacked, so that x·A and dA are one product each;
 the small products go first and the large one adds to them in its own fp32 sums.
+
+The gradients of a layer's own tensors come in pairs, A and B of its adapter or its weight and bias: the first of each
+needs the input (:func:`shrink_gradients`), the second does without (:func:`expand_gradients`).
 """
 
 from __future__ import annotations
@@ -21,21 +25,30 @@ import torch
 from . import fp8, fp8_projection
 from .fp8 import FP8
 from .nf4 import NF4, dequantise, scratch
+from .weight_gradient import bias_gradient, weight_gradient
+from .wide import mm_fp32
 
 
 @dataclass(frozen=True)
 class Projection:
-    """One frozen linear layer.
+    """One linear layer.
 
     Args:
         weight: ``[out, in]``, dense, NF4 or e4m3; bias: ``[out]`` or None.
         rank: of its adapter, 0 if it has none; scaling: s.
+        trained: weight and bias are trained themselves; the weight is dense then, and there is no adapter.
     """
 
     weight: torch.Tensor | NF4 | FP8
     bias: torch.Tensor | None = None
     rank: int = 0
     scaling: float = 1.0
+    trained: bool = False
+
+    @property
+    def tensors(self) -> int:
+        """How many tensors of it are trained."""
+        return 2 if self.rank else int(self.trained) * (1 + (self.bias is not None))
 
     @property
     def out_features(self) -> int:
@@ -119,9 +132,11 @@ def expand(
     """One layer's output: ``add + bias + s·xa·Bᵀ + x·Wᵀ``, the large product last and into the sum.
 
     Args:
-        add: ``[rows, out]``, as a residual; it may be ``out`` itself.
+        add: ``[rows, out]``, as a residual; it may be ``out`` itself. In another dtype than x, so is the result.
         out: where to write.
     """
+    if add is not None and add.dtype != x.dtype:
+        return torch.add(add, expand(x, xa, weight, b, part), out=out)
     if out is None:
         out = torch.empty(x.shape[0], part.out_features, dtype=x.dtype, device=x.device)
     base = add
@@ -190,18 +205,16 @@ def input_gradient(
 def expand_gradients(
     dys: Sequence[torch.Tensor], xa: torch.Tensor | None, group: Group
 ) -> tuple[torch.Tensor | None, list[torch.Tensor | None]]:
-    """dXA of a group, and the dB of each."""
-    if xa is None:
-        return None, [None] * len(group.parts)
-    dxa = torch.empty_like(xa)
+    """dXA of a group, and the dB of each, or the gradient of its trained bias."""
+    dxa = torch.empty_like(xa) if xa is not None else None
     gradients: list[torch.Tensor | None] = []
     for dy, mine, dmine, b, part in zip(
         dys, columns(xa, group), columns(dxa, group), group.b, group.parts, strict=True
     ):
-        if mine is None or dmine is None or b is None:
-            gradients.append(None)
-        else:
+        if mine is not None and dmine is not None and b is not None:
             gradients.append(adapter_gradients(dy, mine, b, part, dmine))
+        else:
+            gradients.append(bias_gradient(dy) if part.trained and part.bias is not None else None)
     return dxa, gradients
 
 
@@ -215,17 +228,18 @@ def inner_gradients(dys: Sequence[torch.Tensor], group: Group) -> torch.Tensor:
     return dxa
 
 
-def shrink_gradients(dxa: torch.Tensor | None, x: torch.Tensor, group: Group) -> list[torch.Tensor | None]:
-    """dA of each, in fp32."""
-    if dxa is None:
-        return [None] * len(group.parts)
-    return rows_of(mm_fp32(dxa.t(), x), group)
+def shrink_gradients(
+    dxa: torch.Tensor | None, x: torch.Tensor, group: Group, dys: Sequence[torch.Tensor] = ()
+) -> list[torch.Tensor | None]:
+    """dA of each, in fp32, or dW where that is trained; None of a dW that was added to the weight's gradient.
 
-
-def mm_fp32(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """a·b with the fp32 sums left as they are (fp64 stays fp64)."""
-    if a.dtype in (torch.float32, torch.float64):
-        return torch.mm(a, b)
-    if a.is_cuda:
-        return torch.mm(a, b, out_dtype=torch.float32)
-    return torch.mm(a.float(), b.float())
+    Args:
+        dys: of each, where any is trained.
+    """
+    none: list[torch.Tensor | None] = [None] * len(group.parts)
+    gradients = none if dxa is None else rows_of(mm_fp32(dxa.t(), x), group)
+    for place, part in enumerate(group.parts):
+        if part.trained:
+            assert isinstance(part.weight, torch.Tensor)
+            gradients[place] = weight_gradient(dys[place], x, part.weight)
+    return gradients

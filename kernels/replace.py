@@ -13,7 +13,7 @@ from torch import nn
 from . import adapters, glu, layerproof, layers, lora_linear, recognise, rms_norm, rope, rotary, selfcheck
 from .decoder_layer import Keeping, Policy
 from .launch import unavailable
-from .patch import STATE, Replacement
+from .replacement import STATE, Replacement
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -64,10 +64,11 @@ def _loras(model: nn.Module, dtype: torch.dtype) -> Iterator[Replacement]:
     known: dict[Any, str] = {}  # what holds for one layer holds for all of its kind
     for path, module in model.named_modules():
         if adapters.looks_like_lora(module):
-            device = next(module.parameters()).device
+            parameters = list(module.parameters())
+            device = parameters[0].device
             why = _obstacle(module, device)
             if not why:
-                kind = (device, layers._signature(module), *((p.dtype, p.requires_grad) for p in module.parameters()))
+                kind = (device, layers._signature(module), *((p.dtype, p.requires_grad) for p in parameters))
                 if kind not in known:
                     known[kind] = adapters.obstacle(module) or adapters.disagreement(module, dtype)
                 why = known[kind]

@@ -121,9 +121,13 @@ def _sum_rows(partial_ptr, out_ptr, n_rows, n_columns, ROWS: tl.constexpr, COLUM
 
 
 def forward(
-    x: torch.Tensor, weight: torch.Tensor, eps: float, form: Form, residual: torch.Tensor | None = None
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    x: torch.Tensor, weight: torch.Tensor, eps: float, form: Form, residual: torch.Tensor | None = None,
+    dtype: torch.dtype | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
     """The forward pass without autograd, for larger fused functions.
+
+    Args:
+        dtype: of y, where it is rounded further, as for a product in 16 bits.
 
     Returns:
         ``(y, s, rstd)``: y like x (in the wider of the two dtypes for ``cast-first``, as PyTorch promotes), s as
@@ -136,7 +140,7 @@ def forward(
     other = as_rows(residual) if residual is not None else rows
     n_rows = rows.shape[0]
     y_dtype = torch.promote_types(x.dtype, weight.dtype) if form == "cast-first" else x.dtype
-    y = torch.empty(rows.shape, dtype=y_dtype, device=x.device)
+    y = torch.empty(rows.shape, dtype=dtype or y_dtype, device=x.device)
     total = torch.empty(rows.shape, dtype=x.dtype, device=x.device) if residual is not None else rows
     rstd = torch.empty(n_rows, dtype=torch.float32, device=x.device)
     tile_rows, block, warps = row_tile(columns)

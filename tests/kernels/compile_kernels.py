@@ -122,10 +122,6 @@ def main() -> None:
             p = torch.empty(16384, dtype=dtype, requires_grad=True)
             p.grad = torch.empty_like(p)
             adamw.AdamW([p], states=states).step()
-            if states == "8bit":
-                adamw._ARITHMETIC = True
-                adamw.AdamW([p], states=states).step()
-                adamw._ARITHMETIC = False
     scales = torch.empty(1024), torch.empty(1024, dtype=torch.uint8)
     nested = torch.empty(16), torch.empty(256), 256, torch.empty(())
     for absmax, inner in ((scales[0], None), (scales[1], nested)):

@@ -100,20 +100,43 @@ def test_each_code_is_read_back_as_itself(device):
         torch.testing.assert_close(told, values, rtol=1e-6, atol=1e-12)
 
 
-@pytest.mark.parametrize("ahead", [False, True])
-def test_decoding_by_arithmetic_gives_what_the_table_gives(device, monkeypatch, ahead):
-    def moved(arithmetic):
-        monkeypatch.setattr(adamw, "_ARITHMETIC", arithmetic)
-        monkeypatch.setattr(adamw, "_AHEAD", ahead or not arithmetic)
-        draw = torch.Generator().manual_seed(3)
-        p = torch.nn.Parameter(torch.zeros(adamw.SMALLEST + 300, device=device))
-        optimizer = adamw.AdamW([p], lr=1.0, states="8bit")
-        for _ in range(3):
-            p.grad = (torch.randn(p.shape, generator=draw) * torch.logspace(-6, 0, p.numel())).to(device)
-            optimizer.step()
-        return p.detach()
+def test_the_kernel_reads_each_code_as_the_table_has_it(device):
+    codes = torch.arange(256, dtype=torch.uint8, device=device).repeat(adamw.SMALLEST // 256)
+    p = torch.zeros(codes.numel(), device=device, requires_grad=True)
+    p.grad = torch.zeros_like(p)
+    optimizer = adamw.AdamW([p], lr=1.0, betas=(0.5, 0.5))
+    optimizer.step()
+    state = optimizer.state[p]
+    state["exp_avg_scale"].fill_(3.0)
+    state["exp_avg_sq_scale"].fill_(0.25)
+    state["exp_avg"].copy_(codes.view(torch.int8))
+    state["exp_avg_sq"].copy_(codes.flip(0))
+    optimizer.step()
+    m = 1.5 * adamw.values(signed=True).double().to(device)[codes.long()]
+    v = 0.125 * adamw.values(signed=False).double().to(device)[codes.flip(0).long()]
+    expected = -m / 0.75 / ((v / 0.75).sqrt() + 1e-8)
+    torch.testing.assert_close(p.detach().double(), expected, rtol=1e-5, atol=1e-6)
 
-    assert torch.allclose(moved(True), moved(False), rtol=1e-4, atol=1e-6)
+
+def test_states_whose_codes_meant_other_values_are_refused(device):
+    p = torch.zeros(adamw.SMALLEST, device=device, requires_grad=True)
+    p.grad = torch.ones_like(p)
+    optimizer = adamw.AdamW([p])
+    optimizer.step()
+    saved = optimizer.state_dict()
+    saved["state"][0]["exp_avg"] = saved["state"][0]["exp_avg"].view(torch.uint8)
+    with pytest.raises(ValueError, match="earlier version"):
+        adamw.AdamW([p]).load_state_dict(saved)
+
+
+@pytest.mark.parametrize("states", adamw.STATES)
+def test_without_a_learning_rate_only_the_states_move(device, states):
+    params = parameters(device)
+    before = [p.detach().clone() for p in params]
+    optimizer = adamw.AdamW(params, lr=0.0, states=states, weight_decay=0.1)
+    train(optimizer, params, 2)
+    assert all(torch.equal(p.detach(), one) for p, one in zip(params, before, strict=True))
+    assert all(adamw.dequantised(optimizer.state[p], "exp_avg").any() for p in params)
 
 
 def test_what_never_had_a_gradient_stays_zero(device):
@@ -260,3 +283,32 @@ def test_a_tensor_of_more_than_two_to_the_31():
     adamw.AdamW([p], lr=0.5).step()
     assert (p[-8192:] == -0.5).all()
     assert (p[::100_003] == -0.5).all()
+
+
+@pytest.mark.parametrize("states", adamw.STATES)
+def test_gradients_can_be_scaled_on_the_way(device, states):
+    """As if they had been clipped before; and a norm that is no number leaves the step out."""
+    clipped, scaled = (parameters(device, sizes=[(3,), (4096,)]) for _ in range(2))
+    first, second = (adamw.AdamW(params, states=states, **OPTIONS) for params in (clipped, scaled))
+    factor = torch.tensor(0.25, device=device)
+    for _ in range(2):
+        for one, other in zip(clipped, scaled, strict=True):
+            other.grad = torch.randn_like(one)
+            one.grad = other.grad * factor  # a power of two: exact
+        second.scale_gradients(factor)
+        first.step()
+        second.step()
+    assert all(torch.equal(one, other) for one, other in zip(clipped, scaled, strict=True))
+    before = copy.deepcopy([second.state[p]["exp_avg"] for p in scaled])
+    second.scale_gradients(torch.tensor(float("nan"), device=device))
+    for p in scaled:
+        p.grad = torch.full_like(p, float("inf"))
+    second.step()
+    assert all(torch.equal(one, other) for one, other in zip(clipped, scaled, strict=True))
+    assert all(torch.equal(second.state[p]["exp_avg"], kept) for p, kept in zip(scaled, before, strict=True))
+    for one, other in zip(clipped, scaled, strict=True):  # that was for one step
+        one.grad, other.grad = torch.ones_like(one), torch.ones_like(other)
+    first.state.update({p: {**state, "step": state["step"] + 1} for p, state in first.state.items()})
+    first.step()
+    second.step()
+    assert all(torch.equal(one, other) for one, other in zip(clipped, scaled, strict=True))

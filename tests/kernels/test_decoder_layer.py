@@ -10,7 +10,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2
 from finetui.kernels import decoder_layer, decoder_mlp, layers, linear_cross_entropy
 from finetui.kernels.attention import Documents, takes_documents
 from finetui.kernels.decoder_layer import Keeping
-from finetui.kernels.patch import STATE, fallbacks, patch_model, unpatch
+from finetui.kernels.patch import fallbacks, patch_model, unpatch
+from finetui.kernels.replacement import STATE
 
 pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered in exp")
 CONFIGS = {"llama": LlamaConfig, "mistral": MistralConfig, "qwen2": Qwen2Config, "qwen3": Qwen3Config}

@@ -8,7 +8,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from finetui.engine.quantize import join_siblings
+from finetui.engine.models.quantize import join_siblings
 from finetui.kernels import fp8, fp8_projection
 from finetui.kernels.decoder_layer import Keeping
 from finetui.kernels.patch import fallbacks, patch_model

@@ -193,3 +193,35 @@ def test_the_host_never_waits_if_the_count_is_given():
         lce.linear_cross_entropy(hidden, weight, labels, labelled=60, num_items=100).backward()
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("chunk", [1, 4, 1024])
+@pytest.mark.parametrize("rows", [5, 90])
+def test_a_trained_bf16_head_in_one_product_and_in_several(device, chunk, rows):
+    """With few features many rows are too many to wait for one product."""
+    hidden, weight, labels = batch(device, torch.bfloat16, rows=rows, features=8)
+    hidden.requires_grad_()
+    weight.requires_grad_()
+    loss = lce.linear_cross_entropy(hidden, weight, labels, chunk_rows=chunk)
+    got = torch.autograd.grad(loss, (hidden, weight), torch.tensor(0.5, device=device))
+    wide = [t.detach().double().requires_grad_() for t in (hidden, weight)]
+    expected = torch.autograd.grad(0.5 * lce.linear_cross_entropy_reference(*wide, labels), wide)
+    for one, truth in zip(got, expected, strict=True):
+        assert (one.double() - truth).norm() < 2e-2 * truth.norm()
+        assert one.dtype == torch.bfloat16
+
+
+def test_a_bf16_batch_without_a_label(device):
+    hidden, weight, labels = batch(device, torch.bfloat16)
+    weight.requires_grad_()
+    lce.linear_cross_entropy(hidden, weight, torch.full_like(labels, -100)).backward()
+    assert not weight.grad.any()
+
+
+def test_a_second_gradient_of_one_loss_is_refused(device):
+    hidden, weight, labels = batch(device)
+    hidden.requires_grad_()
+    loss = lce.linear_cross_entropy(hidden, weight, labels)
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="twice"):
+        loss.backward()

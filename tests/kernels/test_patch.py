@@ -13,6 +13,7 @@ from torch import nn
 
 from finetui.kernels import patch, recognise, rms_norm, selfcheck
 from finetui.kernels.patch import patch_model, unpatch
+from finetui.kernels.replacement import Replacement
 
 VOCABULARY = 61
 SIZES = {
@@ -292,7 +293,7 @@ def test_an_input_of_another_dtype_is_proven_when_it_comes(device, monkeypatch):
     monkeypatch.setattr(rms_norm, "rms_norm", None)  # using the kernel would now be an error
     x = torch.randn(2, 24, device=device).half()
     torch.testing.assert_close(model(x), rms_norm.rms_norm_reference(x, model[0].weight, 1e-5))
-    assert patch.fallbacks(model) == [patch.Replacement("0", "rms_norm", False, "inexact")]
+    assert patch.fallbacks(model) == [Replacement("0", "rms_norm", False, "inexact")]
     assert model(torch.randn(2, 24, device=device).double()).dtype == torch.float64
     assert "float64" in patch.fallbacks(model)[0].why
 

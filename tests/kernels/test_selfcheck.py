@@ -51,6 +51,30 @@ def test_a_wrong_output_or_dtype_fails():
     assert "stock's" in compare(lambda x: (x * 2).half(), double, double, INPUT).why
 
 
+class Rough(torch.autograd.Function):
+    """2x whose gradients are off by a share of themselves, another one in each call."""
+
+    @staticmethod
+    def forward(ctx, x, shares):
+        ctx.share = shares.pop(0) if shares else 0.0
+        return x * 2
+
+    @staticmethod
+    def backward(ctx, dy):
+        return dy * 2 * (1 + ctx.share), None
+
+
+@pytest.mark.parametrize(
+    ("ours", "ok"),
+    [([1.5e-3, *[0.8e-3] * 4], True), ([1.5e-3] * 5, False), ([3e-3, *[0.1e-3] * 4], False)],
+    ids=["an unlucky draw", "worse in every draw", "too far off for luck"],
+)
+def test_a_close_failure_is_judged_by_more_draws(ours, ok):
+    stock = [1e-3] * 5
+    verdict = compare(lambda x: Rough.apply(x, ours), lambda x: Rough.apply(x, stock), double, INPUT)
+    assert verdict.ok is ok, verdict.why
+
+
 def ask(trial, shape="s", source=__file__):
     return proven("k", source, torch.device("cpu"), shape, trial)
 
