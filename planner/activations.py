@@ -17,14 +17,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import lru_cache
 
+from .adapters import KEPT
 from .architecture import Architecture
 from .layer import Layer, Linear
 from .stacks import Stack
-
-#: What adapters that are no pairs keep, per feature of a module's input and of its output, with fp32 parameters: IA3
-#: its scaled output, VeRA its input in fp32 and its wide product, OFT its input before and after it is turned; virtual
-#: tokens nothing (peft 0.21, ``tuners/<name>/layer.py``).
-_OTHERS = {"ia3": (0.0, 6.0), "vera": (4.0, 4.0), "oft": (6.0, 0.0), "prompt": (0.0, 0.0), "prefix": (0.0, 0.0)}
 
 
 @lru_cache(maxsize=4096)
@@ -48,7 +44,9 @@ def activation_bytes(
             norm = 4.0 if cast else c
         elif stack.fused_norm:
             norm = 4.0 if mixed else c
-        attention = c * (q + value) + (2 * c * q if masked else c * 2 * kv) + 4 * architecture.heads
+        # With a mask, keys and values are repeated for each head that shares them; a single one needs no copy.
+        repeated = q if masked and architecture.kv_heads > 1 else kv
+        attention = c * (q + value) + 2 * c * repeated + 4 * architecture.heads
         if stack.fused_qkv and kv < q:  # keys and values are copied for each head that shares them
             attention = c * (3 * q + value) + 4 * architecture.heads
         elif stack.fused_qkv or len(layer.attention) == 2:  # values are a view of the projection's whole output
@@ -68,11 +66,12 @@ def activation_bytes(
             if mixed and stack.fused_norm and not architecture.layer_norm:
                 size += 3 * c * hidden  # what the norm answers in fp32 is cast for each of five products by itself
         else:
-            if kind in _OTHERS:
-                kept_in, kept_out = _OTHERS[kind]
-                size += sum(kept_in * module.d_in + kept_out * module.d_out for module in chosen[number])
+            if kind in KEPT:
+                size += KEPT[kind].per_token(chosen[number]) + (c * layer.norm_width if kind == "norms" else 0.0)
             else:
                 size += _adapter_inputs(layer, chosen[number], rank, adapter, c, stack, dropout)
+                if kind == "adalora":  # what its singular values scaled is divided by their number
+                    size += (c if stack.autocast else adapter) * sum(module.d_out for module in chosen[number])
             # DoRA keeps its scaled output and that of base and pair (measured with saved-tensor hooks).
             size += dora * 3 * c * sum(module.d_out for module in chosen[number])
         grow = _backward_growth(tuning, hidden, layer.inner, adapter, c, stack) + scores

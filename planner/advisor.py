@@ -87,7 +87,7 @@ WORKFLOWS: tuple[Advice, ...] = (
     ),
     Advice(
         "alignment in stages",
-        "finetui run alignment: SFT, then DPO on what it made, then a measurement; or alignment-sft and alignment-dpo",
+        "finetui run alignment: SFT, then DPO on what it made, then a measurement",
         "each stage is evaluated by itself, and preferences start from a model that already answers",
         f"{_STAGES}; arXiv:2305.18290; presets/alignment.yaml",
     ),

@@ -31,6 +31,8 @@ class DataSource(Section):
     """How a row is read. ``auto`` looks at the first rows and says what it found."""
     columns: dict[str, str] = Field({})
     """Names of columns that are not the usual ones, e.g. ``{prompt: q, completion: a}``."""
+    roles: dict[str, Literal["system", "user", "assistant", "tool"]] = Field({})
+    """Who speaks under a name that is not a usual one, e.g. ``{customer: user, agent: assistant}``."""
     chat: bool | Auto = "auto"
     """Whether prompts and answers that are plain strings become turns of a chat. ``auto``: questions and instructions
     do, ``prompt`` columns do not."""
@@ -49,6 +51,9 @@ class DataSource(Section):
     only as far as the run can train on it, and with limit so far."""
     on_bad_row: Literal["stop", "skip"] = "stop"
     """``skip`` leaves out rows that can't be used, counts them and names the first."""
+    too_long: Literal["cut", "drop"] = "cut"
+    """A row longer than sequence_length loses its end, or with ``drop`` is left out and counted: no answer is then
+    learned without its end. A long text of ``pretrain`` is split, unless it is dropped."""
 
     @model_validator(mode="after")
     def _possible(self) -> Self:

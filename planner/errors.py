@@ -95,3 +95,8 @@ class TrainingError(FinetuiError):
     def __init__(self, what: str, *, cause: str, where: str = "", do: str = "") -> None:
         self.cause = cause
         super().__init__(what, where=where, do=do)
+
+
+def first_line(error: object, most: int = 300) -> str:
+    """What an error says first, or of which kind it is where it says nothing: libraries put pages below that."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:most]

@@ -7,8 +7,8 @@ Bytes per token and layer for 16-bit values, with H hidden, I MLP width, Q and K
     checkpointing: offload   0 (4 H + 2 Q on the host) the projections to q, k, v, gate and up
     checkpointing: none      4 H + 4 Q + 4 K + 4 I     norms, rotary embedding and activation
 
-and 2 per rank for each of the seven modules with an adapter. The attention's log-sums, 4 per head, stay wherever its
-output does.
+and 2 per rank for each of the seven modules with an adapter; trained weights keep nothing more, since the inputs of
+their products are among these or elementwise. The attention's log-sums, 4 per head, stay wherever its output does.
 """
 
 from __future__ import annotations
@@ -51,13 +51,12 @@ class LayerTraffic:
     again: float
 
 
-def runs_whole_layers(architecture: Architecture, stack: Stack, gpu: Gpu, *, tuning: str, dropout: bool) -> bool:
-    """Whether each decoder layer is one function: frozen weights, a known layer, no dropout, a GPU with bf16."""
+def runs_whole_layers(architecture: Architecture, stack: Stack, gpu: Gpu, *, dropout: bool) -> bool:
+    """Whether each decoder layer is one function: a known layer, no dropout, a GPU with bf16."""
     return (
         stack.whole_layers
         and gpu.kind == "cuda"
         and gpu.bf16
-        and tuning != "full"
         and not dropout
         and architecture.model_type in FAMILIES
         and all(not layer.experts for layer in architecture.layers)
@@ -71,12 +70,9 @@ def stack_on(architecture: Architecture, settings: Settings, stack: Stack, gpu: 
     """
     if not stack.whole_layers:
         return stack
-    lora = settings.kind in ("", "lora-fp8") and not settings.dora  # other adapters run as PEFT's own modules
-    if (
-        settings.kernels
-        and lora
-        and runs_whole_layers(architecture, stack, gpu, tuning=settings.tuning, dropout=settings.dropout)
-    ):
+    # Other adapters run as PEFT's own modules.
+    known = settings.kind in ("", "lora-fp8", "freeze") and not settings.dora
+    if settings.kernels and known and runs_whole_layers(architecture, stack, gpu, dropout=settings.dropout):
         return stack
     singly = settings.kernels and gpu.kind == "cuda" and architecture.gated and not architecture.layer_norm
     return _without_layers(stack, singly, gpu.kind == "cuda")
@@ -97,40 +93,53 @@ def _without_layers(stack: Stack, singly: bool, cuda: bool) -> Stack:
 
 
 def layer_bytes(
-    architecture: Architecture, rank: int, adapters: int, checkpointing: str, tokens: int = 0
-) -> LayerBytes:
+    architecture: Architecture, rank: int, adapters: int, checkpointing: str, tokens: int = 0, *, width: int = 2,
+    stream: int = 2,
+) -> LayerBytes:  # fmt: skip
     """What one layer needs under ``none``, ``offload`` or ``full``, for so many tokens at once.
 
     Its backward has two crests: the MLP's, whose rows go through in pieces unless gate and up are kept, and the
     attention's, whose kernel adds up the gradient of the queries in fp32 and makes those of keys and values for every
     query head.
+
+    Args:
+        width: bytes of a value in products; stream: of the hidden states between layers, which are fp32 under fp32
+            weights.
     """
     hidden, q, kv = architecture.hidden, architecture.query_width, architecture.kv_width
-    inner = max(layer.inner for layer in architecture.layers)
-    small, sums = 2.0 * rank * adapters, 4.0 * architecture.heads
+    inner, c, w = max(layer.inner for layer in architecture.layers), float(width), float(stream)
+    small, sums = c * rank * adapters, 4.0 * architecture.heads
     # Normed queries and keys are new tensors beside the projected ones.
-    normed = 2.0 * max(layer.norm_width - 2 * hidden for layer in architecture.layers)
-    heads = 2.0 * q + 4 * kv
+    normed = c * max(layer.norm_width - 2 * hidden for layer in architecture.layers)
+    heads, cast = c * (q + 2 * kv), c if w != c else 0.0
     # Gradients of the layer's output and of the sum after attention, and the normed input; the gradients of the
     # attention's output, of its queries, keys and values, and its kernel's own.
-    attention = 6.0 * hidden + 2 * q + normed + heads + 4 * q + (4 * q if kv < q else 0)
+    attention = (2 * w + c) * hidden + c * q + normed + heads + 4 * q + (2 * c * q if kv < q else 0)
     if checkpointing == "none":
         # Gradients of output and activation, and the normed input; then gate and up are gone, and the sum is.
-        mlp = 4.0 * hidden + 2 * inner
-        kept = 4.0 * hidden + 2 * q + heads + 4 * inner + small + sums
-        return LayerBytes(kept, max(mlp, attention - 2 * hidden - 4 * inner))
+        mlp = (w + cast + c) * hidden + c * inner
+        kept = 2 * w * hidden + c * q + heads + 2 * c * inner + small + sums
+        return LayerBytes(kept, max(mlp, attention - w * hidden - 2 * c * inner))
     part = min(1.0, _PIECE / tokens) if tokens else 1.0
     # Gradients of the output and, piece by piece, of the sum; of a piece its normed input, gate, up and activation.
-    mlp = 2.0 * hidden + (2 * hidden if part < 1 else 0) + part * (2 * hidden + 6 * inner)
+    mlp = w * hidden + (w * hidden if part < 1 else 0) + part * ((c + cast) * hidden + 3 * c * inner)
     if checkpointing == "offload":
         # What one layer parked is on the device at each crest: its sum in use and the rest on its way in, then that in
         # use and the next sum on its way in. The normed input is let go meanwhile. In forward its input is in use too.
-        parked = 4.0 * hidden + 2 * q
-        forward = 4.0 * hidden + part * (2 * hidden + 6 * inner)
-        return LayerBytes(small + sums, max(mlp, forward, attention + heads - 2 * hidden), parked, parked)
+        parked = 2 * w * hidden + c * q
+        forward = 2 * w * hidden + part * (c * hidden + 3 * c * inner)
+        return LayerBytes(small + sums, max(mlp, forward, attention + heads - c * hidden), parked, parked)
     # Made again before either: the normed input, queries, keys, values, the attention's output and the sum after it.
-    again = 4.0 * hidden + heads + normed + 2 * q + sums
-    return LayerBytes(2.0 * hidden + small, max(again + mlp, attention + heads + 2 * q + sums))
+    again = (c + w) * hidden + heads + normed + c * q + sums
+    return LayerBytes(w * hidden + small, max(again + mlp, attention + heads + c * q + sums))
+
+
+def cast_bytes(architecture: Architecture, settings: Settings) -> float:
+    """Bytes of the 16-bit copies of fp32 weights that one layer's products take: attention's or the MLP's at a time."""
+    if settings.weight_bytes == settings.compute_bytes or settings.quantized:
+        return 0.0
+    blocks = [block for layer in architecture.layers for block in (layer.attention, layer.mlp)]
+    return float(settings.compute_bytes) * max(sum(module.weight for module in block) for block in blocks)
 
 
 def layer_traffic(
@@ -139,23 +148,34 @@ def layer_traffic(
     """What one layer moves beside its large products, in forward, in backward and to compute again.
 
     A norm reads and writes its feature, and its backward reads two gradients and the input and writes one; rotary
-    embedding and activation work in place. An adapter reads its input once per group of one input, and adds to its
-    output; backward reads the gradient of its output twice, its input once, and adds to the gradient of that.
+    embedding and activation work in place. An adapter reads its input once per group of one input, and writes its
+    share of the output, to which the large product adds; backward reads the gradient of the output twice and the
+    input once, and writes its share of the input's gradient. Of gate, up and down all of that but one look at the
+    gradients is done with the activation (``kernels/lora_glu.py``). A step of a 1B model spent 5.3 ms of an H200 on
+    these products and 8.7 ms on norms, embeddings and activations, where this makes 4.4 and 8.0.
     """
     hidden, q, kv = architecture.hidden, architecture.query_width, architecture.kv_width
     normed = layer.norm_width - 2 * hidden
     rotary, norms = 4.0 * (q + kv), 8.0 * hidden + 4 * normed
     names = {module.name for module in modules}
     groups = (layer.attention[:-1], layer.attention[-1:], layer.mlp[:-1], layer.mlp[-1:])
-    inputs = sum(group[0].d_in for group in groups if names & {module.name for module in group})
-    outputs = sum(module.d_out for module in modules)
+    inputs = [group[0].d_in if names & {module.name for module in group} else 0 for group in groups]
+    inside = sum(module.d_out for module in layer.mlp[:-1] if module.name in names)
+    outside = sum(module.d_out for module in modules) - inside
     again = 0.0
     if checkpointing in ("offload", "full"):
         made = layer.attention[:-1] if checkpointing == "offload" else layer.attention
-        again = rotary + 4 * normed + 4.0 * sum(module.d_out for module in made if module.name in names)
+        again = rotary + 4 * normed + 2.0 * sum(module.d_out for module in made if module.name in names)
     return LayerTraffic(
-        forward=norms + rotary + 6 * layer.inner + 2 * inputs + 4 * outputs,
-        backward=norms + 16 * hidden + 8 * normed + rotary + 12 * layer.inner + 6 * inputs + 4 * outputs,
+        forward=norms + rotary + 6 * layer.inner + 2 * sum(inputs) + 2 * outside,
+        backward=norms
+        + 16 * hidden
+        + 8 * normed
+        + rotary
+        + 12 * layer.inner
+        + 4 * sum(inputs[:-1])
+        + 4 * outside
+        + 2 * inside,
         again=again,
     )
 

@@ -34,12 +34,17 @@ def loss_bytes(
     if stack.loss == "rows":
         chunk = _budgeted(tokens, vocab, stack.chunk_gib) if stack.chunk_gib else min(tokens, stack.chunk_tokens)
         made, piece = c * hidden * tokens, chunk * ((stack.logit_forward or c) * vocab + (c + 4) * hidden)
+        copied = 2.0 if stack.chunk_gib else 1.0  # finetui scales what it made in place
         if settings.tuning != "full":
-            return piece + made, 2.0 * made, 0.0
+            return piece + made, copied * made, 0.0
         width = settings.weight_bytes
-        # The head's gradient in fp32 and then in its own width; mixed precision multiplies with a 16-bit copy of it.
-        head = 4.0 + (width if width != 4 else c if c != 4 else 0)
-        return max(piece + made + head * vocab * hidden, 2.0 * made + 2 * width * vocab * hidden), 0.0, 0.0
+        if not stack.chunk_gib and width == c == 2:
+            forward = made + _waiting(vocab, hidden, tokens, chunk)
+        else:
+            # The head's gradient in fp32 and then in its own width; mixed precision multiplies with a 16-bit copy.
+            head = 4.0 + (width if width != 4 else c if c != 4 else 0)
+            forward = piece + made + head * vocab * hidden
+        return max(forward, copied * (made + width * vocab * hidden)), 0.0, 0.0
     if stack.loss == "tiles":
         tile = min(tokens, stack.chunk_tokens) * min(vocab, stack.tile_words)
         forward, backward = _CPU_TILE if cpu else (c, c)
@@ -51,6 +56,19 @@ def loss_bytes(
     logits, held = vocab * chunk, (stack.logit_held_full if whole else stack.logit_held) * vocab * tokens
     backward = stack.logit_backward * logits + held + c * hidden * tokens
     return stack.logit_forward * logits + held, backward, fixed.head_gradient
+
+
+def _waiting(vocab: int, hidden: int, tokens: int, chunk: int) -> float:
+    """Bytes of the loss of finetui's kernel where the head is trained in 16 bits, beside the gradient of hidden states.
+
+    The 16-bit gradients of logits wait for one product: all of them where they take no more than sums in fp32 would,
+    else as many as the head is wide (``kernels/linear_cross_entropy.py``).
+    """
+    rows = tokens if tokens <= 2 * hidden + chunk else min(tokens, max(chunk, hidden))
+    logits, part, head = 2.0 * rows * vocab, 2.0 * rows * hidden, 2.0 * vocab * hidden
+    if rows == tokens:
+        return logits + part + max(head + part, 4 * part, 4.0 * hidden * min(tokens, chunk))
+    return 2 * head + logits + max(head, part + 4.0 * hidden * chunk)
 
 
 def _budgeted(tokens: int, vocab: int, gib: float) -> int:

@@ -17,20 +17,19 @@ from functools import cache, lru_cache
 from typing import Literal
 
 from .activations import activation_bytes
+from .adapters import KEPT
 from .architecture import Architecture
-from .fused import layer_bytes, stack_on
+from .fused import cast_bytes, layer_bytes, stack_on
 from .hardware import GIB, Gpu
 from .interval import lean, margins
 from .loss import loss_bytes, tail_bytes
+from .masks import mask_bytes, mask_copies, masked_share, runs_eager, score_bytes
 from .methods import METHODS, stack_for
 from .plan import Memory
 from .settings import Settings
 from .shares import Shares, shares, stored
 from .stacks import Stack
 from .storage import Fixed
-
-#: Families whose attention has no fused path in transformers: a soft cap on its scores, or sinks.
-_EAGER = frozenset({"gemma2", "gpt_oss"})
 
 Moment = Literal["loss", "backward", "optimizer", "rollout"]
 
@@ -121,7 +120,9 @@ def moments_of(
     copies = 0.0 if stack.whole_layers else copies
     forward, backward, head = loss_bytes(architecture, settings, stack, fixed, cpu=cpu)
     dequantized = fixed.dequantized
-    standing = mask_bytes(settings) + shared.bucket + cublas_workspaces(gpu)
+    # Graphs are recorded on a stream beside the main one, into a pool of their own: each has its workspaces.
+    workspaces = cublas_workspaces(gpu) * (3 if settings.graphs else 1)
+    standing = mask_bytes(architecture, settings, stack) + shared.bucket + workspaces
     if stack.keeps_scratch and settings.quantized and not cpu:  # a buffer that all layers share is never given back
         standing, dequantized = standing + scratch_bytes(architecture, settings, stack), 0.0
     loss = {
@@ -171,40 +172,58 @@ def stages_of(
     architecture: Architecture, settings: Settings, stack: Stack, fixed: Fixed, copies: float
 ) -> tuple[list[Stage], float]:
     """Layers in the order of backward, and bytes of parked tensors that are on the device on their way."""
-    layers, tokens, masks = architecture.num_layers, settings.tokens, _mask_copies(settings)
+    layers, tokens = architecture.num_layers, settings.tokens
+    masks, share = mask_copies(architecture, settings, stack), masked_share(architecture, settings, stack)
     keeping = settings.kept(layers)
     merged = fixed.experts_merged  # PEFT adds the pairs of fused experts to a copy of them, which stays for backward
-    eager = settings.attention == "eager" or (stack.stock_model and architecture.model_type in _EAGER)
+    eager, changed = runs_eager(architecture, settings, stack), _weight_changes(architecture, settings)
     stages, moving = [], 0.0
     for count, policy in ((keeping, "none"), (layers - keeping, settings.checkpointing)):
         if not count:
             continue
         if stack.whole_layers:
-            adapters = max(len(modules) for _, modules in architecture.targeted(settings.targets))
+            full = settings.tuning == "full"  # whose MLPs' rows go through at once
+            adapters = 0 if full else max(len(modules) for _, modules in architecture.targeted(settings.targets))
             policy = policy if policy != "selective" else "full"
-            need = layer_bytes(architecture, settings.rank, adapters, policy, tokens)
-            # The 16-bit copies of a layer's adapters wait with it.
-            stages.append(Stage(count, need.kept * tokens + copies / layers, need.work * tokens))
-            moving += need.moving * tokens
+            width, stream = settings.compute_bytes, 0 if settings.quantized else settings.weight_bytes
+            need = layer_bytes(
+                architecture, settings.rank, adapters, policy, 0 if full else tokens, width=width,
+                stream=stream or width,
+            )  # fmt: skip
+            # The 16-bit copies of a layer's adapters wait with it; those of its weights are made for each product.
+            waiting = 0.0 if full else copies / layers
+            scores = score_bytes(architecture, settings)
+            work = need.work * tokens + cast_bytes(architecture, settings)
+            stages.append(Stage(count, need.kept * tokens + waiting + scores, work))
+            moving += need.moving * tokens + (5 * scores if not moving else 0.0)
             continue
         kinds, work = activation_bytes(
             architecture, settings.tuning, settings.rank, settings.dropout, settings.targets, settings.precision,
-            settings.adapter_bytes(stack), eager, settings.masked, stack,
+            settings.adapter_bytes(stack), eager, share > 0, stack,
             settings.sequence_length if eager else 0, settings.quantized, settings.dora, settings.kind,
         )  # fmt: skip
         if policy == "none":
             mean = sum(number * size for number, size, _ in kinds) / max(layers, 1)
             sparse = sum(layer.count for layer in architecture.layers if layer.experts) / max(layers, 1)
             grow = max(grow for _, _, grow in kinds)
-            stages.append(Stage(count, mean * tokens + masks + sparse * merged, grow * tokens + 0.4 * merged))
+            kept = mean * tokens + share * masks + sparse * merged + changed
+            stages.append(Stage(count, kept, grow * tokens + 0.4 * merged))
             continue
         residual = 4 if settings.weight_bytes == 4 or (settings.quantized and stack.kbit_upcast) else 2
         parked = stack.offloads_checkpoints or policy == "offload"
         boundary = float(residual * architecture.hidden * tokens)
         kept = 0.0 if parked else boundary
         moving += 2 * boundary if parked else 0.0  # one on its way, one at work
-        stages.append(Stage(count, kept, work * tokens + masks + 1.4 * merged))
+        stages.append(Stage(count, kept, work * tokens + masks + 1.4 * merged + changed))
     return stages, moving
+
+
+def _weight_changes(architecture: Architecture, settings: Settings) -> float:
+    """Bytes of one layer's changes of weights, which some adapters make whole and keep for their backward."""
+    kept = KEPT.get(settings.kind)
+    if kept is None:
+        return 0.0
+    return max(kept.fixed(modules, settings.rank) for _, modules in architecture.targeted(settings.targets))
 
 
 def _largest_backward(
@@ -263,16 +282,6 @@ def cublas_workspaces(gpu: Gpu) -> float:
     if gpu.kind == "cpu":
         return 0.0
     return 2.0 * (32.0 if gpu.compute_capability[:1] in ("9", "1") else 8.125) * 2**20
-
-
-def mask_bytes(settings: Settings) -> float:
-    """Bytes of an explicit mask: one boolean per pair of positions."""
-    return float(settings.rows * settings.sequence_length**2) if settings.masked else 0.0
-
-
-def _mask_copies(settings: Settings) -> float:
-    """Bytes of the additive mask that each call of SDPA makes of the boolean one and keeps for its backward."""
-    return settings.compute_bytes * mask_bytes(settings)
 
 
 def slack_bytes(moments: dict[Moment, dict[str, float]], stack: Stack, gpu: Gpu) -> float:

@@ -9,12 +9,12 @@ from .fused import stack_on
 from .hardware import Gpu
 from .interval import lean
 from .loss import loss_bytes, tail_bytes
+from .masks import mask_bytes
 from .memory import (
     Stage,
     context_bytes,
     cublas_workspaces,
     kv_cache_bytes,
-    mask_bytes,
     moments_of,
     scratch_bytes,
     slack_bytes,
@@ -233,9 +233,9 @@ class _At:
         reused = self.stack.keeps_scratch and s.quantized and self.gpu.kind != "cpu"
         scratch = scratch_bytes(a, s, self.stack) if reused else 0.0
         standing = [
-            ("mask of packed or padded rows", f"{s.rows} × {s.sequence_length:,}² bytes", mask_bytes(s)),
+            ("mask of attention", f"{s.rows} × {s.sequence_length:,}² bytes", mask_bytes(a, s, self.stack)),
             ("gradient buckets of DDP", "once more all gradients", shared.bucket),
-            ("cuBLAS", "two workspaces", cublas_workspaces(self.gpu)),
+            ("cuBLAS", "two workspaces", cublas_workspaces(self.gpu) * (3 if s.graphs else 1)),
             ("weights that are unpacked at once", "the largest block of a layer in 16 bits", scratch),
         ]
         left = self.terms["buffers"] - sum(size for _, _, size in standing)

@@ -20,7 +20,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from .errors import HardwareError, MissingExtraError
+from .errors import HardwareError, MissingExtraError, first_line
 from .hardware import Offer, all_offers, find_gpu, refreshed_prices
 
 #: The longest that asking may take.
@@ -151,13 +151,13 @@ def main() -> int:
         try:
             catalog = gpuhunt.default_catalog()
         except Exception as error:  # whatever a provider's library may raise
-            print(json.dumps({"version": "", "items": [], "failed": [_first(error)]}), file=sys.__stdout__)
+            print(json.dumps({"version": "", "items": [], "failed": [first_line(error, 120)]}), file=sys.__stdout__)
             return 0
         for provider in PROVIDERS:
             try:
                 found += [_item(item) for item in catalog.query(provider=provider, min_gpu_count=1)]
             except Exception as error:  # as above
-                failed.append(f"{provider}: {_first(error)}")
+                failed.append(f"{provider}: {first_line(error, 120)}")
     print(json.dumps({"version": metadata.version("gpuhunt"), "items": found, "failed": failed}))
     return 0
 
@@ -165,10 +165,6 @@ def main() -> int:
 def _item(item: Any) -> dict[str, Any]:
     names = ("provider", "instance_name", "location", "price", "gpu_count", "gpu_name", "gpu_memory", "spot")
     return {name: getattr(item, name) for name in names}
-
-
-def _first(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:120]
 
 
 if __name__ == "__main__":

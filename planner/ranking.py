@@ -10,6 +10,7 @@ from .architecture import Architecture
 from .cost import price_of, restart_s
 from .hardware import Node, Offer, find_gpu, load_offers
 from .plan import Plan, Workload
+from .quotas import Quota, quota_of
 from .solver import make_plan
 
 if TYPE_CHECKING:
@@ -19,7 +20,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class RankedOffer:
-    """One offer with what the plan costs there, and the plan itself. ``over`` names the limit that it breaks."""
+    """One offer with what the plan costs there, and the plan itself. ``over`` names the limit that it breaks: one of
+    the recipe's, or ``quota`` where what is lent for nothing ends before the run does."""
 
     offer: Offer
     plan: Plan
@@ -27,6 +29,7 @@ class RankedOffer:
     time_s: float
     stale: bool
     over: str = ""
+    quota: Quota | None = None
 
 
 def rank_offers(
@@ -41,8 +44,8 @@ def rank_offers(
 ) -> list[RankedOffer]:
     """Offers on which the recipe fits, cheapest run first; one plan per kind of machine, shared by its offers.
 
-    Those that take longer than ``limits.hours`` or cost more than ``limits.cost_usd`` come after all that don't, with
-    the limit that they break.
+    Those that take longer than ``limits.hours`` or than one session of a free quota, or cost more than
+    ``limits.cost_usd``, come after all that don't, with the limit that they break.
 
     Args:
         spot: by interruptible prices, with the time that interruptions cost.
@@ -64,8 +67,11 @@ def rank_offers(
         if plan.fits or everything:
             time_s = plan.time_s + (restart_s(plan) if spot else 0.0)
             usd = price * time_s / 3600
+            quota = quota_of(offer)
             over = _over(recipe.limits, usd, time_s)
-            ranked.append(RankedOffer(offer, plan, usd, time_s, offer.is_stale(), over))
+            if not over and quota is not None and time_s > 3600 * quota.session_h:
+                over = "quota"
+            ranked.append(RankedOffer(offer, plan, usd, time_s, offer.is_stale(), over, quota))
     return sorted(ranked, key=lambda entry: (not entry.plan.fits, bool(entry.over), entry.usd, entry.time_s))
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
 
@@ -40,6 +40,9 @@ _ACTS_ON: dict[str, frozenset[str]] = {
     "value_clip": frozenset({"ppo"}),
     "value_learning_rate": frozenset({"ppo"}),
     "kl_target": frozenset({"ppo"}),
+    "epsilon_high": frozenset({"grpo", "rloo"}),
+    "importance": frozenset({"grpo"}),
+    "server": frozenset({"grpo", "rloo"}),
 }
 
 
@@ -88,10 +91,21 @@ class Rollout(Section):
     """Randomness of sampling; the loss divides logits by it too."""
     top_p: float = Field(1.0, gt=0.0, le=1.0)
     """Sample from the likeliest words that add up to this probability."""
+    top_k: int = Field(0, ge=0)
+    """Sample from so many of the likeliest words; 0 from all."""
+    min_p: float = Field(0.0, ge=0.0, lt=1.0)
+    """Leave out words less likely than this share of the likeliest one's probability (arXiv:2407.01082)."""
+    repetition_penalty: float = Field(1.0, gt=0.0)
+    """Above 1, words that have been said become less likely (arXiv:1909.05858)."""
     beta: Auto | float = "auto"
     """Weight of KL against the model that training began with; ``auto`` is 0 for grpo, 0.05 for rloo and ppo."""
     epsilon: float = Field(0.2, gt=0.0)
     """How far an update may move the probability of a word, as a share."""
+    epsilon_high: Auto | Annotated[float, Field(gt=0.0)] = "auto"
+    """grpo, rloo: the same upwards alone, so that rare words may grow: DAPO takes 0.28 (arXiv:2503.14476). ``auto`` is
+    epsilon."""
+    importance: Literal["token", "sequence"] = "token"
+    """grpo: compare new and old probability word by word, or of the whole completion (GSPO, arXiv:2507.18071)."""
     num_iterations: Auto | int = "auto"
     """Updates per batch of completions; ``auto`` is 1, for ppo 4."""
     loss: Literal["grpo", "dapo", "dr_grpo", "bnpo", "cispo"] = "dapo"
@@ -101,7 +115,11 @@ class Rollout(Section):
     mask_truncated: bool = False
     """Leave completions that were cut off out of the loss."""
     engine: Literal["auto", "transformers", "vllm"] = "auto"
-    """What generates; ``auto`` is vLLM where it is installed and there is a GPU."""
+    """What generates; ``auto`` is vLLM where it is installed, there is a GPU with room for its copy of the model, and
+    the weights are in 16 bits."""
+    server: str = Field("", pattern=r"^(https?://\S+)?$")
+    """Address of a ``vllm serve`` on other GPUs that generates, such as http://localhost:8000; by default vLLM shares
+    the GPUs of training."""
     gae_lambda: float = Field(0.95, ge=0.0, le=1.0)
     """Weight of longer returns in ppo's advantages (arXiv:1506.02438)."""
     discount: float = Field(1.0, gt=0.0, le=1.0)
@@ -183,6 +201,10 @@ def check_rollout(recipe: Recipe) -> None:
     useless = sorted(name for name in asked.model_fields_set if name in _ACTS_ON and method not in _ACTS_ON[name])
     if useless:
         raise ValueError(f"rollout.{useless[0]} has no effect when method is {method}||Remove it.")
+    if method == "ppo" and asked.engine == "vllm":
+        raise ValueError("ppo's model has a value head, which vLLM's has not||Remove rollout.engine.")
+    if asked.server and asked.engine == "transformers":
+        raise ValueError("rollout.server has no effect when rollout.engine is transformers||Remove one of the two.")
     for reward in recipe.rewards:
         _check_reward(reward)
     names = [reward.name for reward in recipe.rewards]

@@ -31,6 +31,8 @@ class Settings:
     kind: str = ""
     """The recipe's type of tuning where it is none of these three: ``tuning`` then is the one that stores and keeps
     most alike."""
+    trained: int = 0
+    """Parameters that are trained, where that was counted elsewhere; 0: as many as the tuning has."""
     options: TuningOptions = _TUNING
     updates: OptimizerOptions = _OPTIMIZER
     quantization: Literal["none", "nf4", "nf4-single", "int8", "gptq", "fp8"] = "none"
@@ -39,7 +41,8 @@ class Settings:
     checkpointing: Checkpointing = "full"
     kept_layers: int = 0
     """How many of the last layers keep everything under ``selective`` checkpointing."""
-    attention: Literal["sdpa", "eager"] = "sdpa"
+    attention: Literal["sdpa", "eager", "flash"] = "sdpa"
+    """``flash``: FlashAttention-2 by its own package, which other programs use; it is handed no masks."""
     world_size: int = 1
     strategy: str = "ddp"
     """A name in :data:`.sharding.STRATEGIES`; without effect on one device."""
@@ -47,10 +50,14 @@ class Settings:
     """What waits in host memory: the optimiser's states and masters, or the weights and gradients too."""
     kernels: bool = True
     """Whether finetui's own kernels may run; other stacks have none."""
+    graphs: bool = False
+    """Whether steps are replayed as CUDA graphs: gradients then stay, and each stream has its workspaces."""
     method: str = "sft"
     """A name in :data:`.methods.METHODS`."""
     passes: Passes | None = None
     """What the method holds and computes beside its trained passes; None is what TRL's trainers do."""
+    fp8_products: bool = False
+    """Weights that are trained in 16 or 32 bits are multiplied in 8 (Transformer Engine, torchao's float8)."""
     optimizer_in_backward: bool = False
     """Each gradient is applied and freed as soon as it is there."""
     masked: bool = False

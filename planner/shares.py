@@ -88,7 +88,7 @@ def shares(architecture: Architecture, settings: Settings, stack: Stack, fixed: 
         # Gathered layers are 16-bit copies already.
         copies=0.0 if how.gathers or how.masters else fixed.weight_copies,
         bucket=fixed.gradients if how.buckets else 0.0,
-        held=gradients * split if settings.accumulation > 1 else 0.0,
+        held=gradients * split if settings.accumulation > 1 or settings.graphs else 0.0,
         whole=whole,
     )
     if settings.offload == "none":

@@ -34,7 +34,8 @@ if TYPE_CHECKING:
     from .calibration import Correction, Finished
     from .recipe import Recipe
 
-_MICRO_BATCHES = (1, 2, 4, 8, 16, 32, 64)
+#: The largest micro-batch that is looked at, and how much larger than the one before each is.
+_LARGEST_MICRO_BATCH, _NEXT_MICRO_BATCH = 64, 1.3
 #: Predictions of speed that differ by less are taken as equal.
 _EQUALLY_FAST = 0.02
 
@@ -129,7 +130,11 @@ class Solver:
             return [self.recipe.micro_batch]
         share = max(self.frame.batch // len(self.frame.gpus), 1)
         fewest = 2 if self.recipe.method == "kto" else 1  # its KL needs another row's answer
-        return [size for size in _MICRO_BATCHES if share % size == 0 and size >= fewest] or [fewest]
+        sizes: list[int] = []
+        for size in range(fewest, min(share, _LARGEST_MICRO_BATCH) + 1):
+            if share % size == 0 and size >= _NEXT_MICRO_BATCH * (sizes[-1] if sizes else 0):
+                sizes.append(size)
+        return sizes or [fewest]
 
     def _settings(self, micro: int, storage: tuple[str, str]) -> Settings:
         tuning = self.recipe.tuning
@@ -142,6 +147,7 @@ class Solver:
             dora=tuning.use_dora,
             method=self.recipe.method,
             kernels=self.recipe.hardware.kernels != "off",
+            graphs=self.recipe.hardware.graphs,
             sequence_length=self.frame.row_tokens(),
             micro_batch=micro,
             accumulation=max(self.frame.batch // (micro * len(self.frame.gpus)), 1),

@@ -39,6 +39,9 @@ _HALF_TOKENS = 160.0
 BANDWIDTH_SHARE = 0.8
 #: Seconds from one kernel to the next under PyTorch eager on a usual host.
 _LAUNCH_S = 7e-6
+#: The same of a layer that runs as one function, whose kernels Python starts one by one: 76 ms for a micro-batch of
+#: 1,344 on an H200's host (``tests/bench/packed_runs.py``, rows of 200 tokens).
+_LAUNCH_WHOLE_S = 5e-5
 #: The same on a CPU, where each operation also starts and joins its threads.
 _LAUNCH_CPU_S = 20e-6
 
@@ -71,7 +74,7 @@ def step_speed(
     rate = peak * gpu.achievable * efficiency * fill(tokens, gpu)
     bandwidth = gpu.bandwidth_gb_s * 1e9 * BANDWIDTH_SHARE
     forward, backward, recompute = matmul_flops(architecture, settings, stack)
-    in_8_bits = settings.quantization == "fp8" and has_fp8(gpu)
+    in_8_bits = (settings.quantization == "fp8" or settings.fp8_products) and has_fp8(gpu)
     gain = FP8_GAIN if in_8_bits else 1.0
     span = min(mean_length or settings.sequence_length, settings.sequence_length)
     attention = attention_flops(architecture, span)
@@ -84,7 +87,7 @@ def step_speed(
     again = settings.recomputed(architecture.num_layers)
     passes = 3.5 + (0.0 if stack.whole_layers and settings.checkpointing == "offload" else again)
     recent = stack.recent_attention and not within
-    attention_rate = peak * _attention_share(gpu, span, recent=recent) * stack.attention_speed
+    attention_rate = peak * _attention_share(gpu, span, architecture.head_dim, recent=recent) * stack.attention_speed
     terms = {
         "forward": tokens * shortened(forward, architecture, gain) / rate,
         "backward": tokens * shortened(backward, architecture, gain) / rate,
@@ -100,7 +103,9 @@ def step_speed(
     if gpu.kind == "cpu":  # nothing is launched ahead: each operation waits for the one before
         terms["launch"] = started * _LAUNCH_CPU_S
     else:
-        terms["launch"] = max(0.0, started * _LAUNCH_S - sum(terms.values()))
+        started = 0.0 if settings.graphs else started  # replayed, they are one
+        each = _LAUNCH_WHOLE_S if stack.whole_layers else _LAUNCH_S
+        terms["launch"] = max(0.0, started * each - sum(terms.values()))
     if settings.checkpointing == "offload":
         forward_s = (sum(terms.values()) - terms["recompute"]) / 3
         terms["parking"] = parking_s(architecture, settings, stack, gpu, forward_s)
@@ -129,19 +134,22 @@ def step_speed(
     )
 
 
-def _attention_share(gpu: Gpu, span: float, *, recent: bool) -> float:
+def _attention_share(gpu: Gpu, span: float, head_dim: int, *, recent: bool) -> float:
     """Share of the peak that attention over ``span`` tokens reaches over both passes.
 
     FlashAttention-2 on an A100 (arXiv:2307.08691, causal, 128 wide): 133 TFLOP/s at 1k tokens, 157 at 2k, 188 at 16k
     of 312. On Hopper it does not use the asynchronous units (arXiv:2407.08608: a third of the peak); cuDNN, which torch
-    takes there from 2.9 on, does: 401 TFLOP/s at 2k tokens and 492 at 8k on an H200 (measured).
+    takes there from 2.9 on, does: 401 TFLOP/s at 2k tokens and 492 at 8k on an H200 (measured). Narrower heads do as
+    much beside their products for fewer FLOPs: at 64, cuDNN reached 306 (16 layers of 8k tokens in 12.6 ms, measured),
+    FlashAttention-2 nine tenths.
     """
     if gpu.kind == "cpu":
         return 0.4
     generation = gpu.compute_capability[:1]
+    narrow = min(head_dim / 128, 1.0)
     if generation == "9" and recent:
-        return 0.54 * span / (span + 670)
-    return {"8": 0.62, "9": 0.34, "1": 0.3}.get(generation, 0.45) * span / (span + 470)
+        return 0.54 * span / (span + 670) * narrow**0.4
+    return narrow**0.15 * {"8": 0.62, "9": 0.34, "1": 0.3}.get(generation, 0.45) * span / (span + 470)
 
 
 def has_fp8(gpu: Gpu) -> bool:

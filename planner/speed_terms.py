@@ -51,7 +51,7 @@ def speed_parts(
     filled = fill(tokens, gpu)
     rate = peak * gpu.achievable * efficiency * filled
     bandwidth = gpu.bandwidth_gb_s * BANDWIDTH_SHARE
-    in_8_bits = settings.quantization == "fp8" and has_fp8(gpu)
+    in_8_bits = (settings.quantization == "fp8" or settings.fp8_products) and has_fp8(gpu)
     gain = FP8_GAIN if in_8_bits else 1.0
     forward, backward, recompute = matmul_flops(architecture, settings, stack)
     reaches = (

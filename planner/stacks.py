@@ -6,8 +6,9 @@ Read in trl 1.15 and 1.16, peft 0.21, transformers 5.17 to 5.23 and bitsandbytes
   ``add_fused_lm_head`` in trl/trainer/utils.py, ``_ChunkedLogProbFunction`` in trl/kernels/chunked_logprob.py. Its
   gradients accumulate in fp32: 4 B per element of the last hidden states and, when the head is trained, of its weight,
   which are then copied to their own dtype.
-- finetui's engine (engine/model.py) keeps pairs in fp32 on 4-bit weights too, and switches off PEFT's cast of their
-  inputs, so that autocast turns the small pairs, not the large inputs, into 16 bits; without autocast for full bf16.
+- finetui's engine (engine/models/load.py) keeps pairs in fp32 on 4-bit weights too, and switches off PEFT's
+  cast of their inputs, so that autocast turns the small pairs, not the large inputs, into 16 bits; without autocast for
+  full bf16.
 - LoRA pairs on 16-bit weights are fp32 (peft ``autocast_adapter_dtype``, tuners_utils.py ``cast_adapter_dtype``); on
   4-bit weights SFTTrainer casts them to bf16 (trl/trainer/sft_trainer.py, "When using QLoRA").
 - ``bf16=True`` is the default (trl/trainer/base_config.py), so forward runs under autocast.
@@ -91,6 +92,8 @@ class Stack:
     """``logit_held`` where the whole model is trained, if that is another."""
     merges_pairs: bool = False
     """Pairs on one fused projection are written into a wide tensor, which keeps what was written (``index_copy``)."""
+    adds_in_product: bool = False
+    """What pairs make is added to the output by the product that makes it (``addmm``), not by kernels of its own."""
     attention_speed: float = 1.0
     """Speed of its attention kernel against FlashAttention-2's."""
     stock_model: bool = True
@@ -162,13 +165,14 @@ STACKS: dict[str, Stack] = {
             adapter_bytes_4bit=4,
             casts_inputs=False,
             remakes_activation=True,
+            adds_in_product=True,
             recent_attention=True,
             **_FUSED,
             offloads_checkpoints=True,
             quantizes_experts=True,
             stock_model=False,
             certain=False,
-            source="read in unsloth_zoo 2026.10.9: fused_losses, gradient_checkpointing",
+            source="read in unsloth_zoo 2026.10.9: fused_losses, gradient_checkpointing; unsloth: matmul_lora",
         ),
         Stack(
             "axolotl",

@@ -42,14 +42,18 @@ def _layer_bytes(architecture: Architecture, fused: bool) -> float:
 
 @lru_cache(maxsize=4096)
 def _adapter_bytes(
-    architecture: Architecture, targets: str | tuple[str, ...], width: int, autocast: bool, dropout: bool
+    architecture: Architecture, targets: str | tuple[str, ...], width: int, autocast: bool, dropout: bool, once: bool
 ) -> tuple[float, float]:
-    """Bytes per token of what PEFT adds in one forward: casts of the inputs, and adding the scaled result."""
+    """Bytes per token of what PEFT adds in one forward: casts of the inputs, and adding the scaled result.
+
+    Args:
+        once: the result is added by the product that makes it.
+    """
     each = (0.0 if width == 2 else 8.0 if autocast else 6.0) + (2 * width + 1 if dropout else 0)
     cast = added = 0.0
     for layer, modules in architecture.targeted(targets):
         cast += layer.count * sum(each * module.d_in for module in modules)
-        added += layer.count * sum(10.0 * module.d_out for module in modules)
+        added += layer.count * sum((4.0 if once else 10.0) * module.d_out for module in modules)
     return cast, added
 
 
@@ -59,12 +63,15 @@ def elementwise_bytes(architecture: Architecture, settings: Settings, stack: Sta
     again = settings.recomputed(architecture.num_layers)
     if stack.whole_layers:
         policy = "offload" if settings.checkpointing == "offload" else "full"
-        return _whole_layers_bytes(architecture, settings.targets, policy, again) + loss * architecture.vocab
+        pairs = None if settings.tuning == "full" else settings.targets
+        return _whole_layers_bytes(architecture, pairs, policy, again) + loss * architecture.vocab
     forward = _layer_bytes(architecture, stack.fused_norm)
     added = 0.0
     if settings.tuning != "full":
         width = settings.adapter_bytes(stack) if settings.compute_bytes == 2 and stack.casts_inputs else 2
-        cast, added = _adapter_bytes(architecture, settings.targets, width, stack.autocast, settings.dropout)
+        cast, added = _adapter_bytes(
+            architecture, settings.targets, width, stack.autocast, settings.dropout, stack.adds_in_product
+        )
         forward += cast
     # A backward is about two forwards, but one of a sum, which only scales its gradient.
     moved = ((3.0 + again) * forward + (2.0 + again) * added) * settings.compute_bytes / 2
@@ -74,10 +81,13 @@ def elementwise_bytes(architecture: Architecture, settings: Settings, stack: Sta
 
 
 @lru_cache(maxsize=4096)
-def _whole_layers_bytes(architecture: Architecture, targets: str | tuple[str, ...], policy: str, again: float) -> float:
+def _whole_layers_bytes(
+    architecture: Architecture, targets: str | tuple[str, ...] | None, policy: str, again: float
+) -> float:
+    """``targets``: of adapters, None where there are none."""
     total = 0.0
-    for layer, modules in architecture.targeted(targets):
-        moved = layer_traffic(architecture, layer, modules, policy)
+    for layer, modules in architecture.targeted(targets or "all-linear"):
+        moved = layer_traffic(architecture, layer, modules if targets else (), policy)
         total += layer.count * (moved.forward + moved.backward + again * moved.again)
     return total
 
@@ -91,7 +101,7 @@ def dequantized_bytes(
         in_8_bits: products take the packed weights as they are; then it is what they multiply that is quantised, and
             weights are turned over for the gradients of inputs.
     """
-    if not settings.quantized:
+    if not settings.quantized and not in_8_bits:
         return 0.0
     if in_8_bits:
         each = sum(

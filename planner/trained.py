@@ -38,6 +38,8 @@ def trained_parameters(architecture: Architecture, settings: Settings) -> int:
     Raises:
         RecipeError: a name that no module has, or a block size that does not divide a width.
     """
+    if settings.trained:
+        return settings.trained
     return _count(architecture, settings.kind or settings.tuning, settings.rank, settings.targets, settings.options)
 
 

@@ -100,7 +100,7 @@ def test_cards_are_those_that_fit_and_the_cheapest_first():
 
 
 def test_each_workflow_is_a_recipe_that_loads():
-    names = ["first-finetune", "production", "alignment", "alignment-sft", "alignment-dpo"]
+    names = ["first-finetune", "production", "alignment"]
     told = " ".join(item.answer for item in WORKFLOWS)
     for name in names:
         recipe = Recipe.load(PRESETS / f"{name}.yaml")

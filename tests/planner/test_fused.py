@@ -10,7 +10,7 @@ import pytest
 
 import finetui
 from finetui.planner.architecture import Architecture
-from finetui.planner.fused import layer_bytes, recomputed_weights, runs_whole_layers
+from finetui.planner.fused import layer_bytes, recomputed_weights, stack_on
 from finetui.planner.hardware import GIB, find_gpu
 from finetui.planner.hub import find_config
 from finetui.planner.memory import peak_memory
@@ -30,20 +30,23 @@ BASE = Settings("lora", 2048, micro_batch=2, checkpointing="none", optimizer="ad
 
 
 @pytest.mark.parametrize(
-    ("model", "gpu", "stack", "tuning", "dropout", "runs"),
+    ("model", "gpu", "stack", "changes", "runs"),
     [
-        ("meta-llama/Llama-3.1-8B", "H200", OURS, "lora", False, True),
-        ("Qwen/Qwen3-8B", "RTX-4090", OURS, "qlora", False, True),
-        ("Qwen/Qwen3-8B", "H200", TRL, "lora", False, False),
-        ("Qwen/Qwen3-8B", "H200", OURS, "full", False, False),
-        ("Qwen/Qwen3-8B", "H200", OURS, "lora", True, False),
-        ("Qwen/Qwen3-8B", "T4", OURS, "qlora", False, False),
-        ("Qwen/Qwen3-30B-A3B", "H200", OURS, "lora", False, False),
-        ("google/gemma-3-4b-pt", "H200", OURS, "lora", False, False),
+        ("meta-llama/Llama-3.1-8B", "H200", OURS, {}, True),
+        ("Qwen/Qwen3-8B", "RTX-4090", OURS, {"tuning": "qlora"}, True),
+        ("Qwen/Qwen3-8B", "H200", TRL, {}, False),
+        ("Qwen/Qwen3-8B", "H200", OURS, {"tuning": "full"}, True),
+        ("Qwen/Qwen3-8B", "H200", OURS, {"tuning": "full", "kind": "freeze"}, True),
+        ("Qwen/Qwen3-8B", "H200", OURS, {"tuning": "full", "precision": "bf16-mixed"}, True),
+        ("Qwen/Qwen3-8B", "H200", OURS, {"kind": "ia3"}, False),
+        ("Qwen/Qwen3-8B", "H200", OURS, {"dropout": True}, False),
+        ("Qwen/Qwen3-8B", "T4", OURS, {"tuning": "qlora"}, False),
+        ("Qwen/Qwen3-30B-A3B", "H200", OURS, {}, False),
+        ("google/gemma-3-4b-pt", "H200", OURS, {}, False),
     ],
 )
-def test_where_they_run(model, gpu, stack, tuning, dropout, runs):
-    assert runs_whole_layers(shape(model), stack, find_gpu(gpu), tuning=tuning, dropout=dropout) == runs
+def test_where_they_run(model, gpu, stack, changes, runs):
+    assert stack_on(shape(model), dataclasses.replace(BASE, **changes), stack, find_gpu(gpu)).whole_layers == runs
 
 
 def test_what_is_kept_is_what_the_kernels_say():

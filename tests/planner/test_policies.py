@@ -115,7 +115,7 @@ def test_what_is_asked_for_is_taken():
     ("architecture", "node", "changes", "why"),
     [
         (LLAMA, Node(Gpu("CPU", 64.0, 20.0, 0.2, 0.2, kind="cpu"), local=True), {}, "memory is the host's"),
-        (LLAMA, Node(H200), {"tuning": "full"}, "only whole-layer kernels park"),
+        (LLAMA, Node(H200), {"kind": "ia3"}, "only whole-layer kernels park"),
         (GEMMA, Node(H200), {}, "only whole-layer kernels park"),
         (LLAMA, Node(H200, host_memory_gib=8.0), {}, "6 GiB of host memory, of which 4 may be used"),
     ],
@@ -123,7 +123,7 @@ def test_what_is_asked_for_is_taken():
 def test_where_nothing_can_be_parked_it_says_why(architecture, node, changes, why):
     base = dataclasses.replace(BASE, **changes)
     assert why in can_park(architecture, base, OURS, node)
-    tuning = changes.get("tuning", "lora")
+    tuning = changes.get("kind", "lora")
     recipe = Recipe.build(
         {
             "model": "m",

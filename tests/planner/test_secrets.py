@@ -6,7 +6,7 @@ import io
 
 import pytest
 
-from finetui.engine.redacted import RedactedStream
+from finetui.engine.supervision.redacted import RedactedStream
 from finetui.planner.errors import UserError
 from finetui.planner.secrets import conceal, expand, is_secret, redact, secret_in, without_secrets
 

@@ -171,6 +171,16 @@ def test_equally_fast_goes_to_the_larger_micro_batch():
     assert (resolved.micro_batch, resolved.accumulation) == (8, 1)
 
 
+def test_short_rows_share_a_micro_batch_of_any_size_that_divides_the_batch():
+    """One by one, each would cost what Python takes to launch the kernels of all layers."""
+    short = Workload(1620, 1620 * 200, 300, basis="counted")
+    asked = {"tuning": "lora", "packing": False, "batch_size": 81, "sequence_length": 4096}
+    together, alone = (plan(gpu="H200", workload=short, **asked, **more) for more in ({}, {"micro_batch": 1}))
+    assert together.resolved.micro_batch in (9, 27)
+    assert alone.speed.terms["launch"] > 0.5 * alone.speed.step_s
+    assert together.speed.tokens_per_s > 2 * alone.speed.tokens_per_s
+
+
 def test_reasons_come_in_the_order_of_what_people_ask():
     settings = [reason.setting for reason in plan(count=2).reasons]
     assert settings[:2] == ["workload", "gpus"]
