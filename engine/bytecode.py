@@ -1,8 +1,8 @@
-"""Compiled modules for the processes of a run, where the machine keeps none.
+"""Compiled modules for the processes of finetui, where the machine keeps none.
 
 Images for containers often forbid Python to write compiled modules (PYTHONDONTWRITEBYTECODE) or hold the libraries
 without them in a folder that can't be written. Each start then compiles some four thousand modules of torch,
-transformers, peft and trl, which takes three to four times as long as importing them. Here they get a folder of the
+transformers, peft and trl, which takes as long as all else that importing them takes. Here they get a folder of the
 user's cache instead, so that only the first run on a machine pays for it.
 """
 
@@ -10,27 +10,50 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-#: The largest library that every run imports.
-_LIBRARY = "transformers"
+#: The largest libraries that every run imports. An image can hold one of them compiled and another not: what was
+#: installed into it by pip is, what was copied into it is as it was.
+_LIBRARIES = ("torch", "transformers")
+_PACKAGE = (__package__ or "finetui").partition(".")[0]
 
 
 def environment(present: Mapping[str, str]) -> dict[str, str]:
     """What a child process needs in its environment to keep compiled modules: nothing where they are kept already."""
     if present.get("PYTHONPYCACHEPREFIX"):
         return {}
-    spec = importlib.util.find_spec(_LIBRARY)
-    if spec is None or not spec.origin:
-        return {}
-    compiled = Path(importlib.util.cache_from_source(spec.origin))
     forbidden = bool(present.get("PYTHONDONTWRITEBYTECODE"))
-    if compiled.exists() or not (forbidden or not os.access(Path(spec.origin).parent, os.W_OK)):
+    if not any(_is_compiled_each_time(library, forbidden=forbidden) for library in _LIBRARIES):
         return {}
+    cache = _cache(present)
+    return {} if cache is None else {"PYTHONPYCACHEPREFIX": str(cache), "PYTHONDONTWRITEBYTECODE": ""}
+
+
+def keep() -> None:
+    """The same within this process, for what it imports from here on: a command has no parent that would say it."""
+    if sys.pycache_prefix is None and _is_compiled_each_time(_PACKAGE, forbidden=sys.dont_write_bytecode):
+        cache = _cache(os.environ)
+        if cache is not None:
+            sys.pycache_prefix, sys.dont_write_bytecode = str(cache), False
+
+
+def _is_compiled_each_time(package: str, *, forbidden: bool) -> bool:
+    """Whether a package lies there without compiled modules, and importing it will not leave them there."""
+    spec = importlib.util.find_spec(package)
+    if spec is None or not spec.origin:
+        return False
+    source = Path(spec.origin)
+    # Not importlib's cache_from_source: that looks below a prefix, once there is one, for what is kept beside it.
+    compiled = source.parent / "__pycache__" / f"{source.stem}.{sys.implementation.cache_tag}.pyc"
+    return not compiled.exists() and (forbidden or not os.access(source.parent, os.W_OK))
+
+
+def _cache(present: Mapping[str, str]) -> Path | None:
     cache = Path(present.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "finetui" / "modules"
     try:
         cache.mkdir(parents=True, exist_ok=True)
     except OSError:
-        return {}  # a home that can't be written: the run starts later, and works
-    return {"PYTHONPYCACHEPREFIX": str(cache), "PYTHONDONTWRITEBYTECODE": ""}
+        return None  # a home that can't be written: all starts later, and works
+    return cache

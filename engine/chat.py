@@ -14,9 +14,9 @@ import torch
 
 from ..planner.errors import HardwareError, RunError
 from ..planner.plan import Resolved
-from .adapt import grow_vocabulary
-from .checkpoint import latest
-from .model import Numerics, load_base, load_tokenizer, locate, stored_dtype
+from .checkpoints.store import latest
+from .models.adapt import grow_vocabulary
+from .models.load import Numerics, load_base, load_tokenizer, locate, stored_dtype
 from .run import Run
 
 Voice = Literal["tuned", "base"]

@@ -125,7 +125,7 @@ def evaluate_run(run: Run, *, base: bool = False, rows_of: Recipe | None = None)
     from .chat import load_tuned
     from .data.packing import Collator
     from .data.prepare import prepare
-    from .model import Numerics
+    from .models.load import Numerics
 
     plan = run.plan
     if rows_of is None and plan.resolved.method not in ("sft", "pretrain"):

@@ -23,9 +23,11 @@ from pathlib import Path
 import psutil
 
 from ..planner.errors import RunError
-from .continuation import before_resuming
+from . import bytecode
+from .checkpoints.continuation import before_resuming
 from .modes import FILE
-from .run import LIVE_STATES, Run
+from .run import Run
+from .status import LIVE_STATES
 
 _PACKAGE = (__package__ or "finetui.engine").partition(".")[0]
 
@@ -58,7 +60,7 @@ def start(run: Run, *, worker: Sequence[str] | None = None) -> int:
                 [sys.executable, "-P", "-m", f"{_PACKAGE}.engine.supervisor", "--ready-fd", str(told),
                  str(run.path.resolve()), "--", *worker],
                 stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True, pass_fds=(told,),
-                env={**os.environ, **import_environment()}, cwd=run.path,
+                env={**os.environ, **import_environment(), **bytecode.environment(os.environ)}, cwd=run.path,
             )  # fmt: skip
     except OSError as error:
         os.close(ready)

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from .checkpoint import flush, flush_all, reported_as_disk_error
+from .durable import flush, flush_all, reported_as_disk_error
 
 
 @contextlib.contextmanager

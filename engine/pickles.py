@@ -14,7 +14,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from ..planner.errors import FinetuiError, ModelError
+from ..planner.errors import FinetuiError, ModelError, first_line
 
 #: Suffixes under which pickles go about.
 SUFFIXES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib")
@@ -71,8 +71,7 @@ def convert(folder: Path) -> list[Path]:
         try:
             state: Any = torch.load(folder / name, map_location="cpu", weights_only=True, mmap=True)
         except Exception as error:  # a damaged archive has many ways to say so; the pickle's own is UnpicklingError
-            first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            what = f"{name} holds something else than tensors, or is damaged ({first[:200]})"
+            what = f"{name} holds something else than tensors, or is damaged ({first_line(error)})"
             raise ModelError(what, where=str(folder), do="Ask its author for safetensors.") from None
         state = state.get("state_dict", state) if isinstance(state, dict) else state
         if not isinstance(state, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in state.values()):

@@ -10,13 +10,11 @@ import importlib
 import importlib.metadata
 import os
 import shutil
-import socket
 import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import psutil
 
@@ -25,42 +23,18 @@ from ..planner.errors import UserError
 from ..planner.plan import Plan
 from ..planner.recipe import Recipe
 from ..planner.rollout import ROLLOUT_METHODS
-from . import remote_code
-from .at_end import cannot as cannot_shut_down
-from .gpulock import holders
-from .pickles import refuse
+from .check import PACKAGES, Check, logout, nearest_folder
+from .models.at_hand import check_model, folder_of
 from .run import default_root
+from .supervision.at_end import cannot as cannot_shut_down
+from .supervision.gpulock import holders
 
 GIB = 2**30
 
-#: The extra ``train`` of pyproject.toml: the first version that is good and, where known, the first that is not.
-PACKAGES: dict[str, tuple[str, str | None]] = {
-    "torch": ("2.11", "2.14"),
-    "transformers": ("5.17", "6"),
-    "peft": ("0.21", "1"),
-    "trl": ("1.15", "2"),
-    "bitsandbytes": ("0.48", "1"),
-    "accelerate": ("1.10", "2"),
-    "triton": ("3.6", "4"),
-    "datasets": ("4.8", "6"),
-    "safetensors": ("0.6", "1"),
-    "tensorboard": ("2.20", "3"),
-    "jinja2": ("3.1.6", "4"),
-}
 #: Events, logs and TensorBoard files of a long run, in bytes.
 _LOGS = 64 * 2**20
 #: Shared memory that NCCL and data loaders of several ranks need; Docker gives 64 MiB unless told otherwise.
 _SHARED_MEMORY = 512 * 2**20
-
-
-@dataclass(frozen=True)
-class Check:
-    """What one check found, and what to do about it."""
-
-    name: str
-    status: Literal["ok", "warn", "fail"]
-    detail: str
-    do: str = ""
 
 
 def preflight(recipe: Recipe, plan: Plan, root: Path | None = None) -> list[Check]:
@@ -85,10 +59,10 @@ def checks(recipe: Recipe, plan: Plan, root: Path | None = None) -> Iterator[Che
         ("run folder", lambda: _writable(folder)),
         ("data", lambda: _data(recipe, plan)),
         ("rewards", lambda: _rewards(recipe)),
-        ("model", lambda: _model(recipe.model, recipe.trust_remote_code)),
+        ("model", lambda: check_model(recipe.model, recipe.trust_remote_code)),
         ("adapter", lambda: _adapters(recipe)),
         ("disk", lambda: _disk(recipe, plan, folder)),
-        ("logout", _logout),
+        ("logout", logout),
         ("at end", lambda: at_end(recipe)),
     ]
     for name, check in every:
@@ -234,7 +208,7 @@ def _shared_memory(plan: Plan) -> list[Check]:
 
 
 def _writable(folder: Path) -> list[Check]:
-    there = _existing(folder)
+    there = nearest_folder(folder)
     try:
         with tempfile.TemporaryFile(dir=there):
             pass
@@ -266,7 +240,7 @@ def _data(recipe: Recipe, plan: Plan) -> list[Check]:
 
 def _tokenizer_file(model: str) -> Path | None:
     """The tokenizer of a model that is here already, if it can be read without transformers."""
-    folder = Path(model).expanduser() if Path(model).expanduser().is_dir() else _cached(model)
+    folder = folder_of(model)
     file = folder / "tokenizer.json" if folder is not None else None
     return file if file is not None and file.is_file() and find_spec("tokenizers") is not None else None
 
@@ -283,90 +257,20 @@ def _rewards(recipe: Recipe) -> list[Check]:
 def _adapters(recipe: Recipe) -> list[Check]:
     """Adapters made before that the tuning builds on."""
     from ..planner.stages import PREVIOUS
-    from .adapter_start import find_adapter
+    from .models.adapter_start import find_adapter
 
     named = [*recipe.tuning.experts, recipe.tuning.start_from]
     return [Check("adapter", "ok", str(find_adapter(folder))) for folder in named if folder not in ("", PREVIOUS)]
 
 
-def _model(model: str, trust: bool = False) -> list[Check]:
-    given = Path(model).expanduser()
-    folder = given if given.is_dir() else _cached(model)
-    if folder is not None:
-        remote_code.check(folder, wanted=trust, model=model)
-        if trust and not remote_code.needed(folder):
-            what = "the model needs no code of its own, so trust_remote_code has no effect"
-            return [Check("model", "fail", what, "Remove trust_remote_code.")]
-        at_hand = Check("model", "ok", f"{model} is in the local cache")
-        return [_model_folder(folder) if folder is given else at_hand]
-    return [_hub_model(model)]
-
-
-def _model_folder(folder: Path) -> Check:
-    from .tiny import is_tiny
-
-    missing = []
-    if not (folder / "config.json").is_file():
-        missing.append("config.json")
-    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
-        missing.append("a tokenizer (tokenizer.json)")
-    refuse(folder, [path.name for path in folder.iterdir()])
-    if not is_tiny(folder) and not any(folder.glob("*.safetensors")):
-        missing.append("weights (*.safetensors)")
-    if missing:
-        do = "Give a checkpoint in Hugging Face format, as save_pretrained writes it."
-        return Check("model", "fail", f"{folder} lacks {', '.join(missing)}", do)
-    return Check("model", "ok", str(folder))
-
-
-def _hub_model(model: str) -> Check:
-    from huggingface_hub import HfApi, constants
-    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationError, RepositoryNotFoundError
-
-    # The base of all errors of its HTTP client, which is httpx or httpx2 by its release.
-    http_error = cast("type[Exception]", HfHubHTTPError.__bases__[0])
-
-    if constants.HF_HUB_OFFLINE:
-        do = "Unset HF_HUB_OFFLINE, or give the folder of a checkpoint."
-        return Check("model", "fail", f"{model} is not here, and the Hub is switched off", do)
-    page = f"{constants.ENDPOINT}/{model}"
-    try:
-        HfApi().model_info(model, timeout=5)
-        HfApi().auth_check(model)
-    except GatedRepoError:
-        do = f"Accept its licence at {page}, then set HF_TOKEN or run: hf auth login"
-        return Check("model", "fail", f"{model} is gated, and this token may not read it", do)
-    except (RepositoryNotFoundError, HFValidationError):
-        do = "See how its name is written; a private one needs HF_TOKEN."
-        return Check("model", "fail", f"there is no folder {model}, and no such model on the Hub", do)
-    except (http_error, OSError) as error:
-        said = str(error).splitlines()[0] if str(error) else type(error).__name__
-        do = "Look at the network or HF_ENDPOINT, or give the folder of a checkpoint."
-        return Check("model", "fail", f"{model} is not here, and the Hub does not answer ({said})", do)
-    return Check("model", "ok", f"{model} can be downloaded")
-
-
-def _cached(model: str) -> Path | None:
-    """The local copy of a hub model, if it has weights; their folder is the snapshot of the latest download."""
-    if model.count("/") != 1:
-        return None
-    from huggingface_hub import constants
-
-    snapshots = Path(constants.HF_HUB_CACHE) / f"models--{model.replace('/', '--')}" / "snapshots"
-    for snapshot in sorted(snapshots.glob("*")):
-        if (snapshot / "config.json").exists() and any(snapshot.glob("*.safetensors")):
-            return snapshot
-    return None
-
-
 def _disk(recipe: Recipe, plan: Plan, folder: Path) -> list[Check]:
     # A new checkpoint is complete before the oldest one goes.
     need = int((plan.disk.checkpoints_gib + plan.disk.output_gib) * GIB) + _LOGS
-    places = {_existing(folder): need}
-    if not Path(recipe.model).expanduser().is_dir() and _cached(recipe.model) is None:
+    places = {nearest_folder(folder): need}
+    if folder_of(recipe.model) is None:
         from huggingface_hub import constants
 
-        cache = _existing(Path(constants.HF_HUB_CACHE))
+        cache = nearest_folder(Path(constants.HF_HUB_CACHE))
         places[cache] = places.get(cache, 0) + 2 * plan.model.parameters
     found = []
     for device in {place.stat().st_dev: place for place in places}.values():
@@ -381,20 +285,6 @@ def _disk(recipe: Recipe, plan: Plan, folder: Path) -> list[Check]:
     return found
 
 
-def _logout(settings: Path = Path("/etc/systemd")) -> list[Check]:
-    """Whether systemd-logind ends what a user leaves behind, as some distributions set it up."""
-    value = "no"
-    for path in (settings / "logind.conf", *sorted((settings / "logind.conf.d").glob("*.conf"))):
-        if path.is_file():
-            for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-                key, _, given = line.partition("=")
-                value = given.strip() if key.strip() == "KillUserProcesses" else value
-    if value not in {"yes", "true", "1", "on"} or os.geteuid() == 0:
-        return []
-    do = "Start finetui with: systemd-run --user --scope finetui (and allow that once: loginctl enable-linger)."
-    return [Check("logout", "warn", f"{socket.gethostname()} ends all processes of a user who logs out", do)]
-
-
 def at_end(recipe: Recipe) -> list[Check]:
     """What will happen after the run is shown before it, and refused where it can't happen."""
     wish = recipe.limits.at_end
@@ -406,8 +296,3 @@ def at_end(recipe: Recipe) -> list[Check]:
         do = "Let limits.at_end run the command by which your provider ends the machine, or set it to nothing."
         return [Check("at end", "fail", f"this machine can't be shut down: {why}", do)]
     return [Check("at end", "ok", "the machine is shut down a minute after the run has ended by itself")]
-
-
-def _existing(path: Path) -> Path:
-    """The path, or the nearest folder above it that exists."""
-    return path if path.exists() else _existing(path.parent)

@@ -6,7 +6,7 @@
       events.jsonl               see events.py
       log/rank0.log …            what each rank printed
       control/                   requests as files: stop, checkpoint
-      checkpoints/step-000200/   see checkpoint.py
+      checkpoints/step-000200/   see checkpoints/
       output/                    the adapter or the model
 
 The directory is the only contract between a run and whoever watches it: there is no server and no socket.
@@ -25,7 +25,6 @@ import socket
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Self, TypeVar
 
@@ -39,19 +38,15 @@ from ..planner.recipe import Recipe
 from ..planner.secrets import redact
 from ..planner.state import state_dir
 from ..planner.version import VERSION
-from .checkpoint import flush
+from .durable import write_atomically
 from .events import EventLog, Payload, State
 from .filelock import FileLock
 from .modes import FILE, FOLDER
 from .process import has_open
+from .status import LIVE_STATES, Status
 
 T = TypeVar("T")
-RunState = Literal["preparing", "running", "stopping", "finished", "stopped", "failed", "lost"]
-Cause = Literal["oom", "nan", "data", "crash", "disk", "preempted", "cost", "hang"]
 Request = Literal["stop", "checkpoint"]
-
-#: States in which a process is (or should be) at work.
-LIVE_STATES: frozenset[str] = frozenset({"preparing", "running", "stopping"})
 
 #: Room on the disk that is kept so that a full disk can still be reported.
 RESERVE_BYTES = 256 * 1024
@@ -61,35 +56,6 @@ SILENCE_S = 120.0
 #: What follows a run's name in that of its stages.
 _STAGE = re.compile(r"\.(\d+)-[A-Za-z0-9_-]+")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
-
-
-@dataclass(frozen=True)
-class Status:
-    """The content of ``run.json``.
-
-    ``pid`` and ``pid_started`` (seconds since the epoch) together name the supervisor's process: a pid alone may
-    belong to somebody else after a reboot. ``spent_s`` is the time that earlier attempts were at work.
-    """
-
-    state: RunState = "preparing"
-    cause: Cause | None = None
-    message: str = ""
-    do: str = ""
-    attempt: int = 0
-    pid: int = 0
-    pid_started: float = 0.0
-    host: str = ""
-    created: float = 0.0
-    started: float = 0.0
-    ended: float = 0.0
-    version: str = ""
-    spent_s: float = 0.0
-
-    def elapsed_s(self, now: float | None = None) -> float:
-        """Seconds at work so far, over all attempts; ``now`` defaults to the clock."""
-        if not self.started:
-            return self.spent_s
-        return self.spent_s + max(0.0, (self.ended or now or time.time()) - self.started)
 
 
 class Run:
@@ -401,25 +367,6 @@ def suggest_name(recipe: Recipe, plan: Plan) -> str:
     """A name that tells runs apart at a glance: model, tuning and date."""
     model = re.sub(r"[^a-z0-9.]+", "-", Path(recipe.model).name.lower()).strip("-.") or "model"
     return f"{model[:40]}-{plan.resolved.tuning}-{time.strftime('%m%d-%H%M')}"
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Replace a small file so that a reader, or a crash, sees the old content or the new, never a mixture.
-
-    It is readable by its user alone.
-    """
-    fd, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    try:
-        with os.fdopen(fd, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        flush(path.parent)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            os.unlink(temporary)
-        raise
 
 
 def _claim(partial: Path, root: Path, name: str, *, exact: bool) -> Path:

@@ -11,7 +11,7 @@ from .data.examples import Message
 from .data.template import render
 from .evaluate import IGNORED
 from .events import Sample
-from .model import Emit
+from .models.load import Emit
 
 #: How many prompts are asked.
 PROMPTS = 3

@@ -28,12 +28,15 @@ from typing import Any, get_args
 from ..planner.errors import RunError, TrainingError
 from ..planner.recipe import Recipe
 from ..planner.stages import Step, expand
+from .durable import write_atomically
 from .events import Event, EventLog, EventReader, LogLine, Payload, Phase
-from .failure import classify
 from .launcher import kill, resume, start, stop
 from .modes import keep_private
-from .redacted import redact_streams
-from .run import LIVE_STATES, Run, trained, write_atomically
+from .rank import die_with_parent, redirect
+from .run import Run, trained
+from .status import LIVE_STATES
+from .supervision.failure import classify
+from .supervision.redacted import redact_streams
 
 NOTES = "stages.json"
 #: What of a stage's events is repeated: the curves and the words, not the samples of a machine that is sampled anyway.
@@ -53,13 +56,12 @@ def main(argv: list[str] | None = None) -> int:
     if len(arguments) not in (1, 2):
         print("usage: python -P -m finetui.engine.stages RUN_DIR [STAGE]", file=sys.stderr)
         return 2
-    from .worker import _die_with_parent, _redirect
 
     run = Run(arguments[0])
     keep_private()
-    _redirect(run, 0)
+    redirect(run, 0)
     redact_streams()
-    if not _die_with_parent():
+    if not die_with_parent():
         print("the supervisor is gone already", file=sys.stderr)
         return 1
     for name in _PLACES:

@@ -19,37 +19,38 @@ import dataclasses
 import json
 import os
 import shutil
-import signal
 import socket
 import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import FrameType
 
 import psutil
 
-from ..planner.cgroup import oom_kills, usable_cpus
+from ..planner.cgroup import oom_kills
 from ..planner.errors import FinetuiError, RunError, TrainingError
 from ..planner.plan import Plan
 from ..planner.recipe import Recipe
 from ..planner.version import VERSION
-from . import at_end, bytecode, gpulock, hang
-from .budget import Budget
-from .checkpoint import find
+from .checkpoints.store import find
+from .durable import write_atomically
 from .events import Failure, Fallback, Phase, Warn, parse_line
-from .heartbeat import VARIABLE, Hearts
-from .launcher import WORKER, import_environment
+from .launcher import WORKER
 from .learning import learn_from
 from .modes import keep_private
-from .outcome import EndReason, Facts, Outcome, decide, first_exit
-from .preemption import Notices
-from .ranks import end_ranks, launcher
-from .recovery import Restarts, again
-from .redacted import redact_streams
-from .run import LIVE_STATES, Run, Status, write_atomically
+from .run import Run
+from .status import LIVE_STATES, Status
+from .supervision import at_end, gpulock, hang
+from .supervision.budget import Budget
+from .supervision.heartbeat import VARIABLE, Hearts
+from .supervision.orders import Orders, signals
+from .supervision.outcome import Facts, Outcome, decide, first_exit
+from .supervision.preemption import Notices
+from .supervision.ranks import end_ranks, environment, launcher
+from .supervision.recovery import Restarts, again
+from .supervision.redacted import redact_streams
 from .telemetry import Sampler
 
 #: Share of the time between SIGTERM and SIGKILL that ranks get for their last checkpoint: the supervisor needs some.
@@ -58,23 +59,6 @@ GRACE_SHARE = 2 / 3
 LIMIT_S = 600.0
 #: Seconds after which a rank that was killed and is still there waits in the kernel, for a disk or a driver.
 KILL_S = 60.0
-
-
-@dataclasses.dataclass
-class _Orders:
-    """What the supervisor was told to do, by signals or by limits."""
-
-    reason: EndReason | None = None
-    deadline: float | None = None
-    forced: bool = False
-    grace_s: float = 20.0
-    """Seconds that ranks get for a checkpoint after SIGTERM."""
-
-    def end(self, reason: EndReason, within_s: float) -> None:
-        """Note that the ranks shall end; the sooner deadline counts."""
-        deadline = time.monotonic() + within_s
-        if self.deadline is None or deadline < self.deadline:
-            self.reason, self.deadline = reason, deadline
 
 
 def supervise(
@@ -95,8 +79,8 @@ def supervise(
         RunError: another process is at work on the run, another run on its GPUs, it has finished, or its files are
             damaged.
     """
-    orders = _Orders()
-    with _signals(orders):
+    orders = Orders()
+    with signals(orders):
         lock = run.claim()
         try:
             recipe, plan = run.recipe, run.plan
@@ -139,7 +123,7 @@ class _Supervision:
     """One supervisor's work on a run: attempts, until one ends for good."""
 
     def __init__(
-        self, run: Run, recipe: Recipe, plan: Plan, status: Status, worker: Sequence[str], orders: _Orders
+        self, run: Run, recipe: Recipe, plan: Plan, status: Status, worker: Sequence[str], orders: Orders
     ) -> None:
         self.run, self.recipe, self.plan, self.status, self.worker = run, recipe, plan, status, worker
         self.orders = orders
@@ -243,7 +227,7 @@ class _Supervision:
     def ranks(self) -> tuple[dict[int, int], list[hang.Silent]]:
         """Run the ranks to their end: the exit codes of those that failed, and the ranks that hung, if some did."""
         run, orders, plan = self.run, self.orders, self.plan
-        os.environ.update(_environment(plan, os.environ))
+        os.environ.update(environment(plan, os.environ))
         world = 1 if plan.stages else plan.resolved.world_size
         launch = launcher(run, world, self.worker)
         failed: dict[int, int] = {}
@@ -323,50 +307,6 @@ class _Supervision:
         """Have every rank say in its log where it is, before all are ended."""
         print(f"ranks hang; their stacks are in log/rank*.log (processes {pids})", flush=True)
         hang.take_stacks(pids)
-
-
-def _environment(plan: Plan, present: Mapping[str, str]) -> dict[str, str]:
-    """What the ranks need in their environment; what the user has set by hand stays."""
-    resolved = plan.resolved
-    wanted = {
-        "OMP_NUM_THREADS": str(max(1, usable_cpus() // resolved.world_size)),
-        # Idle OpenMP threads sleep instead of spinning: on two cores shared with other work, spinning made a step of
-        # the tiny model eight times slower (2.0 s against 0.25 s).
-        "OMP_WAIT_POLICY": "PASSIVE",
-        # The ranks of one machine listen where nobody else can reach them.
-        "GLOO_SOCKET_IFNAME": "lo",
-        "NCCL_SOCKET_IFNAME": "lo",
-        # After one rank has failed, its peers hang in a collective: elastic waits so long before it kills them.
-        "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "5",
-    }
-    if resolved.device == "cuda" and "PYTORCH_CUDA_ALLOC_CONF" not in present:  # its old name, which torch still reads
-        wanted["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
-    environment = {key: value for key, value in wanted.items() if key not in present}
-    visible = ",".join(map(str, resolved.gpus)) if resolved.device == "cuda" else ""
-    devices = {"CUDA_DEVICE_ORDER": "PCI_BUS_ID", "CUDA_VISIBLE_DEVICES": visible}
-    return environment | devices | import_environment() | bytecode.environment(present)
-
-
-@contextlib.contextmanager
-def _signals(orders: _Orders) -> Iterator[None]:
-    def preempt(number: int, frame: FrameType | None) -> None:
-        orders.end("preempted", orders.grace_s)
-
-    def quit_now(number: int, frame: FrameType | None) -> None:
-        orders.end("quit", 0.0)
-
-    handlers: dict[signal.Signals, Callable[[int, FrameType | None], None] | signal.Handlers] = {
-        signal.SIGTERM: preempt,
-        signal.SIGQUIT: quit_now,
-        signal.SIGHUP: signal.SIG_IGN,
-        signal.SIGINT: signal.SIG_IGN,
-    }
-    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def _failures(events: Path, begin: int) -> list[Failure]:

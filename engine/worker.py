@@ -9,31 +9,26 @@ alone decides on the final state. Exit codes: 0 (trained, or stopped on request)
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
 import gc
 import os
 import signal
 import sys
 import time
 import traceback
-from collections.abc import Iterator
-from dataclasses import dataclass
-from datetime import timedelta
 from typing import Any
 
 from ..planner.rollout import ROLLOUT_METHODS
-from . import remote_code
-from .continuation import changes, identity, model_mark, require_readable, require_same_run, rows_mark
+from . import imports
+from .checkpoints.continuation import changes, identity, model_mark, require_readable, require_same_run, rows_mark
 from .events import EventLog, LogLine, Phase, Warn, read_events
-from .failure import classify
-from .hang import hang_limit_s
-from .heartbeat import Pulse, leave_stacks
-from .imports import compiling_later
-from .modes import FILE, keep_private
-from .ranks import MEETING
-from .redacted import redact_streams
+from .models import remote_code
+from .modes import keep_private
+from .rank import Rank, barrier, die_with_parent, in_turn, join_group, leave_group, redirect
 from .run import Run
+from .supervision.failure import classify
+from .supervision.hang import hang_limit_s
+from .supervision.heartbeat import Pulse, leave_stacks
+from .supervision.redacted import redact_streams
 
 _QUIET = {
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
@@ -47,21 +42,6 @@ _QUIET = {
 }
 
 
-@dataclass(frozen=True)
-class Rank:
-    """This process's place among the ranks."""
-
-    rank: int = 0
-    local_rank: int = 0
-    world: int = 1
-
-    @classmethod
-    def from_environment(cls) -> Rank:
-        """As torch elastic set it; a process started by hand is the only rank."""
-        read = os.environ.get
-        return cls(int(read("RANK", "0")), int(read("LOCAL_RANK", "0")), int(read("WORLD_SIZE", "1")))
-
-
 def main(argv: list[str] | None = None) -> int:
     """Entry point of the process; the run's log takes over stdout and stderr at once."""
     arguments = sys.argv[1:] if argv is None else argv
@@ -70,12 +50,13 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     run, rank = Run(arguments[0]), Rank.from_environment()
     keep_private()
-    _redirect(run, rank.rank)
+    redirect(run, rank.rank)
     redact_streams()
     leave_stacks()
-    if not _die_with_parent():
+    if not die_with_parent():
         print("the supervisor is gone already", file=sys.stderr)
         return 1
+    gc.disable()  # until all is imported
     for name, value in _QUIET.items():
         os.environ.setdefault(name, value)
     if os.environ["USE_HUB_KERNELS"] == "NO":
@@ -118,7 +99,7 @@ def attempt(run: Run, rank: Rank | None = None, pulse: Pulse | None = None) -> i
             return 1
         finally:
             pulse.rest()
-            _leave_group()
+            leave_group()
             gc.unfreeze()  # or extensions would report all that is still there at the end as leaked
             sys.stdout.flush()
     return 0
@@ -143,35 +124,43 @@ def work(run: Run, rank: Rank, log: EventLog, pulse: Pulse) -> None:
     say(Phase("importing", "torch"))
     import torch
 
-    device = _join_group(rank, resolved.device, hang_limit_s(recipe))
-    from .model import load_tokenizer, locate, read_ahead
+    device = join_group(rank, resolved.device, hang_limit_s(recipe))
+    from .models.load import Numerics, already_quantised, head_size, load_tokenizer, locate, read_ahead
+    from .warmup import Warmup
 
     say(Phase("looking for the model", recipe.model))
-    folder = _in_turn(rank, lambda: locate(recipe.model))
+    folder = in_turn(rank, lambda: locate(recipe.model))
     remote_code.check(folder, wanted=recipe.trust_remote_code, model=recipe.model)
     resume = _newest_checkpoint(run, rank, say)
     source = resume.path if resume is not None and resolved.trains_base else folder
     reading = read_ahead(source, resolved, device)
     say(Phase("importing", "transformers, peft and trl"))
-    with _collector_at_rest(), compiling_later():
+    numerics = Numerics.of(resolved)
+    head = head_size(folder) if resolved.attention == "sdpa" else None
+    warming = Warmup(device, numerics.autocast or numerics.weights, head)
+    plain = not recipe.trust_remote_code and not already_quantised(folder)
+    with imports.of_a_run(hide=plain):
         _silence_libraries()
-        from .adapt import Ground, first_batches
         from .baseline import ask, can_wait
-        from .optimizers import averaged
+        from .models.ground import Ground, first_batches
         from .samples import answer, held_out_prompts
         from .trainers.beats import Beats
-        from .trainers.build import SHOWS_ITSELF, before_training, order_for, trainer_for, usable_rows
+        from .trainers.build import SHOWS_ITSELF, before_training, maker_for, order_for, usable_rows
         from .trainers.callbacks import Reporter
         from .trainers.divergence import Divergence, explosion_of
         from .trainers.job import Job
+        from .trainers.optimizers import averaged
         from .trainers.settings import length
+
+        make_trainer = maker_for(resolved.method)
+    warming.wait()
 
     say(Phase("loading the tokenizer", recipe.model))
     tokenizer, notes = load_tokenizer(folder, recipe.chat_template, resolved.options.new_tokens)
     for note in notes:
         say(LogLine(0, note))
 
-    rows = _in_turn(rank, lambda: _rows(run, tokenizer, say))
+    rows = in_turn(rank, lambda: _rows(run, tokenizer, say))
     for warning in rows.facts.warnings:
         say(Warn(warning, "data", "Look at them with 'finetui data'."))
     for path, told in rows.facts.formats.items():
@@ -220,7 +209,7 @@ def work(run: Run, rank: Rank, log: EventLog, pulse: Pulse) -> None:
         whole_layers=whole_layers,
         identity=known,
     )
-    trainer = trainer_for(job)
+    trainer = make_trainer(job)
     reporter.trainer = trainer
     trainer.add_callback(beats := Beats(pulse))
     beats.feel(trainer)
@@ -260,7 +249,7 @@ def work(run: Run, rank: Rank, log: EventLog, pulse: Pulse) -> None:
         say(Phase("writing the result", "output"))
         if rank.rank == 0:
             _write_result(run, trainer, tokenizer, folder)
-    _barrier()
+    barrier()
 
 
 def _rows(run: Run, tokenizer: Any, say: Any) -> Any:
@@ -283,7 +272,7 @@ def _rows(run: Run, tokenizer: Any, say: Any) -> Any:
 
 def _newest_checkpoint(run: Run, rank: Rank, say: Any) -> Any:
     """The checkpoint that rank 0 finds sound, for all ranks."""
-    from .checkpoint import latest
+    from .checkpoints.store import latest
 
     found: list[Any] = [None]
     if rank.rank == 0:
@@ -322,9 +311,9 @@ def _trainable_model(run: Run, source: Any, device: Any, say: Any, reading: Any,
         source: the base model, or the checkpoint of a full one; a resumed adapter is read later, by the trainer.
         ground: what some tunings need beside it.
     """
-    from .adapt import adapt
-    from .layers import checkpoint_layers
-    from .model import load_base, patch_kernels
+    from .models.adapt import adapt
+    from .models.layers import checkpoint_layers
+    from .models.load import load_base, patch_kernels
 
     recipe, resolved = run.recipe, run.plan.resolved
     model = adapt(load_base(source, resolved, device, say, reading=reading), resolved, recipe.model, ground)
@@ -350,82 +339,6 @@ def _write_result(run: Run, trainer: Any, tokenizer: Any, folder: Any) -> None:
         note(run.output_path, step, last)
     else:
         run.append(LogLine(0, f"the result is of step {best}, which did best on held-out rows"))
-
-
-# --- processes
-
-
-def _redirect(run: Run, rank: int) -> None:
-    path = run.log_path(rank)
-    path.parent.mkdir(exist_ok=True)
-    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, FILE)
-    os.dup2(fd, 1)
-    os.dup2(fd, 2)
-    os.close(fd)
-
-
-def _die_with_parent() -> bool:
-    """Ask the kernel to kill this process when its parent dies; False if that has happened already."""
-    parent = os.getppid()
-    if sys.platform == "linux":
-        ctypes.CDLL(None, use_errno=True).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-    return os.getppid() == parent and parent != 1
-
-
-def _join_group(rank: Rank, kind: str, hang_s: float | None) -> Any:
-    """Join the process group, if there is one; returns this rank's device.
-
-    Its collectives wait for longer than it takes to find a hang: the supervisor has the stacks written before it ends
-    the ranks, while NCCL's own watchdog would just abort them.
-    """
-    import torch
-
-    device = torch.device("cuda", rank.local_rank) if kind == "cuda" else torch.device("cpu")
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    if rank.world > 1:
-        nccl: dict[str, Any] = {"backend": "nccl", "device_id": device}
-        options: dict[str, Any] = nccl if device.type == "cuda" else {"backend": "gloo"}
-        options["timeout"] = timedelta(seconds=1800 if hang_s is None else max(1800.0, 2 * hang_s))
-        if meeting := os.environ.get(MEETING):
-            store = torch.distributed.FileStore(meeting, rank.world)
-            options |= {"store": store, "rank": rank.rank, "world_size": rank.world}
-        torch.distributed.init_process_group(**options)
-    return device
-
-
-def _leave_group() -> None:
-    torch = sys.modules.get("torch")
-    if torch is not None and torch.distributed.is_available() and torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
-
-
-def _barrier() -> None:
-    import torch
-
-    if torch.distributed.is_initialized():
-        torch.distributed.barrier()
-
-
-def _in_turn(rank: Rank, make: Any) -> Any:
-    """Let rank 0 do it (and fill the cache), then the others find it done."""
-    if rank.rank != 0:
-        _barrier()
-    made = make()
-    if rank.rank == 0:
-        _barrier()
-    return made
-
-
-@contextlib.contextmanager
-def _collector_at_rest() -> Iterator[None]:
-    """Modules are imported for good: the collector finds nothing to free in them, now or later."""
-    gc.disable()
-    try:
-        yield
-        gc.freeze()
-    finally:
-        gc.enable()
 
 
 def _silence_libraries() -> None:

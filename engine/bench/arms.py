@@ -244,6 +244,7 @@ def _unsloth_model(package: Any, task: Task) -> Any:
     model, _ = package.FastLanguageModel.from_pretrained(
         task.model, max_seq_length=task.sequence_length, dtype=torch.bfloat16, load_in_4bit=task.tuning == "qlora",
         full_finetuning=task.tuning == "full",
+        use_gradient_checkpointing="unsloth" if task.mode == "full" else False,
     )  # fmt: skip
     if task.tuning == "full":
         return model

@@ -80,8 +80,8 @@ def measure(
 
     Args:
         timeout_s: for loading and the first step, and for each turn.
-        together: arms load side by side, which spares time; their times to the first step then mean nothing, and are
-            left out.
+        together: arms load and settle side by side, which spares time; their times to the first step then mean
+            nothing, and are left out.
         profile: a file that gets each arm's table of what ran on the GPU; ``task.profile`` is set for it.
         folder: for the turns and logs of the arms; a temporary one by default.
         done: is told each result the moment it is known.
@@ -96,8 +96,15 @@ def measure(
     for arm in arms:
         arm.reach(0, timeout_s)
     last = max(task.rounds for task in tasks) + 1
-    for turn in range(last):
-        tell(f"round {turn} of {last - 1}" if turn else "settling")
+    tell("settling")
+    for arm in arms:  # side by side where they loaded so: compilers of several programs, and nothing that is timed
+        arm.go(0)
+        if not together:
+            arm.reach(1, timeout_s)
+    for arm in arms:
+        arm.reach(1, timeout_s)
+    for turn in range(1, last):
+        tell(f"round {turn} of {last - 1}")
         for arm in arms:
             arm.take(turn, timeout_s)
     if profile is not None:
@@ -110,6 +117,7 @@ def measure(
         result = arm.result(tell)
         if together:
             result.pop("to_first_step_s", None)
+            result.pop("first_step_s", None)
         results.append(result)
         done(result)
         told = arm.turns / "profile"

@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NamedTuple
 
+from ...planner.errors import DataError
 from .examples import Example, Judged, Pair, Prompt, Record, Stepwise, Tools, Turns
 from .labels import TrainOn, end_tokens, mark
 from .skeleton import Blanks
@@ -53,6 +54,7 @@ class Tally:
     cut: int = 0
     split: int = 0
     dropped: int = 0
+    overlong: int = 0
     longest: int = 0
 
     def add(self, tokens: int, trained: int, longest: int) -> None:
@@ -118,6 +120,10 @@ class Encoder:
                 texts.append(self._prompt(record.prompt, record.tools, record.where))
             else:
                 raise TypeError(f"no method trains on {type(record).__name__}")
+        try:
+            "".join([text.text for text in texts]).encode()
+        except UnicodeEncodeError:
+            raise _half_a_character(records, texts) from None
         return texts
 
     def _prompt(self, prompt: Turns, tools: Tools, where: str) -> Marked:
@@ -142,12 +148,18 @@ class Encoder:
             for text in texts
         ]
 
-    def learned(self, records: Sequence[Record], encoded: Sequence[Encoded], tally: Tally) -> Iterator[Encoded]:
-        """Examples within the limit. Long texts become several; an example without any answer left is dropped."""
+    def learned(
+        self, records: Sequence[Record], encoded: Sequence[Encoded], tally: Tally, *, drop: bool = False
+    ) -> Iterator[Encoded]:
+        """Examples within the limit. Long texts become several; an example without any answer left is dropped, and with
+        ``drop`` whatever would have to be cut."""
         limit = self.limit
         for record, row in zip(records, encoded, strict=True):
             size = len(row.input_ids)
             pieces = [row]
+            if size > limit and drop:
+                tally.overlong += 1
+                continue
             if size > limit:
                 if isinstance(record, Example) and record.kind == "text":
                     pieces = list(_windows(row, limit))
@@ -164,25 +176,30 @@ class Encoder:
                 else:
                     tally.dropped += 1
 
-    def answered(self, records: Sequence[Record], encoded: Sequence[Encoded], tally: Tally) -> Iterator[Columns]:
-        """Pairs and judged answers within the limit."""
+    def answered(
+        self, records: Sequence[Record], encoded: Sequence[Encoded], tally: Tally, *, drop: bool = False
+    ) -> Iterator[Columns]:
+        """Pairs and judged answers within the limit; with ``drop`` only those that are so by themselves."""
         rows = iter(encoded)
         for record in records:
             values: dict[str, float] = {}
             if isinstance(record, Judged):
-                made = self._fit([next(rows)], ["completion_ids"], tally)
+                made = self._fit([next(rows)], ["completion_ids"], tally, drop)
                 values["label"] = record.label
             else:
-                made = self._fit([next(rows), next(rows)], ["chosen_ids", "rejected_ids"], tally)
+                made = self._fit([next(rows), next(rows)], ["chosen_ids", "rejected_ids"], tally, drop)
                 if self.kind == "scored" and isinstance(record, Pair):
                     values["margin"] = math.nan if record.margin is None else record.margin
             if made is not None:
                 yield Columns(made, values)
 
-    def _fit(self, rows: list[Encoded], names: list[str], tally: Tally) -> dict[str, list[int]] | None:
+    def _fit(self, rows: list[Encoded], names: list[str], tally: Tally, drop: bool) -> dict[str, list[int]] | None:
         starts = [row.spans[0][0] if row.spans else len(row.input_ids) for row in rows]
         lengths = [len(row.input_ids) for row in rows]
         over = max(lengths) > self.limit
+        if over and drop:
+            tally.overlong += 1
+            return None
         if over:
             tally.truncated += 1
         cut = [row.input_ids[: self.limit] for row in rows]
@@ -208,6 +225,15 @@ class Encoder:
                 continue
             tally.add(size, 0, size)
             yield {**as_row(record), "prompt_ids": row.input_ids}
+
+
+def _half_a_character(records: Sequence[Record], texts: Sequence[Marked]) -> DataError:
+    """The error for a text that no tokenizer takes: JSON may write a lone surrogate, which is no character."""
+    per_record = len(texts) // len(records)
+    lone = ((index, code) for index, text in enumerate(texts) for code in text.text if "\ud800" <= code <= "\udfff")
+    index, code = next(lone)
+    what = f"the text holds half of a character (\\u{ord(code):04x} without its other half)"
+    return DataError(what, where=records[index // per_record].where, do="Remove it, or write the whole character.")
 
 
 def as_row(record: Record) -> dict[str, Any]:

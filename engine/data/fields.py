@@ -77,9 +77,8 @@ def without_nulls(tree: Any) -> Any:
 def missing(row: Row, column: str) -> DataError:
     """The error for a column that is not there."""
     found = ", ".join(row.values) or "none"
-    return DataError(
-        f"column {column!r} is missing; the row has {found}", where=row.where, do="Add it, or remove the row."
-    )
+    do = "Add it, or remove the row; rows of another format belong into a source of their own."
+    return DataError(f"column {column!r} is missing; the row has {found}", where=row.where, do=do)
 
 
 def bad(row: Row, field: str, what: str, do: str = "Mend the row, or remove it.") -> DataError:
@@ -89,5 +88,6 @@ def bad(row: Row, field: str, what: str, do: str = "Mend the row, or remove it."
 
 def kind(value: Any) -> str:
     """The JSON type of a value, in words."""
-    names = {bool: "true or false", int: "a number", float: "a number", list: "a list", dict: "an object"}
+    names = {bool: "true or false", int: "a number", float: "a number", list: "a list", dict: "an object",
+             str: "text", bytes: "bytes"}  # fmt: skip
     return names.get(type(value), "null" if value is None else type(value).__name__)

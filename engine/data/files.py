@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import csv
 import json
+import lzma
 import sys
 from collections.abc import Callable, Iterator
 from itertools import chain
 from typing import Any, NamedTuple
 
 from ...planner.errors import DataError, MissingExtraError
+from .magic import converted, misnaming, refuse_binary
 from .places import Place, Unreadable, open_bytes, size_of, suffix_of
 
 _MEND = "Mend it there."
@@ -48,20 +50,33 @@ def read_file(path: Place, refuse: Refuse = stop) -> Iterator[Row]:
         ".txt": _read_text,
     }.get(suffix, _read_jsonl)
     rows = 0
+    first: list[DataError] = []
+
+    def note(error: DataError) -> None:
+        refuse(error)
+        if not first:
+            first.append(error)
+
     try:
         with open_bytes(path) as file:
-            for row in reader(path, _decoded(path, file, refuse), refuse):
+            for row in reader(path, _decoded(path, file, note), note):
                 rows += 1
                 yield row
-    except (OSError, EOFError) as error:
-        why = getattr(error, "strerror", None) or error or type(error).__name__
+    except (OSError, EOFError, lzma.LZMAError) as error:
+        why = getattr(error, "strerror", None) or str(error) or type(error).__name__
         what = f"the file can't be read on after {rows:,} rows ({why})"
-        raise DataError(what, where=str(path), do="Fetch it again; it may have been cut off.") from None
+        do = "Fetch it again; it may have been cut off."
+        if not rows and (misnamed := misnaming(path)):
+            what, do = misnamed
+        raise DataError(what, where=str(path), do=do) from None
     except Unreadable as error:
         if not rows:
             raise
         do = "Start again when the network is steady, or fetch the file first."
         raise DataError(f"the stream broke off after {rows:,} rows: {error.what}", where=str(path), do=do) from None
+    if not rows and first:
+        what = f"not one row can be read; the first: {first[0].what}"
+        raise DataError(what, where=first[0].where, do=first[0].do)
     if not rows:
         what = "the file is empty" if size_of(path) == 0 else "the file holds no row"
         raise DataError(what, where=str(path), do="Leave it out, or give it rows.")
@@ -71,19 +86,14 @@ def _decoded(path: Place, file: Any, refuse: Refuse) -> Iterator[str]:
     """The lines of a UTF-8 file, line ends kept, without the byte order mark."""
     for number, line in enumerate(file, 1):
         if number == 1:
-            if line.startswith((b"\xff\xfe", b"\xfe\xff")):
-                raise DataError("the file is UTF-16, not UTF-8", where=str(path), do=_convert("UTF-16", path))
+            refuse_binary(path, line)
             line = line.removeprefix(b"\xef\xbb\xbf")
         try:
             yield line.decode("utf-8")
         except UnicodeDecodeError as error:
             what = f"byte 0x{line[error.start]:02x} at column {error.start + 1} is not UTF-8"
-            refuse(DataError(what, where=f"{path}:{number}", do=_convert("LATIN1", path)))
+            refuse(DataError(what, where=f"{path}:{number}", do=converted("LATIN1", path)))
             yield "\n"  # so that the lines after it keep their numbers
-
-
-def _convert(encoding: str, path: Place) -> str:
-    return f"Convert it, for example: iconv -f {encoding} -t UTF-8 {path.name} > fixed{suffix_of(path.name)}"
 
 
 def _read_jsonl(path: Place, lines: Iterator[str], refuse: Refuse) -> Iterator[Row]:
@@ -92,23 +102,49 @@ def _read_jsonl(path: Place, lines: Iterator[str], refuse: Refuse) -> Iterator[R
             continue
         where = f"{path}:{number}"
         try:
-            values = json.loads(line)
+            values = json.loads(line) if number > _CLOSELY else json.loads(line, object_pairs_hook=_object)
         except json.JSONDecodeError as error:
             if number == 1 and line.lstrip().startswith("["):
                 do = f"This looks like one JSON list; name the file {path.stem}.json."
                 raise DataError(f"the line is not valid JSON: {_explain(error)}", where=where, do=do) from None
             do = "Every line must be one whole JSON object."
+            if "\r" in line.rstrip("\r\n"):
+                do = f"Its lines end in a carriage return alone: tr '\\r' '\\n' < {path.name} > fixed.jsonl"
             refuse(DataError(f"the line is not valid JSON: {_explain(error)}", where=where, do=do))
         except RecursionError:
             refuse(DataError("the line is nested too deeply", where=where))
+        except _Twice as error:
+            what = f"the key {error.key!r} stands twice in one object"
+            refuse(DataError(what, where=where, do="Remove one of them."))
         else:
             yield from _row(values, where, refuse)
 
 
+#: Lines whose keys are looked at one by one, which takes longer: whoever writes a key twice does so from the start.
+_CLOSELY = 100
+
+
+class _Twice(Exception):
+    """A key stands twice in an object."""
+
+    def __init__(self, key: str) -> None:
+        self.key = key
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    made = dict(pairs)
+    if len(made) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise _Twice(next(key for key in keys if keys.count(key) > 1))
+    return made
+
+
 def _explain(error: json.JSONDecodeError, *, column: bool = True) -> str:
-    near = error.doc[max(0, error.pos - 10) : error.pos + 20].strip()
-    what = error.msg[0].lower() + error.msg[1:]
-    return what + (f" at column {error.colno}" if column else "") + (f", near {near!r}" if near else "")
+    pos = min(error.pos, len(error.doc.rstrip()))  # the end of a line that breaks off, not the beginning of the next
+    near = error.doc[max(0, pos - 10) : pos + 20].strip()
+    what = (error.msg[0].lower() + error.msg[1:]).removesuffix(" at")
+    at = pos - error.doc.rfind("\n", 0, pos)
+    return what + (f" at column {at}" if column else "") + (f", near {near!r}" if near else "")
 
 
 def _row(values: Any, where: str, refuse: Refuse) -> Iterator[Row]:
@@ -161,6 +197,8 @@ def _read_json_object(path: Place, text: str, refuse: Refuse) -> Iterator[Row]:
     if len(tables) != 1:
         found = f"has {len(tables)} lists of objects ({', '.join(tables)})" if tables else "holds no list of objects"
         do = "Make it one JSON list of objects."
+        if not tables and isinstance(tree, dict) and any(isinstance(value, list | dict) for value in tree.values()):
+            do = "Make it one JSON list of objects; pandas writes one with to_json(orient='records')."
         raise DataError(f"the file {found}, so its rows are not clear", where=str(path), do=do)
     for index, values in enumerate(tree[tables[0]]):
         yield from _row(values, f"{path}:{tables[0]}[{index}]", refuse)
@@ -233,13 +271,12 @@ def _read_csv(path: Place, lines: Iterator[str], refuse: Refuse) -> Iterator[Row
     csv.field_size_limit(sys.maxsize)
     header_line = next((line for line in lines if line.strip()), "")
     delimiter = "\t" if suffix_of(path.name) == ".tsv" else max(",;\t", key=header_line.count)
-    reader = csv.reader(chain([header_line], lines), delimiter=delimiter, strict=True)
+    spaced = all(name.startswith(" ") for name in header_line.split(delimiter)[1:])  # "question, answer"
+    reader = csv.reader(chain([header_line], lines), delimiter=delimiter, strict=True, skipinitialspace=spaced)
     line = 1
     try:
         header = next(reader, [])
-        twice = next((name for name in header if header.count(name) > 1), None)
-        if twice is not None:
-            raise DataError(f"two columns are called {twice!r}", where=f"{path}:1", do="Rename one of them.")
+        _refuse_twice(f"{path}:1", header)
         line = reader.line_num + 1
         for record in reader:
             if len(record) == len(header):
@@ -253,6 +290,12 @@ def _read_csv(path: Place, lines: Iterator[str], refuse: Refuse) -> Iterator[Row
         raise DataError(
             f"the row is not valid CSV: {error}", where=f"{path}:{line}", do="Check the quotes there."
         ) from None
+
+
+def _refuse_twice(where: str, names: list[str]) -> None:
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise DataError(f"two columns are called {twice!r}", where=where, do="Rename one of them.")
 
 
 def _read_text(path: Place, lines: Iterator[str], _refuse: Refuse) -> Iterator[Row]:
@@ -278,6 +321,8 @@ def _read_arrow(path: Place, batches: Callable[[Any], Iterator[Any]]) -> Iterato
     try:
         with open_bytes(path) as file:
             for batch in batches(file):
+                if not number:
+                    _refuse_twice(str(path), batch.schema.names)
                 for values in batch.to_pylist():
                     number += 1
                     yield Row(values, f"{path}:{number}")
@@ -285,7 +330,8 @@ def _read_arrow(path: Place, batches: Callable[[Any], Iterator[Any]]) -> Iterato
         named = "Parquet" if suffix_of(path.name) == ".parquet" else "Arrow"
         where = f"{path}:{number}" if number else str(path)
         what = f"the file is not valid {named}{', or ends too soon' if number else ''} ({str(error).splitlines()[0]})"
-        raise DataError(what, where=where, do="Write it again.") from None
+        what, do = (None if number else misnaming(path)) or (what, "Write it again.")
+        raise DataError(what, where=where, do=do) from None
     if not number:
         raise DataError("the file holds no row", where=str(path), do="Leave it out, or give it rows.")
 

@@ -17,15 +17,17 @@ prompt-only         a prompt; all other columns are kept for rewards
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from itertools import chain, islice
 from typing import Any, Literal
 
 from ...planner.datasource import DataSource
 from ...planner.errors import DataError
+from .examples import Role
+from .fields import kind
 from .files import Refuse, Row, stop
 from .sources import read_rows
-from .turns import keys_of
+from .turns import ROLES, keys_of
 
 Format = Literal[
     "messages", "sharegpt", "alpaca", "question-answer", "prompt-completion", "text", "preference",
@@ -140,7 +142,8 @@ class Detected:
     """The format of a source: which columns it reads, how sure that is (share of rows that fit), and why.
 
     ``base`` is the format of judged answers but for their label; ``chat`` says whether plain strings are turns of a
-    chat, ``keys`` what role and text of a message are called where the usual names are not.
+    chat, ``keys`` what role and text of a message are called where the usual names are not, ``roles`` who speaks under
+    which name.
     """
 
     format: Format
@@ -150,6 +153,7 @@ class Detected:
     base: Format | None = None
     chat: bool = False
     keys: tuple[str, str] | None = None
+    roles: Mapping[str, Role] = field(default_factory=lambda: ROLES)
 
 
 def open_source(source: DataSource, method: str = "sft", refuse: Refuse = stop) -> tuple[Detected, Iterator[Row]]:
@@ -182,12 +186,14 @@ def detect(rows: Sequence[Row], source: DataSource | str = "auto", method: str =
             raise DataError(what, where=source.path, do=f"{_serves(source.format)} It takes {', '.join(accepted)}.")
         found = _best([source.format], rows, source)
         if found is None:
-            raise _not(source.format, rows, source)
-        return found
-    found = _best(accepted, rows, source)
+            raise _nearly([source.format], rows, source) or _not(source.format, rows, source)
+        return _with_roles(found, source)
+    found = _best(accepted, rows, source, judging=method == "kto")
     judged = _best(["unpaired-preference"], rows, source) if found and method in ("sft", "pretrain") else None
     if found is not None and judged is None:
-        return found
+        return _with_roles(found, source)
+    if found is None and (near := _nearly(accepted, rows, source)) is not None:
+        raise near
     other = judged or _best([name for name in _SHAPES if name not in accepted], rows, source)
     if other is None:
         raise _unknown(rows, accepted)
@@ -198,11 +204,26 @@ def detect(rows: Sequence[Row], source: DataSource | str = "auto", method: str =
     raise DataError(what, where=rows[0].where, do=do)
 
 
-def _best(names: Sequence[Format], rows: Sequence[Row], source: DataSource) -> Detected | None:
+#: Formats whose rows say who speaks.
+_SPOKEN = {"messages", "sharegpt", "prompt-completion", "preference", "prompt-only", "stepwise"}
+
+
+def _with_roles(found: Detected, source: DataSource) -> Detected:
+    if not source.roles:
+        return found
+    if (found.base or found.format) not in _SPOKEN:
+        what = f"roles has no effect on format {found.format}, in which nobody is named"
+        raise DataError(what, where=source.path, do="Remove it, or set format:.")
+    return replace(found, roles={**ROLES, **{name.strip().lower(): role for name, role in source.roles.items()}})
+
+
+def _best(
+    names: Sequence[Format], rows: Sequence[Row], source: DataSource, *, judging: bool = False
+) -> Detected | None:
     found: list[Detected] = []
     for name in names:
         if name == "unpaired-preference":
-            found += [d for d in [_score_judged(rows, source)] if d]
+            found += [d for d in [_score_judged(rows, source, judging)] if d]
         found += [d for shape in _SHAPES[name] if (d := _score(name, shape, rows, source)) is not None]
     return max(found, key=lambda d: d.confidence, default=None)  # ties go to the first, which is the more specific
 
@@ -236,10 +257,12 @@ def _score(name: Format, shape: _Shape, rows: Sequence[Row], source: DataSource)
     return Detected(name, columns, fitting / len(rows), why, chat=chat, keys=keys)
 
 
-def _score_judged(rows: Sequence[Row], source: DataSource) -> Detected | None:
-    """Any chat or prompt with its answer, beside a column that is true or false."""
+def _score_judged(rows: Sequence[Row], source: DataSource, judging: bool = False) -> Detected | None:
+    """Any chat or prompt with its answer, beside a column that is true or false; where rows are there to be judged
+    (``judging``), or the recipe says so, also 1 or 0, yes or no."""
     names = (source.columns["label"],) if "label" in source.columns else _LABELS
-    label = next((name for name in names if all(_is_label(row.values.get(name), name, source) for row in rows)), None)
+    said = judging or source.format == "unpaired-preference" or "label" in source.columns
+    label = next((name for name in names if all(_is_label(row.values.get(name), said) for row in rows)), None)
     rest = source.model_copy(update={"columns": {k: v for k, v in source.columns.items() if k != "label"}})
     base = _best(_LEARNED[:-1], rows, rest) if label is not None else None
     if base is None or label is None:
@@ -251,12 +274,11 @@ def _score_judged(rows: Sequence[Row], source: DataSource) -> Detected | None:
     )
 
 
-def _is_label(value: Any, column: str, source: DataSource) -> bool:
-    """A class number of another task is no judgement, unless the recipe says so."""
-    wanted = source.format == "unpaired-preference" or source.columns.get("label") == column
+def _is_label(value: Any, said: bool) -> bool:
+    """A class number of another task is no judgement, unless it is said to be."""
     if isinstance(value, bool):
         return True
-    return wanted and str(value).strip().lower() in {"true", "false", "0", "1", "0.0", "1.0", "yes", "no"}
+    return said and str(value).strip().lower() in {"true", "false", "0", "1", "0.0", "1.0", "yes", "no"}
 
 
 def _keys(name: Format, source: DataSource) -> tuple[str, str] | None:
@@ -279,6 +301,31 @@ def _fits(name: Format, part: str, value: Any, keys: tuple[str, str] | None) -> 
     if part in ("completions", "labels"):
         return isinstance(value, list) and bool(value)
     return isinstance(value, str)
+
+
+def _nearly(names: Sequence[Format], rows: Sequence[Row], source: DataSource) -> DataError | None:
+    """The error where all columns of a format are there, but one of them holds nothing that it could read."""
+    there = set(_columns(rows))
+    for name in names:
+        for shape in _SHAPES[name]:
+            parts = {part: (source.columns[part],) if part in source.columns else n for part, n in shape.needs.items()}
+            columns = {part: next((n for n in names if n in there), None) for part, names in parts.items()}
+            if not columns or None in columns.values():
+                continue
+            keys = _keys(name, source)
+            for part, column in columns.items():
+                values = [row.values.get(str(column)) for row in rows]
+                if any(_fits(name, part, value, keys) for value in values):
+                    continue
+                holds = f"column {column!r} holds {kind(values[0])} where format {name} reads"
+                if part == "messages":
+                    first, second = keys or (("from", "value") if name == "sharegpt" else ("role", "content"))
+                    what = f"{holds} a list of messages with {first} and {second}"
+                    return DataError(what, where=rows[0].where, do="Name the keys with columns: {role: …, content: …}.")
+                if part in ("completions", "labels", "answers"):
+                    return DataError(f"{holds} a list", where=rows[0].where, do="Write it as a list.")
+                return DataError(f"{holds} text", where=rows[0].where, do="Write it as text, or name another column.")
+    return None
 
 
 def _serves(name: str) -> str:

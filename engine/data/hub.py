@@ -16,7 +16,7 @@ from ...planner.errors import DataError, HubError, MissingExtraError, UserError
 from .files import Row
 
 #: Names under which datasets keep the rows that are not for training, in the order we look for them.
-EVAL_SPLITS = ("validation", "valid", "dev", "eval", "test")
+EVAL_SPLITS = ("validation", "valid", "val", "dev", "eval", "test")
 
 
 def load_hub(source: DataSource, *, streaming: bool = False) -> Any:

@@ -7,6 +7,7 @@ put in when it is opened, and stand nowhere else: not in what is shown, and not 
 from __future__ import annotations
 
 import io
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,18 +15,22 @@ from importlib import import_module
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from ...planner.errors import DataError, UserError
+from ...planner.errors import DataError, MissingExtraError, UserError
 from ...planner.secrets import conceal, expand, redact
+from .access import why_unreadable
 
 #: File types that are read, by file name; each may also be compressed.
 SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".arrow", ".feather", ".txt")
-_COMPRESSED = {".gz": "gzip", ".bz2": "bz2", ".xz": "lzma"}
+_COMPRESSED = {".gz": "gzip", ".bz2": "bz2", ".xz": "lzma", ".zst": "zstd"}
+#: What finetui reads, for messages.
+READ = f"finetui reads {' '.join(SUFFIXES)}, each also as {' '.join(_COMPRESSED)}."
 #: The package that teaches fsspec an address, where it does not come with one.
 _PACKAGES = {"s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "http": "aiohttp", "https": "aiohttp",
-             "abfs": "adlfs", "abfss": "adlfs", "az": "adlfs"}  # fmt: skip
+             "abfs": "adlfs", "abfss": "adlfs", "az": "adlfs", "sftp": "paramiko", "ssh": "paramiko", "oci": "ocifs",
+             "webhdfs": "requests", "hdfs": "pyarrow", "hf": "huggingface_hub"}  # fmt: skip
 #: Addresses that are opened. fsspec knows more: some are this disk under another name, some read a file of references
 #: that may lead anywhere, and ``::`` chains them.
-_OPENED = {*_PACKAGES, "hf", "ftp", "sftp", "ssh", "hdfs", "webhdfs", "oci", "memory"}
+_OPENED = {*_PACKAGES, "ftp", "memory"}
 _WEB = frozenset({"http", "https"})
 
 
@@ -74,8 +79,7 @@ def size_of(place: Place) -> int | None:
 @contextmanager
 def open_bytes(place: Place) -> Iterator[Any]:
     """The bytes of a file, unpacked if it is compressed."""
-    module = _COMPRESSED.get(PurePosixPath(place.name).suffix.lower())
-    unpack = import_module(module).open if module else None
+    unpack = _unpacker(place)
     if isinstance(place, Path):
         with place.open("rb") if unpack is None else unpack(place, "rb") as file:
             yield file
@@ -88,6 +92,22 @@ def open_bytes(place: Place) -> Iterator[Any]:
                 return
             with unpack(raw, "rb") as file:
                 yield file
+
+
+def _unpacker(place: Place) -> Any:
+    """``open`` of the module that unpacks a file; None for one that is not compressed."""
+    module = _COMPRESSED.get(PurePosixPath(place.name).suffix.lower())
+    return _open_zstd if module == "zstd" else import_module(module).open if module else None
+
+
+def _open_zstd(file: Any, _mode: str) -> Any:
+    """Zstandard, which Python's own library has from 3.14 on, by pyarrow."""
+    try:
+        import pyarrow as pa
+    except ImportError:
+        raise MissingExtraError("reading .zst files", "train") from None
+    source = pa.OSFile(str(file)) if isinstance(file, Path) else pa.PythonFile(file, "r")
+    return io.BufferedReader(pa.CompressedInputStream(source, "zstd"), 1 << 20)
 
 
 def list_files(address: str) -> list[Remote]:
@@ -106,8 +126,7 @@ def list_files(address: str) -> list[Remote]:
             names = [path]
         kept = sorted(name for name in names if suffix_of(name.partition("?")[0]) in SUFFIXES)
         if not kept:
-            do = "finetui reads " + " ".join(SUFFIXES) + "."
-            raise DataError("the address holds no dataset file", where=address, do=do)
+            raise DataError("the address holds no dataset file", where=address, do=READ)
         return [_remote(filesystem, name, address) for name in kept]
 
 
@@ -126,6 +145,8 @@ def _open(address: str) -> tuple[Any, str]:
         known = ", ".join(f"{name}://" for name in ("s3", "gs", "https", "hf"))
         shown = conceal(f"{protocol}://" if colon and "::" not in whole else whole, address)
         raise DataError(f"{shown} is no address that can be read", where=address, do=f"Use {known}.")
+    if protocol in ("gs", "gcs"):  # it prints a traceback of each refusal that it then raises
+        logging.getLogger("gcsfs").setLevel(logging.CRITICAL)
     more = {"client_kwargs": {"timeout": _patience()}} if protocol in _WEB else {}
     filesystem, path = fsspec.core.url_to_fs(whole, **more)
     return filesystem, path
@@ -181,7 +202,7 @@ def told(address: str) -> Iterator[None]:
             raise DataError(
                 f"{protocol}:// is no address that can be read", where=address, do=f"Use {known}."
             ) from None
-        do = f"Install it with: pip install {_PACKAGES.get(protocol, 'the one it names: ' + str(error))}"
+        do = f"Install it with: pip install {_PACKAGES.get(protocol, str(error))}"
         raise DataError(f"{protocol}:// needs a package that is not installed", where=address, do=do) from None
     except FileNotFoundError as error:
         if error.__cause__ is None or getattr(error.__cause__, "status", None) == 404:
@@ -200,5 +221,5 @@ class Unreadable(DataError):
 
 def _unreadable(address: str, error: BaseException) -> Unreadable:
     first = (str(error).strip().splitlines() or ["no more is said"])[0]
-    what = f"the address can't be read ({type(error).__name__}: {redact(conceal(first, address))})"
-    return Unreadable(what, where=address, do="Check the network, the address and your credentials.")
+    what, do = why_unreadable(address, error)
+    return Unreadable(f"{what} ({type(error).__name__}: {redact(conceal(first, address))})", where=address, do=do)

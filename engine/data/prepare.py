@@ -27,10 +27,11 @@ from .formats import open_source
 from .holdout import choose, times
 from .labels import TrainOn
 from .packing import pack
-from .prompts import write_prompts
+from .prompts import unjudged, write_prompts
 from .readers import to_records
 from .refuse import Refused
 from .skeleton import Mismatch
+from .sources import splits_told
 from .tokens import Encoded
 
 if TYPE_CHECKING:
@@ -221,8 +222,9 @@ class _Build:
         refused = Refused(source)
         part.refused.append(refused)
         detected, rows = open_source(source, self.settings.method, refused)
-        self.formats[source.path] = f"{detected.format}: {detected.why}"
-        before = replace(part.tally)
+        left_out = f"; {told}" if (told := splits_told(source)) else ""
+        self.formats[source.path] = f"{detected.format}: {detected.why}{left_out}"
+        before, drop = replace(part.tally), source.too_long == "drop"
 
         def records() -> Iterator[Record]:
             for row in rows:
@@ -234,7 +236,7 @@ class _Build:
         for batch, encoded in self._encoded(records(), refused):
             if self.kind == "learned":
                 assert store is not None
-                for row in self.encoder.learned(batch, encoded, part.tally):
+                for row in self.encoder.learned(batch, encoded, part.tally, drop=drop):
                     store.learn(row)
                     part.lengths.append(len(row.input_ids))
                     part.trained.append(row.trained)
@@ -242,7 +244,7 @@ class _Build:
                 part.prompts += self.encoder.asked(batch, encoded, part.tally)
             else:
                 assert store is not None
-                for columns in self.encoder.answered(batch, encoded, part.tally):
+                for columns in self.encoder.answered(batch, encoded, part.tally, drop=drop):
                     store.add(columns.ids, columns.values)
                     part.good += bool(columns.values.get("label"))
             self.progress(part.tally.examples)
@@ -335,6 +337,9 @@ class _Build:
             chosen = set(out)
             kept = [index for index in range(count) if index not in chosen]
         kept = self._weighted(kept, train)
+        if not kept:
+            what = f"no example is left to train on: of {count:,}, {len(out) if held == 'train' else 0:,} are held out"
+            raise DataError(what, where="data", do="Give more rows, raise weight, or lower evaluation.holdout.")
         rows = {}
         for name, part, indices in (("train", "train", kept), ("eval", held, out)):
             if self.kind == "asked":
@@ -401,9 +406,13 @@ class _Build:
         if total.dropped:
             rows = total.examples + total.dropped
             warnings.append(f"{total.dropped} of {rows} rows have no answer within {limit} tokens and are left out")
+        if total.overlong:
+            rows = total.examples + total.dropped + total.overlong
+            warnings.append(f"{total.overlong} of {rows} rows are longer than {limit} tokens and are left out")
         cut = total.truncated - total.dropped
         if cut > 0:
             warnings.append(f"{cut} of {total.examples} rows are longer than {limit} tokens and lose their end")
+        warnings += unjudged(self.recipe.rewards, parts["train"].prompts)
         return tuple(warnings)
 
 
@@ -424,6 +433,9 @@ def _nothing_trained(part: _Part, settings: DataSettings) -> DataError:
         return DataError(
             f"every row was refused; the first: {refused.first}", where="data", do="Look at it with 'finetui data'."
         )
+    if part.tally.overlong:
+        what = f"every row is longer than {settings.sequence_length} tokens, and too_long: drop leaves such rows out"
+        return DataError(what, where="data", do="Raise sequence_length, or set too_long: cut.")
     if part.tally.truncated or part.tally.dropped:
         what = f"no token would be trained: in every row the answer starts after token {settings.sequence_length}"
         return DataError(what, where="data", do="Raise sequence_length, or shorten the prompts.")

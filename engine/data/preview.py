@@ -24,7 +24,7 @@ from .holdout import holdout_size
 from .places import suffix_of
 from .readers import to_records
 from .refuse import Refused
-from .sources import is_local, read_rows, source_files
+from .sources import is_local, read_rows, source_files, splits_told
 
 if TYPE_CHECKING:
     from .prepare import DataSettings
@@ -154,16 +154,18 @@ def _survey_files(described: str, method: str, stamps: tuple[tuple[str, int, int
     first = list(read_rows(source, limit=DETECT_ROWS, refuse=refused))
     detected = detect(first, source, method)
     records = [record for row in first for record in _records(row, detected, method, refused)]
-    if not records:
-        raise DataError("none of the first rows can be used", where=source.path, do=f"The first: {refused.first}.")
+    if not records and refused.error is not None:
+        error = refused.error
+        raise DataError(f"none of the first rows can be used: {error.what}", where=error.where, do=error.do)
     lengths = [size for record in records for size in estimate(record)]
     rows, exact = _count(source, first)
+    left_out = splits_told(source)
     return SourceSurvey(
         path=source.path,
         split=source.split,
         format=detected.format,
         confidence=detected.confidence,
-        why=detected.why,
+        why=f"{detected.why}; {left_out}" if left_out else detected.why,
         rows=rows,
         rows_exact=exact,
         mean_tokens=round(sum(total for total, _ in lengths) / len(lengths), 1),
@@ -203,8 +205,11 @@ def estimate(record: Record) -> list[tuple[float, float]]:
 
 
 def _answered(prompt: Turns, answer: Turns) -> tuple[float, float]:
-    trained = _size(answer) - (0 if isinstance(answer, str) else TOKENS_PER_MESSAGE) + 1
-    return _size(prompt) + _size(answer), trained
+    """A plain answer gets an end token, which that of a chat has among the tokens around it."""
+    if isinstance(answer, str):
+        trained = _size(answer) + 1
+        return _size(prompt) + trained, trained
+    return _size(prompt) + _size(answer), _size(answer) - TOKENS_PER_MESSAGE + 1
 
 
 def _size(turns: Turns) -> float:
@@ -339,14 +344,21 @@ def preview(recipe: Recipe, tokenizer: Any, n: int = 3, settings: DataSettings |
         refused = Refused(source)
         detected, rows = open_source(source, recipe.method, refused)
         records = (record for row in rows for record in _records(row, detected, recipe.method, refused))
-        for record in islice(records, n):
-            parts = _parts(record)
-            for part, encoded in zip(parts, encoder.tokens.encode(encoder.marked([record])), strict=True):
+        for record, marked in islice(_marked(records, encoder, refused), n):
+            for part, encoded in zip(_parts(record), encoder.tokens.encode(marked), strict=True):
                 samples.append(_sample(record.where, encoded.window(0, limit), tokenizer, part))
             n -= 1
     if not samples:
         raise DataError("the recipe names no training data", where="data", do="Add a line 'data: rows.jsonl'.")
     return samples
+
+
+def _marked(records: Iterator[Record], encoder: Any, refused: Refused) -> Iterator[tuple[Record, Any]]:
+    for record in records:
+        try:
+            yield record, encoder.marked([record])
+        except DataError as error:
+            refused(error)
 
 
 def _parts(record: Record) -> tuple[str, ...]:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from ...planner.errors import DataError
+from ...planner.rollout import SHIPPED_REWARDS, Reward, column_of
 
 
 def write_prompts(path: Path, rows: Sequence[dict[str, Any]]) -> None:
@@ -34,3 +35,16 @@ def write_prompts(path: Path, rows: Sequence[dict[str, Any]]) -> None:
     schema = pa.schema(fields)
     with pa.ipc.new_stream(str(path), schema) as stream:
         stream.write_table(pa.Table.from_arrays(arrays, schema=schema), max_chunksize=4096)
+
+
+def unjudged(rewards: Sequence[Reward], rows: Sequence[dict[str, Any]]) -> Iterator[str]:
+    """A warning for each shipped reward that can say nothing about some of the prompts, since these rows have nothing
+    to compare with; where that is all of them, the run ends with an error of its own."""
+    for reward in rewards:
+        if reward.function not in SHIPPED_REWARDS or reward.function == "regex" or reward.json_schema is not None:
+            continue
+        column = column_of(reward)
+        bare = sum(row.get(column) is None for row in rows)
+        if 0 < bare < len(rows):
+            count = f"{bare:,} of {len(rows):,} prompts"
+            yield f"{count} have nothing in column {column!r}, so {reward.name} can't judge their answers"

@@ -46,7 +46,7 @@ def to_example(row: Row, detected: Detected) -> Example:
 def _read_messages(row: Row, detected: Detected) -> Example:
     columns = detected.columns
     column = columns["messages"]
-    messages = read_messages(row, column, keys=detected.keys)
+    messages = read_messages(row, column, keys=detected.keys, roles=detected.roles)
     offset = 0
     system = string(row, columns["system"], optional=True) if "system" in columns else ""
     if system and messages[0].role != "system":
@@ -302,7 +302,7 @@ def _said(row: Row, column: str, role: Any, detected: Detected) -> list[Message]
     value = row.values.get(column)
     if isinstance(value, str) and not value.lstrip().startswith('[{"'):
         return [Message(role, value)]
-    return read_messages(row, column, keys=detected.keys)
+    return read_messages(row, column, keys=detected.keys, roles=detected.roles)
 
 
 def _opening(row: Row, columns: Columns) -> list[Message]:

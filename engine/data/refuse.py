@@ -12,14 +12,21 @@ class Refused:
     def __init__(self, source: DataSource) -> None:
         self._source = source
         self.count = 0
-        self.first = ""
+        self.error: DataError | None = None
+        """What is wrong with the first of them."""
 
     def __call__(self, error: DataError) -> None:
         """Take note of a row, or raise what is wrong with it."""
         if self._source.on_bad_row == "stop":
-            raise error
+            do = f"{error.do} Or set on_bad_row: skip, to leave such rows out and have them counted.".lstrip()
+            raise DataError(error.what, where=error.where, do=do) from None
         self.count += 1
-        self.first = self.first or f"{error.where}: {error.what}"
+        self.error = self.error or error
+
+    @property
+    def first(self) -> str:
+        """The first row left out, and why."""
+        return f"{self.error.where}: {self.error.what}" if self.error else ""
 
     def told(self) -> list[str]:
         """One line about the rows left out, if there are any."""

@@ -58,10 +58,11 @@ class Bin:
 class Report:
     """Counts over the training examples looked at. Lengths are in tokens, shares are of 1.
 
-    ``truncated`` examples lose ``cut_tokens`` at their end, ``dropped`` ones have no answer left within
-    ``sequence_length``. ``unended`` answers have no end token, though nothing of them is cut: a model that learns from
-    them does not learn to stop. ``repeated`` examples are the same as an earlier one; ``leaked`` evaluation examples
-    are also trained on. ``with_special`` texts hold special tokens outside of what the template writes.
+    ``truncated`` examples lose ``cut_tokens`` at their end, ``overlong`` ones are left out for their length as the
+    recipe wishes, ``dropped`` ones have no answer left within ``sequence_length``. ``unended`` answers have no end
+    token, though nothing of them is cut: a model that learns from them does not learn to stop. ``repeated`` examples
+    are the same as an earlier one; ``leaked`` evaluation examples are also trained on. ``with_special`` texts hold
+    special tokens outside of what the template writes.
     ``planned_tokens`` is what the whole run will process, if the rest is like what was looked at.
     """
 
@@ -81,6 +82,7 @@ class Report:
     truncated: int = 0
     cut_tokens: int = 0
     dropped: int = 0
+    overlong: int = 0
     unended: int = 0
     repeated: int = 0
     leaked: int = 0
@@ -144,32 +146,34 @@ class _Look:
             except DataError as error:
                 self.trouble(error)
 
-    def add(self, records: Sequence[Record]) -> None:
+    def add(self, records: Sequence[Record], *, drop: bool) -> None:
         marked = list(self.marked(records))
         for start in range(0, len(marked), _BATCH):
             batch = marked[start : start + _BATCH]
             encoded = iter(self.encoder.tokens.encode([text for _, texts in batch for text in texts]))
             for record, texts in batch:
-                self.example(record, texts, [next(encoded) for _ in texts])
+                self.example(record, texts, [next(encoded) for _ in texts], drop)
 
-    def example(self, record: Record, texts: list[Marked], rows: list[Encoded]) -> None:
+    def example(self, record: Record, texts: list[Marked], rows: list[Encoded], drop: bool) -> None:
         report, limit = self.report, self.settings.sequence_length
         mark = _fingerprint(texts)
         report.repeated += mark in self.seen
         self.seen.add(mark)
         tally = Tally()
         if self.kind == "learned":
-            list(self.encoder.learned([record], rows, tally))
+            list(self.encoder.learned([record], rows, tally, drop=drop))
         elif self.kind == "asked":
             list(self.encoder.asked([record], rows, tally))
         else:
-            list(self.encoder.answered([record], rows, tally))
+            list(self.encoder.answered([record], rows, tally, drop=drop))
         report.examples += 1
         report.tokens += tally.tokens
         report.trained_tokens += tally.trained
         report.dropped += tally.dropped
+        report.overlong += tally.overlong
         report.truncated += tally.truncated > 0 and not tally.dropped
-        report.cut_tokens += sum(max(0, len(row.input_ids) - limit) for row in rows) if not tally.split else 0
+        if not tally.split and not tally.overlong:
+            report.cut_tokens += sum(max(0, len(row.input_ids) - limit) for row in rows)
         self.lengths += [len(row.input_ids) for row in rows]
         if not isinstance(record, Prompt):
             report.unended += sum(not self.ended(row) for row in rows)
@@ -244,7 +248,7 @@ def look(
             continue
         made.report.rows += read
         whole &= ended
-        made.add(records)
+        made.add(records, drop=source.too_long == "drop")
     made.report.whole = whole
     made.report.leaked = sum(_fingerprint(texts) in made.seen for _, texts in made.marked(held))
     report = made.finish()
@@ -292,6 +296,10 @@ def _warnings(report: Report, plain: bool) -> list[str]:
     count, told = max(report.examples, 1), []
     if report.dropped:
         told.append(f"{report.dropped:,} of {count:,} examples have no answer within {report.sequence_length} tokens")
+    if report.overlong:
+        told.append(
+            f"{report.overlong:,} of {count:,} examples are longer than {report.sequence_length} tokens: left out"
+        )
     if report.truncated:
         told.append(f"{report.truncated:,} of {count:,} examples are cut, so the model never sees how they end")
     if report.unended:

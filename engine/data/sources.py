@@ -21,13 +21,14 @@ from ...planner.errors import DataError
 from ...planner.inside import inside, local_path
 from ..pickles import SUFFIXES as PICKLES
 from .files import Refuse, Row, read_file, stop
-from .hub import hub_mark, read_hub
-from .places import SUFFIXES, Place, is_address, list_files, suffix_of
+from .hub import EVAL_SPLITS, hub_mark, read_hub
+from .places import READ, SUFFIXES, Place, is_address, list_files, suffix_of
 
 #: JSON files that lie beside a dataset and describe it.
 _METADATA = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"}
+#: What stands between the words of a file's name.
+_WORDS = re.compile(r"[^a-z]+")
 _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
-_ACCEPTED = "finetui reads " + " ".join(SUFFIXES) + "."
 #: Files up to this size are told apart by their content, larger ones by size and time of change.
 _HASHED_BYTES = 64 << 20
 
@@ -43,30 +44,68 @@ def is_local(path: str) -> bool:
 
 
 def source_files(source: DataSource) -> list[Path]:
-    """The files of a local source, sorted by name.
+    """The files of a local source, sorted by name; of a folder with splits, those of the source's own.
 
     Raises:
         DataError: nothing is there, or nothing that can be read.
     """
     path = local_path(source.path, error=DataError)
     if path.is_dir():
-        found = sorted(p for p in path.rglob("*") if suffix_of(p.name) in SUFFIXES and p.is_file())
-        found = [p for p in found if p.name not in _METADATA and not p.relative_to(path).as_posix().startswith(".")]
+        found = _dataset_files(path)
         if not found:
             _refuse_pickles(sorted(p for p in path.rglob("*") if p.suffix.lower() in PICKLES))
             _refuse_scripts(path)
-            raise DataError("the folder holds no dataset file", where=str(path), do=_ACCEPTED)
+            raise DataError("the folder holds no dataset file", where=str(path), do=READ)
         for file in found:
             inside(path, file.relative_to(path).as_posix(), error=DataError)
-        return found
+        return of_split(source, found, [file.relative_to(path).as_posix() for file in found])
     if not path.exists():
         raise DataError("there is no such file", where=str(path), do=_near(path))
     if suffix_of(path.name) not in SUFFIXES:
         _refuse_pickles([path] if path.suffix.lower() in PICKLES else [])
         raise DataError(
-            f"{suffix_of(path.name) or 'a file without suffix'} is no known dataset type", where=str(path), do=_ACCEPTED
+            f"{suffix_of(path.name) or 'a file without suffix'} is no known dataset type", where=str(path), do=READ
         )
     return [path]
+
+
+def _dataset_files(folder: Path) -> list[Path]:
+    found = sorted(p for p in folder.rglob("*") if suffix_of(p.name) in SUFFIXES and p.is_file())
+    return [p for p in found if p.name not in _METADATA and not p.relative_to(folder).as_posix().startswith(".")]
+
+
+def of_split(source: DataSource, files: Sequence[Place], names: Sequence[str]) -> list[Any]:
+    """The files of a folder that belong to a source's split, where their names tell them apart as the hub's do
+    (``train.jsonl`` and ``test.jsonl``, ``data/validation-00000-of-00001.parquet``); otherwise all of them."""
+    apart: dict[str, list[Place]] = {}
+    for file, name in zip(files, names, strict=True):
+        words = _WORDS.split(name.lower())
+        apart.setdefault(next((split for split in EVAL_SPLITS if split in words), "train"), []).append(file)
+    wanted = ("train",) if source.split == "train" else EVAL_SPLITS
+    return list(next((apart[split] for split in wanted if split in apart), files))
+
+
+def splits_told(source: DataSource) -> str:
+    """What is left out of a folder since its name is that of another split; empty where nothing is."""
+    path = Path(source.path).expanduser()
+    if is_address(source.path):
+        every, kept = list_files(source.path), _addressed(source)
+        left = [file.name for file in every if file not in kept]
+    elif is_local(source.path) and path.is_dir():
+        files = source_files(source)
+        left = [file.relative_to(path).as_posix() for file in _dataset_files(path) if file not in files]
+    else:
+        return ""
+    if not left:
+        return ""
+    more = f" and {len(left) - 3} more" if len(left) > 3 else ""
+    return f"{', '.join(left[:3])}{more} left out, by name of another split"
+
+
+def _addressed(source: DataSource) -> list[Any]:
+    found = list_files(source.path)
+    base = source.path.rstrip("/").partition("://")[2]
+    return of_split(source, found, [file.address.partition("://")[2].removeprefix(base) for file in found])
 
 
 def _refuse_pickles(files: Sequence[Path]) -> None:
@@ -117,15 +156,23 @@ def read_rows(source: DataSource, limit: int | None = None, refuse: Refuse = sto
     most = min(limits) if limits else None
     files: Sequence[Place]
     if is_address(source.path):
-        files = list_files(source.path)
+        files = _addressed(source)
     elif is_local(source.path):
         files = source_files(source)
     else:
         return islice(read_hub(source, streaming=source.streaming or most is not None), most)
+    _refuse_hub_keys(source)
+    return islice(chain.from_iterable(read_file(file, refuse) for file in files), most)
+
+
+def _refuse_hub_keys(source: DataSource) -> None:
     if source.streaming:
         do = "Leave it out: files are read row by row in any case, and only their tokens are stored."
         raise DataError("streaming is for hub datasets", where=source.path, do=do)
-    return islice(chain.from_iterable(read_file(file, refuse) for file in files), most)
+    for key in ("subset", "hub_split"):
+        if getattr(source, key) is not None:
+            do = "Remove it; name a folder or a file of what you want."
+            raise DataError(f"{key} is for hub datasets, and this is files", where=source.path, do=do)
 
 
 def _near(path: Path) -> str:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from .examples import Message, Role, Span
 from .fields import bad, boolean, kind, missing, objects, without_nulls
 from .files import Row
 
-#: Spellings of the roles, in messages and in ShareGPT; ``function_call`` is an answer that only calls tools.
+#: Spellings of the roles, in messages and in ShareGPT; ``function_call`` and ``tool_call`` are answers that only call
+#: tools. ``prompter`` is OpenAssistant's; bard and bing are among those of the first ShareGPT dumps.
 ROLES: dict[str, Role] = {
     "system": "system",
     "developer": "system",
@@ -21,12 +22,20 @@ ROLES: dict[str, Role] = {
     "model": "assistant",
     "chatgpt": "assistant",
     "bot": "assistant",
+    "ai": "assistant",
+    "bard": "assistant",
+    "bing": "assistant",
+    "prompter": "user",
     "function_call": "assistant",
+    "tool_call": "assistant",
     "tool": "tool",
+    "tool_response": "tool",
     "function": "tool",
+    "function_response": "tool",
     "observation": "tool",
     "ipython": "tool",
 }
+_CALLS = ("function_call", "tool_call")
 #: What a message's text and its role may be called.
 KEYS = (("role", "content"), ("from", "value"))
 _MEDIA = ("image", "image_url", "input_image", "video", "audio", "input_audio")
@@ -43,7 +52,13 @@ def keys_of(value: Any, chosen: tuple[str, str] | None = None) -> tuple[str, str
     return next((keys for keys in KEYS if keys[0] in first and (keys[1] in first or first.get("tool_calls"))), None)
 
 
-def read_messages(row: Row, column: str, value: Any = None, keys: tuple[str, str] | None = None) -> list[Message]:
+def read_messages(
+    row: Row,
+    column: str,
+    value: Any = None,
+    keys: tuple[str, str] | None = None,
+    roles: Mapping[str, Role] = ROLES,
+) -> list[Message]:
     """The messages of a column.
 
     Args:
@@ -51,6 +66,7 @@ def read_messages(row: Row, column: str, value: Any = None, keys: tuple[str, str
         column: its name, for errors.
         value: what it holds, if that is not simply the row's column.
         keys: names of role and text where they are not the usual ones.
+        roles: who speaks under which name, in small letters.
 
     Raises:
         DataError: with file, line, column and number of the message.
@@ -64,25 +80,30 @@ def read_messages(row: Row, column: str, value: Any = None, keys: tuple[str, str
     if isinstance(value, str) and value.lstrip().startswith("["):  # CSV can't hold a list
         value = list(objects(row, column, value))
     if not isinstance(value, list) or not value:
-        raise bad(row, column, "must be a list of messages" if value != [] else "the list of messages is empty")
+        what = f"must be a list of messages, not {kind(value)}" if value != [] else "the list of messages is empty"
+        raise bad(row, column, what)
     role_key, text_key = keys or keys_of(value) or KEYS[0]
-    return [_message(row, f"{column}[{index}]", item, role_key, text_key) for index, item in enumerate(value)]
+    return [_message(row, f"{column}[{index}]", item, role_key, text_key, roles) for index, item in enumerate(value)]
 
 
-def _message(row: Row, field: str, item: Any, role_key: str, text_key: str) -> Message:
+def _message(row: Row, field: str, item: Any, role_key: str, text_key: str, roles: Mapping[str, Role]) -> Message:
     if not isinstance(item, dict):
         raise bad(row, field, f"must be an object with {role_key} and {text_key}")
     if role_key not in item:
         raise bad(row, field, f"{role_key!r} is missing")
     name = item[role_key]
-    role = ROLES.get(name.strip().lower()) if isinstance(name, str) else None
+    role = roles.get(name.strip().lower()) if isinstance(name, str) else None
     if role is None:
-        raise bad(row, f"{field}.{role_key}", f"unknown role {name!r}", "Use system, user, assistant or tool.")
-    text, untrained = _text(row, f"{field}.{text_key}", item.get(text_key), text_key, bool(item.get("tool_calls")))
-    if len(item) == 2 and text_key in item and name != "function_call":
+        do = f"Use system, user, assistant or tool, or say who that is: roles: {{{name}: user}}."
+        raise bad(row, f"{field}.{role_key}", f"unknown role {name!r}", do)
+    value, called = item.get(text_key), name in _CALLS
+    if isinstance(value, dict) and (called or role == "tool"):  # what a call gives or takes, not yet written as text
+        value = json.dumps(without_nulls(value), ensure_ascii=False)
+    text, untrained = _text(row, f"{field}.{text_key}", value, text_key, bool(item.get("tool_calls")))
+    if len(item) == 2 and text_key in item and not called:
         return Message(role, text, untrained=untrained)
     calls = _calls(row, field, item, role)
-    if name == "function_call":
+    if called:
         text, calls = "", _called(row, f"{field}.{text_key}", text)
     return Message(
         role,

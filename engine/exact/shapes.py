@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from ...planner.errors import ModelError
-from .. import model as engine_model
+from ...planner.errors import ModelError, first_line
+from ..models.load import Numerics, nf4_config
 from .ledger import Ledger
 from .pretend import swapped
 
@@ -58,7 +58,7 @@ def text_config(config: Mapping[str, Any], name: str, attention: str = "sdpa") -
         read = AutoConfig.for_model(**{"model_type": kind, **config})
         text = read.get_text_config()
     except (ValueError, TypeError, KeyError, AttributeError, ArithmeticError) as error:
-        raise ModelError(f"transformers can't read it ({_first(error)})", where=where) from error
+        raise ModelError(f"transformers can't read it ({first_line(error)})", where=where) from error
     if type(text) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         what = f"transformers has no causal language model for {text.model_type}"
         raise ModelError(what, where=where, do="Give a decoder-only language model.")
@@ -88,7 +88,7 @@ def on_meta(config: Any, dtype: torch.dtype, name: str) -> Any:
                     raise
                 return AutoModelForCausalLM.from_config(config, **(options | {"attn_implementation": "eager"}))
     except _REFUSALS as error:
-        raise ModelError(f"the model can't be built ({_first(error)})", where=f"{name}: config.json") from error
+        raise ModelError(f"the model can't be built ({first_line(error)})", where=f"{name}: config.json") from error
 
 
 def make_fake(model: Any, ledger: Ledger, *, adapted: bool) -> None:
@@ -118,7 +118,7 @@ def _fake_parameter(module: Any, parameter: nn.Parameter) -> nn.Parameter:
     return nn.Parameter(empty, requires_grad=parameter.requires_grad)
 
 
-def quantise(model: Any, kind: str, numerics: engine_model.Numerics) -> None:
+def quantise(model: Any, kind: str, numerics: Numerics) -> None:
     """Turn the linear layers of a model on meta into those of ``nf4`` or ``fp8``: all that the quantiser would take."""
     from transformers.quantizers.base import get_keys_to_not_convert
 
@@ -126,7 +126,7 @@ def quantise(model: Any, kind: str, numerics: engine_model.Numerics) -> None:
     if kind == "nf4":
         from transformers.integrations.bitsandbytes import replace_with_bnb_linear
 
-        replace_with_bnb_linear(model, kept, engine_model._nf4(numerics))
+        replace_with_bnb_linear(model, kept, nf4_config(numerics))
         model.is_loaded_in_4bit = True
         return
     from ...kernels.fp8 import FP8Linear
@@ -208,7 +208,3 @@ def recognised(twin: Any, dtype: torch.dtype) -> Iterator[None]:
 def _place(tensor: torch.Tensor) -> Any:
     """Where a tensor lies: fake ones have no address."""
     return id(tensor.untyped_storage()), tensor.storage_offset(), tensor.shape, tensor.stride(), tensor.dtype
-
-
-def _first(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

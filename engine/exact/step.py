@@ -8,6 +8,7 @@ predicted; backward and optimiser are torch's own. The :class:`~.ledger.Ledger` 
 from __future__ import annotations
 
 import contextlib
+import traceback
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -17,13 +18,13 @@ from typing import Any
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from ...planner.errors import ModelError, RecipeError
+from ...planner.errors import ModelError, RecipeError, first_line
 from ...planner.plan import Resolved
-from ...planner.storage import optimizer_bytes
-from .. import model as engine_model
-from ..adapt import adapt
+from ...planner.storage import ADAM32_BYTES, optimizer_bytes
 from ..evaluate import score
-from ..layers import checkpoint_layers
+from ..models.adapt import adapt
+from ..models.layers import checkpoint_layers
+from ..models.load import Numerics, patch_kernels
 from ..trainers import flat
 from .ledger import Ledger, Peak
 from .pretend import pretended, swapped
@@ -72,7 +73,7 @@ def follow(
         RecipeError: a part of the plan is not followed.
     """
     _possible(resolved, framework)
-    numerics = engine_model.Numerics.of(resolved)
+    numerics = Numerics.of(resolved)
     text = text_config(config, name, resolved.attention)
     notes: list[str] = []
     small = twin(text) if framework == "finetui" and resolved.kernels != "off" else None
@@ -96,9 +97,17 @@ def follow(
         try:
             return _Step(model, resolved, numerics, ledger, framework, notes, patched=small is not None).run(counted)
         except (NotImplementedError, RuntimeError, AssertionError, AttributeError, TypeError) as error:
-            first = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-            what = f"its code can't be followed without weights ({first})"
+            if _ours(error):
+                raise
+            what = f"its code can't be followed without weights ({first_line(error)})"
             raise ModelError(what, where=name, do="Plan without --exact.") from error
+
+
+def _ours(error: Exception) -> bool:
+    """Whether finetui's own code raised an error, so that it is a defect and says nothing about the model."""
+    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+    ours = str(frame.f_globals.get("__name__", "")).partition(".")[0] == __name__.partition(".")[0]
+    return ours and not isinstance(error, RuntimeError)  # which torch raises in the name of whoever called it
 
 
 def versions() -> str:
@@ -138,14 +147,14 @@ def _backward(loss: torch.Tensor) -> None:
 
 class _Step:
     def __init__(
-        self, model: Any, resolved: Resolved, numerics: engine_model.Numerics, ledger: Ledger, framework: str,
+        self, model: Any, resolved: Resolved, numerics: Numerics, ledger: Ledger, framework: str,
         notes: list[str], *, patched: bool,
     ) -> None:  # fmt: skip
         self.resolved, self.numerics, self.ledger, self.framework = resolved, numerics, ledger, framework
         self.notes = notes
         make_fake(model, ledger, adapted=not resolved.trains_base)
         self.model = model
-        whole = patched and engine_model.patch_kernels(model, resolved, torch.device("cuda"), lambda _: None)
+        whole = patched and patch_kernels(model, resolved, torch.device("cuda"), lambda _: None)
         if not whole:
             if resolved.checkpointing == "offload":
                 do = "Use checkpointing: full or selective, or plan without --exact."
@@ -303,12 +312,19 @@ class _Step:
             parameter.grad = torch.empty_like(parameter)
             self.ledger.enter(parameter.grad, "gradients")
 
+    def _wide(self, name: str) -> int:
+        """Trained parameters of embeddings, whose states stay in 32 bits under an 8-bit optimiser."""
+        if not name.endswith("8bit") or name.startswith("paged"):
+            return 0
+        tables = {id(m.weight): m.weight for m in self.model.modules() if isinstance(m, torch.nn.Embedding)}
+        return sum(weight.numel() for weight in tables.values() if weight.requires_grad)
+
     def _sized(self, name: str, width: int) -> Any:
         state, temporary = optimizer_bytes(name, width)
         self.notes.append(f"the states of {name} are counted by their size, not made")
         total = sum(p.numel() for p in self.trained)
         largest = max(p.numel() for p in self.trained)
-        self.states = torch.empty(round(state * total), dtype=torch.uint8)
+        self.states = torch.empty(round(state * total + (ADAM32_BYTES - state) * self._wide(name)), dtype=torch.uint8)
         if self.resolved.accumulation > 1:
             self._fill_gradients()
 

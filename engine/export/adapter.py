@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ...planner.errors import RunError
 from ..chat import result_folder
-from ..checkpoint import MANIFEST
+from ..checkpoints.store import MANIFEST
 from ..modes import give_usual_modes
 from ..output import written_whole
 from ..run import Run

@@ -15,9 +15,9 @@ import torch
 
 from ...planner.errors import RunError
 from ...planner.options import VIRTUAL_TOKENS
-from ..adapt import grow_vocabulary
 from ..chat import result_folder
-from ..model import load_base, load_tokenizer, locate, stored_dtype
+from ..models.adapt import grow_vocabulary
+from ..models.load import load_base, load_tokenizer, locate, stored_dtype
 from ..output import set_generation, written_whole
 from ..run import Run
 from ..trainers.save import save_weights

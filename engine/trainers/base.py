@@ -1,7 +1,7 @@
 """What the trainers of all methods have in common, over whichever class of TRL they stand on.
 
 Rows come in the order of ``order.py``, a function of the seed; checkpoints are written whole or not at all
-(``../checkpoint.py``); figures go to callbacks and from there to ``events.jsonl``; the optimiser is the recipe's.
+(``checkpoints/store.py``); figures go to callbacks and from there to ``events.jsonl``; the optimiser is the recipe's.
 """
 
 from __future__ import annotations
@@ -20,15 +20,16 @@ from accelerate.utils import DistributedType
 from torch.utils.data import DataLoader
 
 from ...planner.plan import Resolved
-from .. import checkpoint
+from ..checkpoints import store
+from ..durable import reported_as_disk_error
 from ..evaluate import reduce_sum
-from ..initial import as_trained
-from ..model import Emit, Numerics
-from ..optimizers import OWN, averaged, optimizer_for
+from ..models.initial import as_trained
+from ..models.load import Emit, Numerics
 from .adalora import PATTERN, TakesRanks, add_penalty, allocates, load_state, state_of
 from .adalora import STATE as ADALORA
 from .flat import flatten, shorten_walks
-from .fused_adamw import fused_adamw
+from .fused_adamw import clipped_on_the_way, fused_adamw
+from .optimizers import OWN, averaged, optimizer_for
 from .order import Order
 from .saving import Saver
 from .state import (
@@ -187,7 +188,9 @@ class RunTrainer(_Trainer):
         """As the trainer does it, but over what has gradients: a walk over all modules takes as long as a layer."""
         if self.accelerator.distributed_type not in (DistributedType.NO, DistributedType.MULTI_GPU):
             return super()._clip_grad_norm(model)
-        return self.accelerator.clip_grad_norm_([p for _, p in self.trained_parameters()], self.args.max_grad_norm)
+        trained = [p for _, p in self.trained_parameters()]
+        norm = clipped_on_the_way(self.optimizer, trained, self.args.max_grad_norm)
+        return norm if norm is not None else self.accelerator.clip_grad_norm_(trained, self.args.max_grad_norm)
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
         self.grad_norm = super()._get_grad_norm(model, grad_norm=grad_norm)
@@ -289,7 +292,7 @@ class RunTrainer(_Trainer):
         """If a rank fails in the block, every rank fails after it, and none waits for ever."""
         failure: Exception | None = None
         try:
-            with checkpoint.reported_as_disk_error("the checkpoint can't be written", self.saver.directory):
+            with reported_as_disk_error("the checkpoint can't be written", self.saver.directory):
                 yield
         except Exception as error:
             failure = error
@@ -302,7 +305,7 @@ class RunTrainer(_Trainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         """Adapters are read back in place; a full model was loaded from the checkpoint in the first place."""
         folder = Path(resume_from_checkpoint)
-        self.tokens = json.loads((folder / checkpoint.MANIFEST).read_text(encoding="utf-8"))["facts"]["tokens"]
+        self.tokens = json.loads((folder / store.MANIFEST).read_text(encoding="utf-8"))["facts"]["tokens"]
         self._resumed_state = read_tree(folder / OPTIMIZER)
         if allocates(self.model):
             load_state(self.model, folder)

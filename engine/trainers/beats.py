@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from transformers import TrainerCallback, TrainerState
 
-from ..heartbeat import Pulse
+from ..supervision.heartbeat import Pulse
 
 
 class Beats(TrainerCallback):

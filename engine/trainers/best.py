@@ -9,33 +9,36 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..events import LogLine, read_events
+from ..models.load import Emit
 from ..output import written_whole
+from ..run import Run
 from .save import save_result
-
-if TYPE_CHECKING:
-    from .job import Job
 
 NOTE = "training.json"
 """In the folder of a result: the step it is of, and its held-out loss (or reward)."""
 
 
 class KeepsBest(TrainerCallback):
-    """After each evaluation: keep the weights if they are the best so far, and end training that no longer improves."""
+    """After each evaluation: keep the weights if they are the best so far, and end training that no longer improves.
 
-    def __init__(self, job: Job) -> None:
-        self.job = job
-        self.patience = job.recipe.evaluation.patience
+    Args:
+        base: where the base model lies, whose other files go with the weights.
+        patience: evaluations in a row without an improvement after which training ends.
+    """
+
+    def __init__(self, run: Run, tokenizer: Any, base: Path, emit: Emit, patience: int | None) -> None:
+        self.run, self.tokenizer, self.base, self.emit, self.patience = run, tokenizer, base, emit, patience
         self.measured: dict[int, float] = {}
         """Loss (the negative of a reward) by step."""
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Evaluations of earlier attempts, as far as this one goes on from."""
-        for event in read_events(self.job.run.events_path):
+        for event in read_events(self.run.events_path):
             if event.type == "eval" and 0 < event.data["step"] <= state.global_step:
                 self.measured[event.data["step"]] = float(event.data["loss"])
 
@@ -54,12 +57,13 @@ class KeepsBest(TrainerCallback):
         before = min(self.measured.values(), default=float("inf"))
         self.measured[state.global_step] = loss
         if loss < before and args.should_save:
-            keep(self.job, more["model"], state.global_step, loss)
+            save_result(self.run.best_path, more["model"], self.tokenizer, self.base)
+            note(self.run.best_path, state.global_step, loss)
         since = self._since()
         if self.patience is not None and since >= self.patience and state.global_step < state.max_steps:
             best = min(self.measured, key=lambda step: (self.measured[step], step))
             words = f"ended early: {since} evaluations without improvement on step {best}"
-            self.job.emit(LogLine(0, words))
+            self.emit(LogLine(0, words))
             control.should_training_stop = True
 
     def _since(self) -> int:
@@ -67,12 +71,6 @@ class KeepsBest(TrainerCallback):
         steps = sorted(self.measured)
         best = min(steps, key=lambda step: (self.measured[step], step))
         return len(steps) - 1 - steps.index(best)
-
-
-def keep(job: Job, model: Any, step: int, loss: float) -> None:
-    """Write the weights as a result is written, with a note of what they are."""
-    save_result(job.run.best_path, model, job.tokenizer, job.folder)
-    note(job.run.best_path, step, loss)
 
 
 def note(folder: Path, step: int, loss: float | None) -> None:

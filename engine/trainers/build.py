@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 from ...planner.objective import PREFERENCE_METHODS
 from ...planner.plan import Resolved
 from ...planner.recipe import Recipe
 from ...planner.rollout import ROLLOUT_METHODS, rollouts
-from ..model import Emit
+from ..models.load import Emit
 from .base import RunTrainer
 from .job import Job
 from .order import Order, RolloutOrder
@@ -56,29 +57,28 @@ def order_for(recipe: Recipe, resolved: Resolved, rows: Any, steps: int, rank: i
     return RolloutOrder(**common, generations=settled.num_generations, iterations=settled.num_iterations)
 
 
-def trainer_for(job: Job) -> RunTrainer:
-    """The trainer of a run's method."""
-    method = job.resolved.method
+def maker_for(method: str) -> Callable[[Job], RunTrainer]:
+    """What makes the trainer of a method; all that it needs is imported here."""
     if method in ("sft", "pretrain"):
         from .sft import sft_trainer
 
-        return sft_trainer(job)
+        return sft_trainer
     if method in PREFERENCE_METHODS:
         from .preference import preference_trainer
 
-        return preference_trainer(job)
+        return preference_trainer
     if method == "ppo":
         from .ppo import ppo_trainer
 
-        return ppo_trainer(job)
+        return ppo_trainer
     if method in ROLLOUT_METHODS:
         from .rl import rollout_trainer
 
-        return rollout_trainer(job)
+        return rollout_trainer
     assert method == "reward", f"no trainer for {method}"
     from .reward import reward_trainer
 
-    return reward_trainer(job)
+    return reward_trainer
 
 
 def before_training(trainer: Any, job: Job) -> bool:

@@ -18,7 +18,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from ...planner.errors import TrainingError
 from ..evaluate import reduce_sum
 from ..events import Eval, Fallback, MemoryUse, Metrics, Step, Warn
-from ..model import Emit
+from ..models.load import Emit
 from ..run import Run
 from .base import RunTrainer
 from .settings import Length

@@ -22,7 +22,7 @@ from ...planner.errors import TrainingError
 from ...planner.recipe import PACKABLE_METHODS, Recipe
 from ..evaluate import reduce_sum
 from ..events import Warn
-from ..model import Emit
+from ..models.load import Emit
 from .base import RunTrainer
 
 #: Nats per token above the median of the latest steps that no batch of text reaches by chance: a model that knows

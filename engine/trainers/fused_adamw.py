@@ -6,7 +6,7 @@ part of such a step, and rounding to nearest loses it; rounded at random, update
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -46,6 +46,24 @@ def fused_adamw(
         "wide": wide,
         "seed": args.seed,
     }
+
+
+def clipped_on_the_way(
+    optimizer: Any, parameters: Iterable[torch.nn.Parameter], max_norm: float
+) -> torch.Tensor | None:
+    """The norm of all gradients, and that they are clipped left to the step that reads them anyway.
+
+    Returns:
+        The norm before clipping; None if the optimiser is another one, and nothing was done.
+    """
+    inner = getattr(optimizer, "optimizer", optimizer)  # accelerate's wrapper
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    if not hasattr(inner, "scale_gradients") or not gradients:
+        return None
+    norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients, 2, torch.float32)))
+    # As torch.nn.utils.clip_grad_norm_ has it; a norm that is no number is no step.
+    inner.scale_gradients(torch.where(norm.isfinite(), (max_norm / (norm + 1e-6)).clamp(max=1.0), torch.nan))
+    return norm
 
 
 def _unusable(trained: list[torch.nn.Parameter]) -> str:

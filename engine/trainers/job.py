@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from transformers import TrainerCallback
 
 from ...planner.plan import Resolved
 from ...planner.recipe import Recipe
-from ..model import Emit, Numerics
+from ..models.load import Emit, Numerics
 from .best import KeepsBest
 from .order import Order
 from .settings import Length, settings
@@ -77,6 +78,9 @@ class Job:
     def common(self) -> dict[str, Any]:
         """Keywords that :class:`.base.RunTrainer` and every trainer of TRL take."""
         evaluation = self.recipe.evaluation
+        callbacks: list[TrainerCallback] = [self.reporter]
+        if evaluation.keep_best or evaluation.patience:
+            callbacks.append(KeepsBest(self.run, self.tokenizer, self.folder, self.emit, evaluation.patience))
         return {
             "order": self.order,
             "held_out": self.rows.evaluation,
@@ -88,5 +92,5 @@ class Job:
             "model": self.model,
             "train_dataset": self.rows.train,
             "processing_class": self.tokenizer,
-            "callbacks": [self.reporter, *([KeepsBest(self)] if evaluation.keep_best or evaluation.patience else [])],
+            "callbacks": callbacks,
         }

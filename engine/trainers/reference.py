@@ -80,7 +80,7 @@ def without_padding_mask(model: Any) -> None:
 
 def copy_of_base(job: Job) -> Any:
     """A second, frozen model on the same device, in the format of the trained one."""
-    from ..model import load_base
+    from ..models.load import load_base
 
     why = "full fine-tuning changes the model itself; preference.reference: precomputed needs no second one"
     job.emit(Fallback("a copy of the model is held as reference", why))

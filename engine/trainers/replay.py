@@ -16,7 +16,7 @@ from ...kernels.linear_cross_entropy import CHUNK_ROWS
 from ...kernels.nf4 import scratch_in_use
 from ...planner.plan import Resolved
 from ..events import Fallback
-from ..graphs import Graphs, Outputs, Recorder, Tensors
+from .graphs import Graphs, Outputs, Recorder, Tensors
 
 if TYPE_CHECKING:
     from .sft import TokenMeanTrainer

@@ -8,7 +8,6 @@ so that a resumed run goes on with the very same ones.
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import math
 from collections.abc import Iterator
 from typing import Any
@@ -19,8 +18,8 @@ from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 
 from ...planner.errors import DataError, RecipeError
 from ...planner.rollout import Rollouts, rollouts
-from ..events import LogLine, Sample, Warn
-from ..model import Emit
+from ..events import Sample, Warn
+from ..models.load import Emit
 from ..output import set_generation
 from ..rewards.judges import Judge, judges, plain_text
 from . import cpu_head
@@ -28,6 +27,7 @@ from .base import RunTrainer
 from .batches import WeightedMeans, even_batches
 from .job import Job
 from .reference import starts_as_its_base
+from .vllm import vllm_settings
 
 #: Completions that are shown at a time, and prompts at most that are answered to measure held-out rewards.
 _SHOWN, _MEASURED = 2, 64
@@ -179,15 +179,9 @@ def generation_settings(job: Job, settled: Rollouts) -> dict[str, Any]:
     """Keywords of GRPOConfig and RLOOConfig for how completions are made and used.
 
     Raises:
-        RecipeError: vLLM is asked for and not installed, or a batch holds no whole group of completions.
+        RecipeError: vLLM is asked for and can't be used, or a batch holds no whole group of completions.
     """
     asked = job.recipe.rollout
-    there = importlib.util.find_spec("vllm") is not None and job.device.type == "cuda"
-    if asked.engine == "vllm" and not there:
-        do = "Install vllm on a machine with a GPU, or set rollout.engine: transformers."
-        raise RecipeError("vLLM is not here", where="rollout.engine", do=do)
-    vllm = there and asked.engine != "transformers"
-    job.emit(LogLine(0, f"completions by {'vLLM' if vllm else 'transformers'}"))
     if job.resolved.batch_size % settled.num_generations:
         what = f"a batch of {job.resolved.batch_size} completions holds no whole groups of {settled.num_generations}"
         raise RecipeError(what, where="batch_size", do="Set batch_size to a multiple of rollout.num_generations.")
@@ -196,13 +190,16 @@ def generation_settings(job: Job, settled: Rollouts) -> dict[str, Any]:
         "max_completion_length": settled.max_completion_length,
         "temperature": asked.temperature,
         "top_p": asked.top_p,
+        "top_k": asked.top_k,
+        "min_p": asked.min_p or None,
+        "repetition_penalty": asked.repetition_penalty,
         "beta": settled.beta,
         "epsilon": asked.epsilon,
+        "epsilon_high": None if asked.epsilon_high == "auto" else asked.epsilon_high,
         "num_iterations": settled.num_iterations,
         "mask_truncated_completions": asked.mask_truncated,
         "reward_weights": [reward.weight for reward in job.recipe.rewards],
-        "use_vllm": vllm,
-        "vllm_mode": "colocate",
+        **vllm_settings(job),
         "shuffle_dataset": False,
         "log_completions": False,
     }
@@ -262,5 +259,6 @@ def rollout_trainer(job: Job) -> RolloutTrainer:
     with initial_policy(job):
         if job.resolved.method == "rloo":
             return LeaveOneOutTrainer(args=RLOOConfig(**base), **parts)
-        args = GRPOConfig(**base, loss_type=asked.loss, scale_rewards=asked.scale_rewards)
+        variant = {"loss_type": asked.loss, "scale_rewards": asked.scale_rewards}
+        args = GRPOConfig(**base, **variant, importance_sampling_level=asked.importance)
         return GroupTrainer(args=args, **parts)

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from ..initial import as_on_disk
-from ..model import stored_dtype
+from ..models.initial import as_on_disk
+from ..models.load import stored_dtype
 from ..modes import give_usual_modes
 from ..output import set_generation, write_output
 

@@ -17,10 +17,11 @@ import torch
 
 from ...planner.cgroup import memory_limit
 from ...planner.errors import TrainingError
-from .. import checkpoint
+from ..checkpoints import store
+from ..checkpoints.writer import Writer
+from ..durable import reported_as_disk_error
 from ..events import CheckpointSaved, Fallback, LogLine, Warn
-from ..model import Emit
-from ..writer import Writer
+from ..models.load import Emit
 from .state import HostMemory, Part, Snapshot
 
 #: Share of the free host memory that the copy of a checkpoint may take.
@@ -114,27 +115,27 @@ class Saver:
 
     # --- in the background
 
-    def _written(self, step: int, snapshot: Snapshot, facts: dict[str, Any]) -> checkpoint.Checkpoint:
+    def _written(self, step: int, snapshot: Snapshot, facts: dict[str, Any]) -> store.Checkpoint:
         """Written and verified; on a full disk once more, with only the newest of the older ones beside it."""
         try:
             return self._attempt(step, snapshot, facts)
         except TrainingError as error:
-            older = len(checkpoint.find(self.directory))
+            older = len(store.find(self.directory))
             if error.cause != "disk" or older < 2:
                 raise
-            checkpoint.prune(self.directory, 1, newest=step)
+            store.prune(self.directory, 1, newest=step)
             self.emit(Fallback(f"one older checkpoint is kept instead of {older}", "the disk is full"))
             return self._attempt(step, snapshot, facts)
 
-    def _attempt(self, step: int, snapshot: Snapshot, facts: dict[str, Any]) -> checkpoint.Checkpoint:
-        partial = checkpoint.begin(self.directory, step)
+    def _attempt(self, step: int, snapshot: Snapshot, facts: dict[str, Any]) -> store.Checkpoint:
+        partial = store.begin(self.directory, step)
         try:
-            with checkpoint.reported_as_disk_error("the checkpoint can't be written", self.directory):
+            with reported_as_disk_error("the checkpoint can't be written", self.directory):
                 hashes = snapshot.write(partial)
         except BaseException:
-            checkpoint.discard(partial)
+            store.discard(partial)
             raise
-        saved = checkpoint.commit(partial, step, keep=self.keep, facts=facts, hashes=hashes)
+        saved = store.commit(partial, step, keep=self.keep, facts=facts, hashes=hashes)
         if not self._proven:
             began = time.perf_counter()
             loads_back(saved.path, snapshot)

@@ -13,8 +13,8 @@ from ...planner.plan import Resolved
 from ...planner.recipe import Recipe
 from ...planner.rollout import sequences_per_row
 from ..events import Fallback
-from ..model import Emit, Numerics
-from ..optimizers import schedule_settings, stock_settings
+from ..models.load import Emit, Numerics
+from .optimizers import schedule_settings, stock_settings
 
 OPTIMIZERS = {
     "adamw": "adamw_torch_fused",
@@ -85,7 +85,7 @@ def settings(
         "bf16": numerics.autocast is torch.bfloat16,
         "fp16": numerics.autocast is torch.float16,
         "tf32": None,
-        "gradient_checkpointing": False,  # set on the model, see engine/layers.py
+        "gradient_checkpointing": False,  # set on the model, see engine/models/layers.py
         "seed": resolved.seed,
         "data_seed": resolved.seed,
         "use_cpu": not cuda,

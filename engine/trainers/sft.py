@@ -16,8 +16,8 @@ from trl import SFTConfig, SFTTrainer
 from ...kernels.attention import Documents
 from ..evaluate import IGNORED, Collate, held_out_loss, reduce_sum, score
 from ..events import Fallback
-from ..graphs import CudaRecorder
 from .base import RunTrainer
+from .graphs import CudaRecorder
 from .head import Wanted, give_token_loss
 from .job import Job
 from .replay import Replays, obstacle
@@ -154,7 +154,7 @@ class TokenMeanTrainer(RunTrainer, SFTTrainer):
         if not self.whole_layers:
             return False
         from ...kernels.layers import ends_with_ours
-        from ...kernels.patch import STATE
+        from ...kernels.replacement import STATE
 
         model: Any = self.model
         causal = model.get_base_model() if hasattr(model, "get_base_model") else model

@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...planner.errors import first_line
+
 #: Attention that takes a mask of its own making.
 _MASKED = frozenset({"sdpa", "eager"})
 #: Settings of a config that end what a token sees so many tokens before it.
@@ -183,7 +185,7 @@ def _disagreement(stock: Any, config: Any, backbone: Any) -> str:
         alone = stock(input_ids=ids, use_cache=False).last_hidden_state[real].float()
         apart, mixed = (_shared(stock, config, ids, made, {}).last_hidden_state[real] for made in (layout, leaky))
     except (TypeError, ValueError, RuntimeError, IndexError) as error:
-        return f"this model takes no mask and positions of ours ({str(error).splitlines()[0]})"
+        return f"this model takes no mask and positions of ours ({first_line(error)})"
     finally:
         backbone.train(training)
     distance, leak = (apart - alone).norm(), (mixed - alone).norm()

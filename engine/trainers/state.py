@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..initial import as_on_disk
+from ..models.initial import as_on_disk
 from .tree import Tree, put_together, taken_apart, write_tensors
 
 OPTIMIZER, WEIGHTS, ADAPTER = "optimizer.safetensors", "model.safetensors", "adapter_model.safetensors"

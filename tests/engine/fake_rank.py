@@ -8,8 +8,8 @@ import time
 from pathlib import Path
 
 from finetui.engine.events import EventLog, Failure, Step
-from finetui.engine.heartbeat import Pulse, leave_stacks
 from finetui.engine.run import Run
+from finetui.engine.supervision.heartbeat import Pulse, leave_stacks
 
 
 def hang_here() -> None:

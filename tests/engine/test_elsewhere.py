@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 
 from finetui.engine.events import read_events
-from finetui.engine.outcome import Outcome
 from finetui.engine.run import Run, list_runs
+from finetui.engine.supervision.outcome import Outcome
 from finetui.engine.supervisor import supervise
 from finetui.planner.version import VERSION
 

@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 from finetui.engine.events import read_events
-from finetui.engine.failure import classify
 from finetui.engine.run import Run
+from finetui.engine.supervision.failure import classify
 
 FAKE = Path(__file__).with_name("fake_rank.py")
 SUPERVISOR = """

@@ -19,7 +19,8 @@ pytest.importorskip("torch")
 pytest.importorskip("aiohttp")
 
 from finetui.engine.launcher import start
-from finetui.engine.run import LIVE_STATES, Run
+from finetui.engine.run import Run
+from finetui.engine.status import LIVE_STATES
 
 #: What stands in the environment; no byte of it may stand anywhere else.
 SECRETS = {

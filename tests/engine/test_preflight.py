@@ -8,11 +8,9 @@ import json
 import shutil
 import subprocess
 import sys
-import threading
 import time
 import tomllib
-from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,7 +19,8 @@ import pytest
 
 import finetui
 from finetui.engine import preflight as module
-from finetui.engine.preflight import GIB, PACKAGES, Check, preflight
+from finetui.engine.check import PACKAGES, Check
+from finetui.engine.preflight import GIB, preflight
 from finetui.planner.plan import Disk, HardwareSummary, Memory, Plan
 from finetui.planner.recipe import Recipe
 
@@ -214,15 +213,6 @@ def test_a_recipe_without_data(recipe: Recipe, make_plan: Callable[..., Plan]) -
     assert "no dataset" in found(preflight(Recipe.build({"model": recipe.model}), make_plan()), "data").detail
 
 
-def test_a_model_folder_that_lacks_files(recipe: Recipe) -> None:
-    folder = Path(recipe.model)
-    (folder / "tokenizer.json").unlink()
-    (folder / "model.safetensors").unlink()
-    (check,) = module._model(recipe.model)
-    assert check.status == "fail"
-    assert "lacks a tokenizer (tokenizer.json), weights (*.safetensors)" in check.detail
-
-
 def test_disk(recipe: Recipe, make_plan: Callable[..., Plan], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     plan = make_plan()
     plan = with_(plan, disk=Disk(checkpoint_gib=12.0, checkpoints_gib=36.0, output_gib=4.0))
@@ -242,80 +232,6 @@ def test_shared_memory_matters_to_several_ranks(
     assert module._shared_memory(make_plan()) == []
     (check,) = module._shared_memory(make_plan(gpus=[0, 1]))
     assert (check.status, "--shm-size" in check.do) == ("warn", True)
-
-
-def test_a_machine_that_ends_what_a_user_leaves_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("os.geteuid", lambda: 1000)
-    assert module._logout(tmp_path) == []
-    (tmp_path / "logind.conf").write_text("[Login]\n#KillUserProcesses=no\nKillUserProcesses=yes\n")
-    assert module._logout(tmp_path)[0].status == "warn"
-    (tmp_path / "logind.conf.d").mkdir()
-    (tmp_path / "logind.conf.d" / "10.conf").write_text("KillUserProcesses=no\n")
-    assert module._logout(tmp_path) == []
-
-
-@pytest.fixture
-def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
-    """A Hub with one open model, one gated one, and no other."""
-
-    class Hub(BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            name = self.path.removeprefix("/api/models/")
-            if name in {"org/gated/auth-check", "org/gated"} and name.endswith("auth-check"):
-                return self.answer(403, {"error": "gated"}, ("X-Error-Code", "GatedRepo"))
-            if name.startswith(("org/open", "org/gated")):
-                return self.answer(200, {"id": "org/open", "modelId": "org/open", "siblings": []})
-            return self.answer(404, {"error": "none"}, ("X-Error-Code", "RepoNotFound"))
-
-        def answer(self, status: int, body: Any, *headers: tuple[str, str]) -> None:
-            self.send_response(status)
-            for header in headers:
-                self.send_header(*header)
-            self.end_headers()
-            self.wfile.write(json.dumps(body).encode())
-
-        def log_message(self, *_: Any) -> None:
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    point_at(monkeypatch, tmp_path, f"http://127.0.0.1:{server.server_port}")
-    yield
-    server.shutdown()
-    server.server_close()
-
-
-def point_at(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, endpoint: str) -> None:
-    from huggingface_hub import constants, hf_api
-
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(constants, "ENDPOINT", endpoint)
-    monkeypatch.setattr(hf_api, "constants", constants)
-
-
-def test_models_of_the_hub(hub: None, tmp_path: Path) -> None:
-    assert module._model("org/open")[0].status == "ok"
-    gated = module._model("org/gated")[0]
-    assert (gated.status, "gated" in gated.detail, "HF_TOKEN" in gated.do) == ("fail", True, True)
-    absent = module._model("org/absent")[0]
-    assert (absent.status, "no such model on the Hub" in absent.detail) == ("fail", True)
-    assert module._model("/no/such/folder")[0].status == "fail"
-    snapshot = tmp_path / "cache" / "models--org--absent" / "snapshots" / "1"
-    snapshot.mkdir(parents=True)
-    (snapshot / "config.json").touch()
-    (snapshot / "model.safetensors").touch()
-    assert "local cache" in module._model("org/absent")[0].detail
-
-
-def test_a_hub_that_does_not_answer_or_is_switched_off(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    from huggingface_hub import constants
-
-    point_at(monkeypatch, tmp_path, "http://127.0.0.1:9")
-    check = module._model("org/open")[0]
-    assert (check.status, "does not answer" in check.detail) == ("fail", True)
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    assert "switched off" in module._model("org/open")[0].detail
 
 
 def test_data_in_which_nothing_would_be_trained(make_plan: Callable[..., Plan], tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ import pytest
 
 from finetui.engine import run as run_module
 from finetui.engine.events import EventLog, read_events
-from finetui.engine.run import RESERVE_BYTES, SILENCE_S, Run, Status, list_runs, write_atomically
+from finetui.engine.run import RESERVE_BYTES, SILENCE_S, Run, list_runs
 from finetui.planner.errors import RunError
 from finetui.planner.plan import Plan
 from finetui.planner.recipe import Recipe
@@ -225,28 +225,6 @@ def test_concurrent_updates_lose_nothing(make_run: Callable[..., Run]) -> None:
     assert (run.recorded.pid, run.recorded.attempt) == (40, 40)
     events = read_events(run.events_path)
     assert [event.seq for event in events] == list(range(1, 41))
-
-
-def test_a_reader_never_sees_half_a_file(tmp_path: Path) -> None:
-    path = tmp_path / "file"
-    write_atomically(path, "a" * 100_000)
-    child = os.fork()
-    if child == 0:
-        for letter in "bcdefghij":
-            write_atomically(path, letter * 100_000)
-        os._exit(0)
-    while os.waitpid(child, os.WNOHANG) == (0, 0):
-        text = path.read_text()
-        assert text == text[0] * 100_000
-    assert path.read_text()[0] == "j"
-    assert [p.name for p in tmp_path.iterdir()] == ["file"]
-
-
-def test_elapsed_time_counts_all_attempts() -> None:
-    assert Status().elapsed_s() == 0.0
-    assert Status(started=100.0, spent_s=50.0).elapsed_s(now=160.0) == 110.0
-    assert Status(started=100.0, ended=130.0, spent_s=50.0).elapsed_s(now=160.0) == 80.0
-    assert Status(started=100.0).elapsed_s(now=90.0) == 0.0, "a clock that was set back"
 
 
 def test_the_reserve_is_given_up_once_for_a_full_disk(

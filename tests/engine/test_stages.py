@@ -15,7 +15,8 @@ pytest.importorskip("torch")
 from finetui.engine.events import read_events
 from finetui.engine.launcher import kill, resume, start, stop
 from finetui.engine.planning import plan_for
-from finetui.engine.run import LIVE_STATES, Run, trained
+from finetui.engine.run import Run, trained
+from finetui.engine.status import LIVE_STATES
 from finetui.planner.recipe import Recipe
 
 

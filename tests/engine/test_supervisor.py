@@ -13,8 +13,8 @@ import psutil
 import pytest
 
 from finetui.engine.events import read_events
-from finetui.engine.outcome import Outcome
 from finetui.engine.run import Run
+from finetui.engine.supervision.outcome import Outcome
 from finetui.engine.supervisor import main, supervise
 from finetui.planner.errors import RunError
 from finetui.planner.plan import Plan

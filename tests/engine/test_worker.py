@@ -15,7 +15,7 @@ import pytest
 pytest.importorskip("torch")
 import torch
 
-from finetui.engine import checkpoint
+from finetui.engine.checkpoints import store
 from finetui.engine.evaluate import evaluate_run
 from finetui.engine.events import read_events
 from finetui.engine.run import Run
@@ -89,7 +89,7 @@ def test_events_of_a_run(training_run: MakeRun) -> None:
 def test_tokens_are_counted_exactly(training_run: MakeRun) -> None:
     from finetui.engine.data.prepare import prepare
     from finetui.engine.evaluate import data_cache, data_settings
-    from finetui.engine.model import load_tokenizer
+    from finetui.engine.models.load import load_tokenizer
     from finetui.engine.trainers.order import Order
 
     run = training_run(micro_batch=4, accumulation=2, steps=3)
@@ -176,7 +176,7 @@ def test_stop_writes_a_checkpoint_and_ends(training_run: MakeRun) -> None:
     run.request("stop")
     assert attempt(run) == 0
     assert [s["step"] for s in events(run, "step")] == [1]
-    assert [c.step for c in checkpoint.find(run.path / "checkpoints")] == [1]
+    assert [c.step for c in store.find(run.path / "checkpoints")] == [1]
     assert [s["state"] for s in events(run, "state")][-1] == "stopping"
     assert not run.output_path.exists()
     run.withdraw("stop")
@@ -215,7 +215,7 @@ def test_nan_for_some_steps_fails_and_keeps_the_last_good_checkpoint(
     assert failure["cause"] == "nan"
     assert "step 6" in failure["message"]
     assert "learning_rate" in failure["do"]
-    assert [c.step for c in checkpoint.find(run.path / "checkpoints")] == [1, 2]
+    assert [c.step for c in store.find(run.path / "checkpoints")] == [1, 2]
 
 
 def test_one_bad_batch_changes_no_weight(training_run: MakeRun, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -235,17 +235,17 @@ def test_a_full_disk_fails_with_older_checkpoints_intact(
 
     def full(fd: int) -> None:
         syncs.append(fd)
-        if checkpoint.find(run.path / "checkpoints"):
+        if store.find(run.path / "checkpoints"):
             raise OSError(28, "No space left on device")
         sync(fd)
 
-    monkeypatch.setattr(checkpoint.os, "fsync", full)
+    monkeypatch.setattr(store.os, "fsync", full)
     assert attempt(run) == 1
     failure = events(run, "failure")[0]
     assert failure["cause"] == "disk"
     assert "no space is left" in failure["message"]
     assert [p.name for p in (run.path / "checkpoints").iterdir()] == ["step-000001"]
-    assert checkpoint.damage(run.path / "checkpoints" / "step-000001") is None
+    assert store.damage(run.path / "checkpoints" / "step-000001") is None
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,8 @@ import pytest
 from finetui.engine.data.examples import Example, Message
 from finetui.engine.data.files import Row
 from finetui.engine.data.formats import detect
-from finetui.engine.data.readers import to_example
+from finetui.engine.data.readers import to_example, to_records
+from finetui.planner.datasource import DataSource
 from finetui.planner.errors import DataError
 
 U, A, S = "user", "assistant", "system"
@@ -93,7 +94,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"messages": [*chat((U, "q")), "a"]}, r"messages\[1\]: must be an object with role and content"),
     ({"messages": chat((U, "q"), ("tool", "t"), (A, "a"))}, r"messages\[1\]: roles are out of order: tool where assis"),
     (
-        {"conversations": chat(("human", "q"), ("bard", "a"), keys=("from", "value"))},
+        {"conversations": chat(("human", "q"), ("narrator", "a"), keys=("from", "value"))},
         r"conversations\[1\]\.from: unknown role",
     ),
     (
@@ -130,3 +131,60 @@ def test_unknown_columns_are_listed_with_what_is_accepted() -> None:
         detect([Row({"prompt": "p", "chosen": "c", "rejected": "r"}, "x:1")])
     with pytest.raises(DataError, match=r"not in alpaca format: .*alpaca needs instruction and output/response"):
         detect([Row({"text": "t"}, "x:1")], "alpaca")
+
+
+def test_more_spellings_of_roles_and_results_of_tools_that_are_objects() -> None:
+    keys = ("from", "value")
+    assert read({"conversations": chat(("prompter", "q"), ("AI", "a"), keys=keys)}).messages == turns(
+        (U, "q"), (A, "a")
+    )
+    call = {"name": "f", "arguments": {"x": 1}}
+    conversation = [
+        {"from": "human", "value": "q"}, {"from": "tool_call", "value": call},
+        {"from": "tool_response", "value": {"t": "é", "gone": None}}, {"from": "gpt", "value": "a"},
+    ]  # fmt: skip
+    said = read({"conversations": conversation}).messages
+    assert said[1].tool_calls == ({"type": "function", "function": call},)
+    assert (said[2].role, said[2].content) == ("tool", '{"t": "é"}')
+    with pytest.raises(DataError, match=r"conversations\[0\]\.value: must be text, not an object"):
+        read({"conversations": [{"from": "human", "value": {}}, {"from": "gpt", "value": "a"}]})
+
+
+@pytest.mark.parametrize(
+    ("values", "method", "message"),
+    [
+        ({"question": "1+1", "answer": 2}, "sft", r"column 'answer' holds a number where format question-answer reads"),
+        ({"instruction": "q", "output": b"a"}, "sft", r"column 'output' holds bytes where format alpaca reads text"),
+        ({"messages": [{"who": U, "said": "q"}]}, "sft", r"a list of messages with role and content\. Name the keys"),
+        ({"prompt": "q", "chosen": "a", "rejected": 1}, "dpo", r"'rejected' holds a number where format preference"),
+        ({"prompt": "q"}, "sft", r"the rows are in prompt-only format"),
+    ],
+)  # fmt: skip
+def test_a_column_of_the_wrong_type_is_named(values: dict[str, Any], method: str, message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        detect([Row(values, "x:1")], "auto", method)
+
+
+@pytest.mark.parametrize(("good", "bad"), [(1, 0), ("True", "False"), ("yes", "no"), (True, False)])
+def test_what_judges_an_answer_where_answers_are_there_to_be_judged(good: Any, bad: Any) -> None:
+    rows = [Row({"prompt": "q", "completion": "a", "label": label}, "x:1") for label in (good, bad)]
+    found = detect(rows, "auto", "kto")
+    assert found.format == "unpaired-preference"
+    assert [record.label for row in rows for record in to_records(row, found, "kto")] == [True, False]  # type: ignore[union-attr]
+    if not isinstance(good, bool):  # the class of another task, as far as sft can tell
+        assert detect(rows, "auto", "sft").format == "prompt-completion"
+
+
+def test_roles_of_ones_own() -> None:
+    source = DataSource(path="x", roles={"Customer": "user", "agent": "assistant"})
+    rows = [Row({"messages": chat(("customer", "q"), ("Agent", "a"))}, "x:1")]
+    assert to_example(rows[0], detect(rows, source)).messages == turns((U, "q"), (A, "a"))
+    mixed = Row({"messages": chat((U, "q"), ("agent", "a"))}, "x:2")  # the usual ones go on
+    assert to_example(mixed, detect([mixed], source)).messages == turns((U, "q"), (A, "a"))
+    pair = Row({"prompt": chat(("customer", "q")), "chosen": chat(("agent", "a")), "rejected": chat((A, "b"))}, "x:3")
+    (record,) = to_records(pair, detect([pair], source, "dpo"), "dpo")
+    assert record.prompt == turns((U, "q"))  # type: ignore[union-attr]
+    with pytest.raises(DataError, match=r"unknown role 'customer'\. .* roles: \{customer: user\}"):
+        to_example(rows[0], detect(rows))
+    with pytest.raises(DataError, match=r"roles has no effect on format alpaca"):
+        detect([Row({"instruction": "i", "output": "o"}, "x:1")], source)

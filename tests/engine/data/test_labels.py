@@ -163,7 +163,7 @@ def test_a_template_that_loses_the_answer_is_refused(make_tokenizer: Make) -> No
 def test_the_shipped_tokenizer() -> None:
     from transformers import AutoTokenizer
 
-    from finetui.engine.tiny import tiny_folder
+    from finetui.engine.models.tiny import tiny_folder
 
     tokenizer = AutoTokenizer.from_pretrained(tiny_folder())
     assert prepare_tokenizer(tokenizer) == ("chat template: the tokenizer's own",)

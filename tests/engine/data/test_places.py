@@ -82,8 +82,7 @@ def test_a_plan_does_not_reach_out(bucket: Any) -> None:
         ("memory://bucket/none.jsonl", r"none\.jsonl: there is nothing at this address"),
         ("memory://bucket/notes.md", r"holds no dataset file\. finetui reads \.jsonl"),
         ("nowhere://bucket/a.jsonl", r"nowhere:// is no address that can be read\. Use s3://"),
-        ("gs://bucket/a.jsonl", r"gs:// needs a package that is not installed\. Install it with: pip install gcsfs"),
-        ("http://127.0.0.1:9/a.jsonl", r"can't be read|needs a package that is not installed"),
+        ("http://127.0.0.1:9/a.jsonl", r"can't be reached|needs a package that is not installed"),
     ],
 )
 def test_addresses_that_can_not_be_read(bucket: Any, path: str, message: str) -> None:
@@ -148,36 +147,6 @@ def test_a_server_that_gives_no_parts_is_read_from_the_beginning(tmp_path: Path)
         with pytest.raises(DataError, match=r"this type is read in parts\. Fetch the file first"):
             texts(f"{address}/x.parquet")
         server.shutdown()
-
-
-def test_a_bucket(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Against a server that answers as S3 does; needs s3fs and moto[server], which the test extra does not bring."""
-    s3fs, moto = pytest.importorskip("s3fs"), pytest.importorskip("moto.server")
-    boto3 = pytest.importorskip("boto3")
-    server = moto.ThreadedMotoServer(port=0, verbose=False)
-    server.start()
-    for name, value in {
-        "AWS_ENDPOINT_URL": f"http://127.0.0.1:{server.get_host_and_port()[1]}", "AWS_DEFAULT_REGION": "us-east-1",
-        "AWS_ACCESS_KEY_ID": "x", "AWS_SECRET_ACCESS_KEY": "y",
-    }.items():  # fmt: skip
-        monkeypatch.setenv(name, value)
-    s3fs.S3FileSystem.clear_instance_cache()
-    try:
-        client = boto3.client("s3")
-        client.create_bucket(Bucket="bucket")
-        for key, body in {"d/a.jsonl": LINES, "d/b.jsonl.gz": gzip.compress(LINES), "d/readme.md": b"no data"}.items():
-            client.put_object(Bucket="bucket", Key=key, Body=body)
-        one = [row["text"] for row in ROWS]
-        assert texts("s3://bucket/d/a.jsonl") == one
-        assert texts("s3://bucket/d") == one * 2
-        assert texts("s3://bucket/d/*.gz") == one
-        with pytest.raises(DataError, match=r"none\.jsonl: there is nothing at this address"):
-            texts("s3://bucket/none.jsonl")
-        with pytest.raises(DataError, match=r"other/x\.jsonl: the address can't be read \(NoSuchBucket"):
-            texts("s3://other/x.jsonl")
-    finally:
-        server.stop()
-        s3fs.S3FileSystem.clear_instance_cache()
 
 
 def test_local_files_are_not_streamed_by_wish(tmp_path: Path) -> None:

@@ -305,3 +305,38 @@ def test_a_stream_without_end_is_read_as_far_as_the_run_needs(
     assert made.facts.formats["org/endless"].endswith("examples are enough for 100 steps")
     # What is asked for is part of what the rows are kept under: a longer run reads on.
     assert run(asked, rows=1600, packing=packing).facts.train_rows >= 1600
+
+
+def test_weights_that_leave_nothing(run: Callable[..., Prepared], write: Any) -> None:
+    path = write("x.jsonl", chats(4))
+    with pytest.raises(DataError, match=r"no example is left to train on: of 4, 0 are held out\. .*raise weight"):
+        run(Recipe.build({"model": "m", "data": [{"path": path, "weight": 0.001}]}))
+
+
+def test_half_a_character_costs_its_row(run: Callable[..., Prepared], write: Any) -> None:
+    rows = chats(3) + chats(1, answer="cut \ud83d") + chats(1, answer="whole \U0001f600")
+    path = write("x.jsonl", rows)
+    message = r"x\.jsonl:4: the text holds half of a character \(\\ud83d without.*\. Or set on_bad_row: skip"
+    with pytest.raises(DataError, match=message):
+        run(recipe(path))
+    skipping = Recipe.build({"model": "m", "data": [{"path": path, "on_bad_row": "skip"}]})
+    facts = run(skipping).facts
+    assert (facts.examples, facts.skipped) == (4, 1)
+
+
+def test_prompts_that_a_reward_can_not_judge_are_counted(run: Callable[..., Prepared], write: Any) -> None:
+    rows = [{"prompt": f"What is {i}?", **({"answer": str(i)} if i < 6 else {})} for i in range(8)]
+    path = write("x.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    wanted = {"model": "m", "data": path, "method": "grpo", "evaluation": {"holdout": 0.0}}
+    judged = Recipe.build({**wanted, "rewards": ["numeric", {"function": "regex", "pattern": "x"}]})
+    assert run(judged, method="grpo").facts.warnings == (
+        "2 of 8 prompts have nothing in column 'answer', so numeric can't judge their answers",
+    )
+
+
+def test_what_a_folder_leaves_out_is_told(run: Callable[..., Prepared], write: Any, tmp_path: Path) -> None:
+    write("set/train.jsonl", chats(3))
+    write("set/test.jsonl", chats(2))
+    facts = run(recipe(str(tmp_path / "set"))).facts
+    assert facts.examples == 3
+    assert facts.formats[str(tmp_path / "set")].endswith("; test.jsonl left out, by name of another split")

@@ -82,3 +82,12 @@ def test_preview_shows_what_is_trained(write: Any, make_tokenizer: Callable[...,
     assert "".join(piece.text for piece in samples[0].pieces if piece.trained) == "The answer.<|im_end|>"
     cut = preview(recipe({"path": path}), make_tokenizer(), 2, DataSettings(16))
     assert all(len(sample.pieces) == 16 and sample.cut > 0 for sample in cut)
+
+
+def test_no_more_is_trained_than_there_is(write: Any) -> None:
+    pairs = write("x.jsonl", '{"prompt": "a", "chosen": "b", "rejected": "c"}\n' * 3)
+    judged = write("y.jsonl", '{"prompt": "a", "completion": "b", "label": true}\n' * 3)
+    for path, method in ((pairs, "dpo"), (judged, "kto")):
+        share = survey(Recipe.build({"model": "m", "data": path, "method": method})).trained_share
+        assert share is not None
+        assert 0.0 < share <= 1.0

@@ -53,6 +53,14 @@ def test_what_is_cut_and_what_is_lost(report: Any) -> None:
     assert told(made, "1 of 3 examples are cut")
 
 
+def test_what_is_left_out_for_its_length(report: Any) -> None:
+    rows = [row("q", "The answer. " * 40), row("q", "a")]
+    made = report(rows, source={"too_long": "drop"})
+    assert (made.overlong, made.truncated, made.dropped, made.cut_tokens) == (1, 0, 0, 0)
+    assert made.tokens == report(rows[1:]).tokens
+    assert told(made, "1 of 2 examples are longer than 64 tokens: left out")
+
+
 def test_duplicates_and_leaks(report: Any, write: Any) -> None:
     rows = [row(f"What is {i % 8}?", "The answer.") for i in range(10)]
     held = write("e.jsonl", "".join(json.dumps(item) + "\n" for item in (rows[0], row("new", "one"))))

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 
+from finetui.engine.exact import step
 from finetui.engine.exact.step import follow
 from finetui.planner.architecture import Architecture
 from finetui.planner.errors import ModelError, RecipeError
@@ -60,6 +61,13 @@ def test_our_layers_keep_what_their_policy_says():
     expected = 4 * hidden + 4 * inner + 4 * q + 4 * kv + 4 * heads + 2 * ranks
     weights = 2 * 16 * (2 * (hidden + q) + 2 * (hidden + kv) + 3 * (hidden + inner)) / TOKENS  # 16-bit copies of pairs
     assert _per_layer(framework="finetui", tuning="lora") == pytest.approx(expected + weights, rel=0.01)
+
+
+def test_our_layers_keep_no_more_where_their_weights_are_trained():
+    hidden, inner, q, kv, heads = 256, 704, 256, 128, 4
+    expected = 4 * hidden + 4 * inner + 4 * q + 4 * kv + 4 * heads
+    assert _per_layer(framework="finetui") == pytest.approx(expected, abs=2)
+    assert _per_layer(framework="finetui", policy="full") == pytest.approx(2 * hidden, abs=2)
 
 
 @pytest.mark.parametrize("tuning", ["full", "lora", "qlora"])
@@ -135,3 +143,9 @@ def test_frameworks_and_methods_that_are_not_followed_are_errors():
         follow(LLAMA, resolved, "x", framework="unsloth")
     with pytest.raises(RecipeError, match="loss of dpo is not followed"):
         follow(LLAMA, replace(resolved, method="dpo"), "x", framework="trl")
+
+
+def test_a_defect_of_finetui_is_not_blamed_on_the_model(monkeypatch):
+    monkeypatch.setattr(step, "score", lambda: None)
+    with pytest.raises(TypeError, match="unexpected keyword argument"):
+        _followed(framework="trl", tuning="lora")

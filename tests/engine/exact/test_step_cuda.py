@@ -19,9 +19,9 @@ def test_followed_bytes_are_those_that_were_allocated(tuning, policy):
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from finetui.engine.adapt import adapt
     from finetui.engine.exact.step import follow
-    from finetui.engine.model import Numerics
+    from finetui.engine.models.adapt import adapt
+    from finetui.engine.models.load import Numerics
     from finetui.planner.architecture import Architecture
     from finetui.planner.hardware import Gpu, Node, find_gpu
     from finetui.planner.memory import cublas_workspaces

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from finetui.engine.trainers.fused_adamw import fused_adamw
+from finetui.engine.trainers.fused_adamw import clipped_on_the_way, fused_adamw
 
 
 def settings(optim="adamw_bnb_8bit"):
@@ -47,7 +47,7 @@ def test_bf16_weights_on_a_gpu_get_it(optim, states):
     assert optimizer.defaults["betas"] == (0.9, 0.95)
     if states == "8bit":
         assert optimizer.state[trained[0].weight]["exp_avg"].dtype == torch.float32, "an embedding in 8 bits"
-        assert optimizer.state[trained[1].weight]["exp_avg"].dtype == torch.uint8
+        assert optimizer.state[trained[1].weight]["exp_avg"].dtype == torch.int8
 
 
 @pytest.mark.cuda
@@ -65,3 +65,27 @@ def test_where_it_is_due_and_can_not_serve_an_event_says_so(monkeypatch):
     told = []
     assert fused_adamw(model("cuda"), settings(), told.append) is None
     assert "it is wrong here" in str(told)
+
+
+@pytest.mark.parametrize("size", [0.01, 10.0])
+def test_gradients_are_clipped_where_they_are_read(size):
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    adamw = pytest.importorskip("finetui.kernels.adamw")
+    apart, together = ([torch.ones(8, device=device).requires_grad_() for _ in range(2)] for _ in range(2))
+    first, second = (adamw.AdamW(params, lr=0.1, states="fp32") for params in (apart, together))
+    for one, other in zip(apart, together, strict=True):
+        one.grad = size * torch.randn_like(one)
+        other.grad = one.grad.clone()
+    norm = torch.nn.utils.clip_grad_norm_(apart, 1.0)
+    torch.testing.assert_close(clipped_on_the_way(SimpleNamespace(optimizer=second), together, 1.0), norm)
+    first.step()
+    second.step()
+    for one, other in zip(apart, together, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_other_optimisers_have_gradients_clipped_before():
+    weight = torch.ones(3, requires_grad=True)
+    weight.grad = torch.full((3,), 9.0)
+    assert clipped_on_the_way(torch.optim.AdamW([weight]), [weight], 1.0) is None
+    assert weight.grad.tolist() == [9.0] * 3

@@ -172,6 +172,10 @@ def test_ten_steps_of_supervised_training_are_those_of_plain_trl(
         ("grpo", "full", {"beta": 0.1, "loss": "grpo", "scale_rewards": "none"},
          {"beta": 0.1, "loss_type": "grpo", "scale_rewards": "none"}),
         ("grpo", "full", {"num_iterations": 2, "epsilon": 0.05}, {"num_iterations": 2, "epsilon": 0.05}),
+        ("grpo", "full", {"num_iterations": 2, "epsilon": 0.0003, "epsilon_high": 0.004, "importance": "sequence"},
+         {"num_iterations": 2, "epsilon": 0.0003, "epsilon_high": 0.004, "importance_sampling_level": "sequence"}),
+        ("rloo", "lora", {"top_k": 20, "min_p": 0.01, "repetition_penalty": 1.2},
+         {"top_k": 20, "min_p": 0.01, "repetition_penalty": 1.2, "beta": 0.05}),
         ("rloo", "lora", {"beta": 0.1}, {"beta": 0.1}),
     ],
 )  # fmt: skip

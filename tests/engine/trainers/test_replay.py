@@ -10,8 +10,8 @@ import pytest
 import torch
 
 pytest.importorskip("trl")
-from finetui.engine.graphs import HostRecorder
 from finetui.engine.trainers import sft
+from finetui.engine.trainers.graphs import HostRecorder
 from finetui.engine.trainers.job import Job
 from finetui.engine.trainers.replay import Replays, obstacle
 from finetui.engine.worker import attempt

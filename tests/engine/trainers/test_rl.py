@@ -196,7 +196,10 @@ def test_a_broken_reward_is_named_and_ends_the_run(rollout_run: MakeRun, tmp_pat
         ({"rewards": []}, "needs a reward"),
         ({"rewards": ["python-tests"]}, "column 'tests'"),
         ({"rollout": {"num_generations": 3, "max_completion_length": 4}}, "no whole groups of 3"),
-        ({"rollout": {"num_generations": 4, "max_completion_length": 4, "engine": "vllm"}}, "vLLM is not here"),
+        (
+            {"rollout": {"num_generations": 4, "max_completion_length": 4, "engine": "vllm"}},
+            "vLLM can't generate: it is not installed",
+        ),
         ({"rollout": {"num_generations": 4, "max_completion_length": 126}}, "no prompt leaves room"),
     ],
 )

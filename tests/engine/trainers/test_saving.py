@@ -13,7 +13,7 @@ import pytest
 torch = pytest.importorskip("torch")
 from safetensors.torch import load_file  # noqa: E402
 
-from finetui.engine import checkpoint  # noqa: E402
+from finetui.engine.checkpoints import store  # noqa: E402
 from finetui.engine.run import Run  # noqa: E402
 from finetui.engine.trainers import saving  # noqa: E402
 from finetui.engine.trainers.saving import Saver, loads_back  # noqa: E402
@@ -30,7 +30,7 @@ def hashes(run: Run) -> dict[str, dict[str, str]]:
     """SHA-256 of every file of every checkpoint."""
     found = {}
     for path in sorted((run.path / "checkpoints").iterdir()):
-        files = json.loads((path / checkpoint.MANIFEST).read_text())["files"]
+        files = json.loads((path / store.MANIFEST).read_text())["files"]
         found[path.name] = {name: entry["sha256"] for name, entry in files.items()}
     return found
 
@@ -86,10 +86,10 @@ def test_the_first_one_is_loaded_back(training_run: MakeRun, monkeypatch: pytest
 
 
 def test_a_disk_that_gives_back_something_else_is_found_out(tmp_path: Path) -> None:
-    partial = checkpoint.begin(tmp_path, 1)
+    partial = store.begin(tmp_path, 1)
     (partial / "model.safetensors").write_bytes(b"what came out")
     with pytest.raises(TrainingError, match="does not give back") as caught:
-        checkpoint.commit(partial, 1, keep=1, hashes={"model.safetensors": "of what went in"})
+        store.commit(partial, 1, keep=1, hashes={"model.safetensors": "of what went in"})
     assert caught.value.cause == "disk"
     assert list(tmp_path.iterdir()) == []
 
@@ -118,7 +118,7 @@ def test_on_a_full_disk_an_older_one_makes_way_but_never_the_last(tmp_path: Path
 
     class Tight(Snapshot):
         def write(self, folder: Path) -> dict[str, str]:
-            if len(checkpoint.find(tmp_path)) > room[0]:
+            if len(store.find(tmp_path)) > room[0]:
                 raise OSError(28, "No space left on device")
             return write(folder)
 
@@ -127,12 +127,12 @@ def test_on_a_full_disk_an_older_one_makes_way_but_never_the_last(tmp_path: Path
 
     saver.save(4, Tight(snapshot.files, snapshot.parts), {})
     saver.wait()
-    assert [found.step for found in checkpoint.find(tmp_path)] == [3, 4]
+    assert [found.step for found in store.find(tmp_path)] == [3, 4]
     room[0] = 0
     saver.save(5, Tight(snapshot.files, snapshot.parts), {})
     with pytest.raises(TrainingError):
         saver.wait()
-    assert [found.step for found in checkpoint.find(tmp_path)] == [4]
+    assert [found.step for found in store.find(tmp_path)] == [4]
 
 
 def test_a_copy_has_nothing_in_common_with_what_goes_on(tmp_path: Path) -> None:

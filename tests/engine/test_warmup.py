@@ -1,0 +1,49 @@
+"""The warm-up leaves nothing behind but what is loaded, and what goes wrong in it harms nobody."""
+
+from __future__ import annotations
+
+import pytest
+
+pytest.importorskip("torch")
+import torch
+
+from finetui.engine import warmup
+
+
+def test_there_is_nothing_to_warm_without_a_gpu():
+    started = warmup.Warmup(torch.device("cpu"), torch.bfloat16, 64)
+    started.wait()
+    assert started._thread is None
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="wants to fail for lack of a GPU")
+def test_what_fails_is_told_and_not_raised(capsys):
+    warmup._warm(torch.device("cuda", 0), torch.bfloat16, 64)
+    assert capsys.readouterr().out.count("warming up: ") == 3  # the device, a product, attention
+
+
+@pytest.mark.parametrize("head", [8, 64])
+def test_attention_is_run_forward_and_backward_without_chance(head):
+    state = torch.get_rng_state()
+    warmup._attend(torch.device("cpu"), torch.float32, head)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_triton_has_its_name_afterwards():
+    cache = pytest.importorskip("triton.runtime.cache")
+    cache.triton_key.cache_clear()
+    warmup.name_triton()
+    assert cache.triton_key.cache_info().misses == 1
+    cache.triton_key()
+    assert cache.triton_key.cache_info().hits == 1
+
+
+@pytest.mark.cuda
+def test_chance_and_memory_stay_as_they_were(capsys):
+    device = torch.device("cuda", 0)
+    torch.mm(torch.ones(8, 8, device=device), torch.ones(8, 8, device=device))  # cuBLAS has its workspace
+    state, held = torch.cuda.get_rng_state(device), torch.cuda.memory_allocated(device)
+    warmup.Warmup(device, torch.bfloat16, 128).wait()
+    assert torch.equal(torch.cuda.get_rng_state(device), state)
+    assert torch.cuda.memory_allocated(device) <= held
+    assert not capsys.readouterr().out
