@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-from ..engine.run import LIVE_STATES, Status
+from ..engine.status import LIVE_STATES, Status
 from ..planner.preferences import Preferences
 from ..planner.printable import printable
 from .history import History

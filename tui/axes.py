@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from .series import Series
+from .series import Bucket, Series
 
 #: The fewest x units an axis spans.
 SHORTEST_AXIS = 16.0
@@ -14,11 +14,15 @@ SHORTEST_AXIS = 16.0
 
 @dataclass(frozen=True)
 class Scale:
-    """The y axis: values from ``low`` to ``high``, linear or logarithmic."""
+    """The y axis: values from ``low`` to ``high``, linear or logarithmic.
+
+    ``beyond`` is the largest value that is left out above ``high``, or NaN where none is.
+    """
 
     low: float
     high: float
     log: bool = False
+    beyond: float = math.nan
 
     def place(self, value: float) -> float:
         """Where a value lies, from 0 at the bottom to 1 at the top."""
@@ -29,15 +33,30 @@ class Scale:
         return min(max((value - low) / (high - low), 0.0), 1.0)
 
 
-def scale_of(series: Iterable[Series], *, log: bool = False) -> Scale | None:
+#: Spikes are sought in curves of at least so many buckets, and are at most this share of them.
+_LEAST_BUCKETS, _MOST_SPIKES = 40, 0.05
+#: How many times the range that nine tenths of the values keep to a spike stands out above it.
+_OUTSTANDING = 3.0
+
+
+def scale_of(series: Iterable[Series], *, log: bool = False, spikes: bool = True) -> Scale | None:
     """A y axis with round ends that holds all finite values, or None without any.
 
     A logarithmic axis is only possible when every value is above 0; else it is linear.
+
+    Args:
+        spikes: whether a linear axis holds spikes too. Where it does not, they are left out above it: values far
+            above the rest, between a curve's first descent and its end. A start from high up and a curve that ends
+            high up (a divergence) are no spikes.
     """
-    buckets = [bucket for one in series for bucket in one.buckets if bucket.count]
+    curves = [kept for one in series if (kept := [bucket for bucket in one.buckets if bucket.count])]
+    buckets = [bucket for curve in curves for bucket in curve]
     if not buckets:
         return None
     low, high = min(bucket.low for bucket in buckets), max(bucket.high for bucket in buckets)
+    beyond = math.nan
+    if not spikes and not (log and low > 0) and (usual := _without_spikes(curves)) < high:
+        beyond, high = high, usual
     if log and low > 0:
         step = 10 ** math.floor(math.log10(low))
         floor = math.floor(low / step * (1 + 1e-9)) * step
@@ -46,9 +65,24 @@ def scale_of(series: Iterable[Series], *, log: bool = False) -> Scale | None:
         return Scale(floor, ceiling if ceiling > floor else floor * 2, log=True)
     if high - low < 1e-12 * max(abs(high), abs(low), 1e-30):
         pad = abs(high) * 0.1 or 1.0
-        return Scale(low - pad, high + pad)
+        return Scale(low - pad, high + pad, beyond=beyond)
     step = nice_step((high - low) / 8)
-    return Scale(math.floor(low / step + 1e-9) * step, math.ceil(high / step - 1e-9) * step)
+    return Scale(math.floor(low / step + 1e-9) * step, math.ceil(high / step - 1e-9) * step, beyond=beyond)
+
+
+def _without_spikes(curves: Sequence[Sequence[Bucket]]) -> float:
+    """The largest value of these curves that belongs to no spike."""
+    highest = -math.inf
+    for curve in curves:
+        highs = sorted(bucket.high for bucket in curve)
+        low, high = highs[len(highs) // 20], highs[len(highs) * 19 // 20]
+        limit = high + _OUTSTANDING * max(high - low, abs(high) / 10)
+        down = next((n for n, bucket in enumerate(curve) if bucket.high <= limit), len(curve))
+        out = sum(bucket.high > limit for bucket in curve[down:])
+        whole = len(curve) < _LEAST_BUCKETS or out > _MOST_SPIKES * len(curve) or curve[-1].high > limit
+        kept = curve if whole else [*curve[:down], *(bucket for bucket in curve[down:] if bucket.high <= limit)]
+        highest = max(highest, *(bucket.high for bucket in kept))
+    return highest
 
 
 def nice_step(rough: float) -> float:

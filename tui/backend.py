@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from ..planner.errors import RunError
 
 if TYPE_CHECKING:
-    from ..engine.preflight import Check
+    from ..engine.check import Check
     from ..engine.run import Run
     from ..planner.plan import Plan
     from ..planner.recipe import Recipe
@@ -153,6 +153,8 @@ def _offers(recipe: Recipe, spot: bool) -> list[OfferRow]:
             entry.offer.as_of,
             entry.stale,
             entry.offer.source,
+            over=entry.over,
+            quota=str(entry.quota or ""),
         )
         for entry in ranked
     ]

@@ -10,6 +10,7 @@ import json
 import os
 import sys
 
+from ..engine import bytecode
 from ..planner.errors import FinetuiError
 from .outlet import guard_streams
 
@@ -43,6 +44,7 @@ VERBS: dict[str, str] = {
 def main(arguments: list[str] | None = None) -> None:
     """Entry point of ``finetui`` and of ``python -m finetui``."""
     arguments = sys.argv[1:] if arguments is None else arguments
+    bytecode.keep()
     verb = next((word for word in arguments if not word.startswith("-")), None)
     if not all(
         "utf" in (stream.encoding or "utf").lower() for stream in (sys.stdout, sys.stderr) if stream is not None
@@ -92,4 +94,6 @@ def _report(error: FinetuiError, *, as_json: bool) -> None:
         parts = {"kind": type(error).__name__, "what": error.what, "where": error.where, "do": error.do}
         print(json.dumps({"error": parts}, indent=2, ensure_ascii=False))
         return
-    print(f"finetui: {error}", file=sys.stderr)
+    from .format import sentence
+
+    print(sentence(f"finetui: {error}"), file=sys.stderr)

@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 from ..engine.events import Event
 from ..engine.run import Run
+from ..engine.status import Status
 from ..planner.errors import RunError
 from ..planner.plan import Plan
 from ..planner.recipe import Recipe
@@ -44,6 +45,7 @@ class Contender:
     curves: dict[tuple[str, Axis], Series] = field(default_factory=dict)
     elapsed_s: float = 0.0
     """Seconds at work so far: time between attempts does not count."""
+    status: Status = field(default_factory=Status)
     _last: float = math.nan
 
     @classmethod
@@ -52,7 +54,10 @@ class Contender:
         plan = recipe = None
         with contextlib.suppress(RunError):
             plan, recipe = run.plan, run.recipe
-        return cls(run, plan, recipe)
+        found = cls(run, plan, recipe)
+        with contextlib.suppress(RunError):
+            found.status = run.status
+        return found
 
     @property
     def usd_per_h(self) -> float:
@@ -124,6 +129,15 @@ def differences(contenders: Sequence[Contender]) -> list[tuple[str, list[str]]]:
     return [(key, values) for key, values in rows if len(set(values)) > 1]
 
 
+def ending(contender: Contender) -> str:
+    """A run's state in words, with why it ended and how far it came: ``✘ failed: oom, step 3/412``."""
+    status, history = contender.status, contender.history
+    glyph = format.STATE_GLYPHS.get(status.state, ("?", "?"))[0]
+    cause = f": {status.cause}" if status.cause else ""
+    steps = history.steps or (contender.plan.resolved.steps if contender.plan else 0)
+    return f"{glyph} {status.state}{cause}, step {history.step:,}" + (f"/{steps:,}" if steps else "")
+
+
 @dataclass(frozen=True)
 class Outcome:
     """How a run came out; NaN is a figure that there is none of, memory is GiB."""
@@ -169,7 +183,7 @@ def outcome_rows(outcomes: Sequence[Outcome]) -> list[tuple[str, list[str]]]:
         off = measured / planned if math.isfinite(planned) and planned else math.nan
         if not math.isfinite(off):
             return show(measured)
-        return f"{show(measured)} ({f'{off - 1:+.0%}' if off < _FAR_OFF else f'× {off:,.0f}'})"
+        return f"{show(measured)} ({format.off(off) if off < _FAR_OFF else f'× {off:,.0f}'})"
 
     return [
         ("loss, mean", [format.loss(one.loss) if math.isfinite(one.loss) else "–" for one in outcomes]),

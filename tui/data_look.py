@@ -41,21 +41,22 @@ def look_at(recipe: Recipe, samples: int, rows: int = ROWS) -> DataLook:
 
     if not recipe.data:
         raise DataError("the recipe names no data", where="data", do="Add 'data: rows.jsonl', or give --data.")
-    found = survey(recipe)
+    seen = recipe.model_copy(update={"data": [s.model_copy(update={"on_bad_row": "skip"}) for s in recipe.data]})
+    found = survey(seen)  # all bad rows are counted, whatever the recipe does about them: they are what one looks for
     if find_spec("transformers") is None:
         return DataLook(found, notes=("Install finetui[train] to see single tokens; these counts are estimates.",))
     from ..engine.data.prepare import DataSettings
     from ..engine.data.preview import preview
     from ..engine.data.report import look
-    from ..engine.model import load_tokenizer, locate
+    from ..engine.models.load import load_tokenizer, locate
 
-    resolved = plan_for(recipe).resolved
+    resolved = plan_for(seen).resolved
     settings = DataSettings(
         resolved.sequence_length, train_on=resolved.train_on, seed=resolved.seed, method=resolved.method
     )
     tokenizer, notes = load_tokenizer(locate(recipe.model), recipe.chat_template, recipe.tuning.new_tokens)
     report = look(recipe, tokenizer, settings, rows, found.train_rows)
-    shown = preview(recipe, tokenizer, samples, settings) if samples and report.examples else []
+    shown = preview(seen, tokenizer, samples, settings) if samples and report.examples else []
     return DataLook(found, report, tuple(shown), tuple(notes))
 
 
@@ -70,7 +71,8 @@ def source_facts(source: SourceSurvey) -> str:
 def report_facts(report: Report) -> list[tuple[str, str]]:
     """A report in words: label and text, one per line."""
     which = "all" if report.whole else "the first"
-    lost = f", {report.truncated:,} cut, {report.dropped:,} left out" if report.truncated or report.dropped else ""
+    out = report.dropped + report.overlong
+    lost = f", {report.truncated:,} cut, {out:,} left out" if report.truncated or out else ""
     cut = f"; {report.cut_tokens:,} beyond {report.sequence_length:,} are cut" if report.cut_tokens else ""
     lengths = f"mean {report.mean:,.0f}, median {report.median:,}, 95% up to {report.p95:,}, longest {report.longest:,}"
     facts = [

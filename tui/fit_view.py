@@ -2,73 +2,145 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
-
-from rich.table import Table
 
 from ..planner.fit import Fit
 from ..planner.hardware import Gpu
+from .columns import Column, fitting, table
 from .console import Console
-from .format import count, duration, rate, usd
+from .format import bare_gib, count, duration, memory_unit, rate, usd
 
 
-def _table(*columns: str) -> Table:
-    """A table without lines; a heading that begins with ``>`` is right-aligned."""
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    for column in columns:
-        table.add_column(column.removeprefix(">"), justify="right" if column.startswith(">") else "left", no_wrap=True)
-    return table
+def print_table(
+    columns: Sequence[Column], rows: Sequence[Mapping[str, str]], console: Console | None = None, gap: int = 2
+) -> None:
+    """A table as wide as the terminal; whole where there is none, because a pipe has no edge."""
+    console = console or Console(highlight=False)
+    room = console.width if console.is_terminal else 1000
+    for line in table(columns, rows, room, gap):
+        console.print(line, markup=False, soft_wrap=True)
 
 
 def print_fit(name: str, parameters: int, rows: Sequence[Fit], *, everything: bool) -> None:
-    """What fits for one model; ``everything`` shows what does not, too."""
+    """What fits for one model: on a terminal a line per GPU where that has room, else a line per combination.
+
+    Args:
+        everything: show what does not fit, too.
+    """
     console = Console(highlight=False)
     shown = [row for row in rows if everything or row.fits]
-    console.print(f"{name}: {count(parameters)} parameters, micro batch 1, one GPU")
-    table = _table("", "GPU", "tuning", ">tokens", ">GiB", ">of", ">tok/s", "checkpointing", ">$/M tok", "where")
-    for row in shown:
-        price = row.usd_per_million_tokens
-        table.add_row(
-            "✔" if row.fits else "✘",
-            row.gpu,
-            row.tuning,
-            str(row.sequence_length),
-            f"{row.device_gib:.1f}",
-            f"{row.memory_gib:.0f}",
-            rate(row.tokens_per_s),
-            row.checkpointing,
-            "–" if price is None else f"{price:.3f}",
-            row.provider or "–",
-        )
-    console.print(table)
+    said = f"{name}: {count(parameters)} parameters, micro batch 1, one GPU"
+    columns, lines = _matrix(rows, everything=everything)
+    gap = next((gap for gap in (2, 1) if _whole(columns, lines, console.width, gap)), 0)
+    if console.is_terminal and gap:
+        console.print(f"{said}; tokens/s, – does not fit", markup=False)
+        print_table(columns, lines, console, gap)
+    else:
+        console.print(said, markup=False)
+        print_table(*_combinations(shown), console)
     if len(shown) < len(rows):
-        console.print(f"{len(rows) - len(shown)} of {len(rows)} do not fit; --all shows them.", style="dim")
+        more = "; --all shows them" if not everything else ""
+        console.print(f"{len(rows) - len(shown)} of {len(rows)} combinations do not fit{more}.", style="dim")
+
+
+def _whole(columns: Sequence[Column], lines: Sequence[Mapping[str, str]], room: int, gap: int) -> bool:
+    """Whether a table fits with all that it is about: nothing is lost but where the price is from."""
+    widths = fitting(columns, lines, room, gap)
+    return sum(width + gap for width in widths.values()) - gap <= room and len(widths) >= len(columns) - 1
+
+
+def _matrix(rows: Sequence[Fit], *, everything: bool) -> tuple[list[Column], list[dict[str, str]]]:
+    """A line per GPU, a column per tuning and length."""
+    combinations = list(dict.fromkeys((row.tuning, row.sequence_length) for row in rows))
+    columns = [Column("GPU"), Column(memory_unit(), right=True)]
+    columns += [Column(_combination(*one), right=True) for one in combinations]
+    columns += [Column("$/h", right=True), Column("where", rank=1)]
+    lines = []
+    for gpu in dict.fromkeys(row.gpu for row in rows):
+        own = [row for row in rows if row.gpu == gpu]
+        if not everything and not any(row.fits for row in own):
+            continue
+        price = own[0].usd_per_h
+        line = {"GPU": gpu, memory_unit(): bare_gib(own[0].memory_gib, 0), "where": own[0].provider or "–"}
+        line["$/h"] = "–" if price is None else usd(price)
+        for row in own:
+            line[_combination(row.tuning, row.sequence_length)] = rate(row.tokens_per_s) if row.fits else "–"
+        lines.append(line)
+    return columns, lines
+
+
+def _combination(tuning: str, length: int) -> str:
+    return f"{tuning} {length // 1024}k" if length % 1024 == 0 else f"{tuning} {length}"
+
+
+def _combinations(rows: Iterable[Fit]) -> tuple[list[Column], list[dict[str, str]]]:
+    """A line per GPU, tuning and length."""
+    columns = [
+        Column(" "), Column("GPU", least=12), Column("tuning"), Column("tokens", right=True),
+        Column(memory_unit(), right=True), Column("of", right=True, rank=2), Column("tok/s", right=True),
+        Column("checkpointing", rank=3), Column("$/M tok", right=True, rank=1), Column("where", rank=4, least=8),
+    ]  # fmt: skip
+    lines = []
+    for row in rows:
+        price = row.usd_per_million_tokens
+        lines.append({
+            " ": "✔" if row.fits else "✘",
+            "GPU": row.gpu,
+            "tuning": row.tuning,
+            "tokens": str(row.sequence_length),
+            memory_unit(): bare_gib(row.device_gib),
+            "of": bare_gib(row.memory_gib, 0),
+            "tok/s": rate(row.tokens_per_s),
+            "checkpointing": row.checkpointing,
+            "$/M tok": "–" if price is None else f"{price:.3f}",
+            "where": row.provider or "–",
+        })  # fmt: skip
+    return columns, lines
+
+
+_OFFERS = (
+    Column("provider", least=10), Column("#", right=True), Column("GPU", least=13),
+    Column("memory", right=True, rank=1), Column("of", right=True, rank=3), Column("tok/s", right=True),
+    Column("time", right=True), Column("$/h", right=True), Column("$ run", right=True), Column("price of", rank=2),
+)  # fmt: skip
 
 
 def print_offers(name: str, rows: Sequence[dict[str, Any]], *, total: int) -> None:
     """Offers, cheapest run first."""
     console = Console(highlight=False)
     if not rows:
-        console.print(f"No offer fits {name} like this. Try --tuning qlora or a shorter --seq-len.")
+        console.print(f"No offer fits {name} like this. Try --tuning qlora or a shorter --seq-len.", markup=False)
         return
-    table = _table("provider", ">#", "GPU", ">GiB", ">of", ">tok/s", ">time", ">$/h", ">$ run", "price of")
-    for row in rows:
-        table.add_row(
-            row["provider"],
-            str(row["count"]),
-            row["gpu"],
-            f"{row['device_gib']:.1f}",
-            f"{row['memory_gib']:.0f}",
-            rate(row["tokens_per_s"]),
-            duration(row["time_s"]),
-            usd(row["usd_per_h"]),
-            usd(row["usd"]),
-            ("undated" if row["as_of"] == "unknown" else row["as_of"] + " (old)" * row["stale"]),
-        )
-    console.print(table)
+    lines = [
+        {
+            "provider": row["provider"],
+            "#": str(row["count"]),
+            "GPU": row["gpu"],
+            "memory": bare_gib(row["device_gib"]),
+            "of": bare_gib(row["memory_gib"], 0),
+            "tok/s": rate(row["tokens_per_s"]),
+            "time": duration(row["time_s"]),
+            "$/h": "free" if row["quota"] else usd(row["usd_per_h"]),
+            "$ run": ("free" if row["quota"] else usd(row["usd"])) + "!" * bool(row["over"]),
+            "price of": _as_of(row),
+        }
+        for row in rows
+    ]
+    print_table(_OFFERS, lines, console)
+    for provider, quota in dict.fromkeys((row["provider"], row["quota"]) for row in rows if row["quota"]):
+        console.print(f"{provider} is free: {quota}.", style="dim", markup=False)
+    if any(row["over"] for row in rows):
+        console.print("! after $ run: over a limit of the recipe, or longer than a free session.", style="dim")
+    if any(row["stale"] for row in rows):
+        console.print("! after a date: look at the price again before you rent.", style="dim")
     if total > len(rows):
         console.print(f"{total - len(rows)} more offers fit; --top shows more.", style="dim")
+
+
+def _as_of(row: Mapping[str, Any]) -> str:
+    """The day of a price, with a mark if it is old."""
+    return ("undated" if row["as_of"] == "unknown" else row["as_of"]) + "!" * bool(row["stale"])
 
 
 def print_managed(rows: Sequence[dict[str, Any]]) -> None:
@@ -77,26 +149,40 @@ def print_managed(rows: Sequence[dict[str, Any]]) -> None:
         return
     console = Console(highlight=False)
     console.print(f"\nServices that train for you, {count(rows[0]['tokens'])} tokens:")
-    table = _table("provider", "model", ">$/M tok", ">$ run", "price of")
-    for row in rows:
-        as_of = "undated" if row["as_of"] == "unknown" else row["as_of"] + " (old)" * row["stale"]
-        table.add_row(
-            row["provider"], row["model"] or "by size", f"{row['usd_per_million_tokens']:g}", usd(row["usd"]), as_of
-        )
-    console.print(table)
+    columns = [
+        Column("provider"), Column("model", least=10), Column("$/M tok", right=True), Column("$ run", right=True),
+        Column("price of"),
+    ]  # fmt: skip
+    lines = [
+        {
+            "provider": row["provider"],
+            "model": row["model"] or "by size",
+            "$/M tok": f"{row['usd_per_million_tokens']:g}",
+            "$ run": usd(row["usd"]),
+            "price of": _as_of(row),
+        }
+        for row in rows
+    ]
+    print_table(columns, lines, console)
 
 
 def print_catalog(gpus: Sequence[Gpu]) -> None:
     """The GPUs that can be planned for."""
-    table = _table("GPU", ">GiB", ">GB/s", ">16-bit TFLOP/s", "bf16", ">compute", ">link GB/s")
-    for gpu in gpus:
-        table.add_row(
-            gpu.name,
-            f"{gpu.memory_gib:.1f}",
-            rate(gpu.bandwidth_gb_s),
-            rate(gpu.bf16_tflops),
-            "yes" if gpu.bf16 else "no",
-            gpu.compute_capability,
-            rate(gpu.link_gb_s) if gpu.link_gb_s else "–",
-        )
-    Console(highlight=False).print(table)
+    columns = [
+        Column("GPU", least=12), Column(memory_unit(), right=True), Column("GB/s", right=True),
+        Column("16-bit TFLOP/s", right=True), Column("bf16"), Column("compute", right=True, rank=2),
+        Column("link GB/s", right=True, rank=1),
+    ]  # fmt: skip
+    lines = [
+        {
+            "GPU": gpu.name,
+            memory_unit(): bare_gib(gpu.memory_gib),
+            "GB/s": rate(gpu.bandwidth_gb_s),
+            "16-bit TFLOP/s": rate(gpu.bf16_tflops),
+            "bf16": "yes" if gpu.bf16 else "no",
+            "compute": gpu.compute_capability,
+            "link GB/s": rate(gpu.link_gb_s) if gpu.link_gb_s else "–",
+        }
+        for gpu in gpus
+    ]
+    print_table(columns, lines)

@@ -15,7 +15,8 @@ from typing import Generic, Protocol, TypeVar
 
 from ..engine.events import Event, EventReader
 from ..engine.past import SAMPLED_TYPES, SHORT_BYTES, essentials, glimpse
-from ..engine.run import Run, Status
+from ..engine.run import Run
+from ..engine.status import Status
 from ..planner.errors import FinetuiError, RunError
 
 #: Events handed over at a time, so that the screen stays responsive while it takes in a long run.

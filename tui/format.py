@@ -72,6 +72,25 @@ def gib_of(used: float, total: float) -> str:
     return f"{bare_gib(used)} of {bare_gib(total)} {_unit.name}"
 
 
+#: Memory in a sentence: ``14.6 GiB``, ``31.7 of 23.6 GiB``, and ``18.2 needed`` beside one of these.
+_MEMORY = re.compile(r"(?P<number>\d[\d,]*(?:\.\d+)?)(?P<then> (?:of [\d,.]+ )?(?P<unit>[GM]iB)\b| needed\b)")
+
+
+def sentence(text: str) -> str:
+    """A sentence of the planner's or of a check, which say memory in GiB, in the user's unit."""
+    if _unit.name == "GiB" or "iB" not in text:
+        return text
+
+    def shown(found: re.Match[str]) -> str:
+        number, smaller = found["number"], found["unit"] == "MiB"
+        factor = _unit.per_gib * (_unit.step / 1024 if smaller else 1.0)
+        value = f"{float(number.replace(',', '')) * factor:{',' * (',' in number)}.{len(number.partition('.')[2])}f}"
+        then = sentence(found["then"]) if " of " in found["then"] else found["then"]
+        return value + then.replace("MiB", _unit.smaller).replace("GiB", _unit.name)
+
+    return _MEMORY.sub(shown, text)
+
+
 def duration(seconds: float) -> str:
     """``38 s``, ``12 min``, ``3 h 07 min``, ``2 d 4 h``."""
     if not math.isfinite(seconds) or seconds < 0:
@@ -88,6 +107,12 @@ def duration(seconds: float) -> str:
         return f"{hours} h {minutes:02d} min"
     days, hours = divmod(hours, 24)
     return f"{days} d {hours} h"
+
+
+def off(ratio: float) -> str:
+    """How far something is off what it was held against, from their ratio: ``+12%``, ``-3%``, ``±0%``."""
+    text = f"{ratio - 1:+.0%}"
+    return "±0%" if text[1:] == "0%" else text
 
 
 def usd(value: float) -> str:

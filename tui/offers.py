@@ -23,7 +23,8 @@ SORTS: dict[str, Callable[[OfferRow], float]] = {
 
 @dataclass(frozen=True)
 class OfferRow:
-    """One machine. ``best`` marks those that no other beats in both time and money."""
+    """One machine. ``best`` marks those that no other beats in both time and money; ``over`` names the limit that the
+    run breaks there (``hours``, ``cost_usd``, ``quota``); ``quota`` says how much of a free machine there is."""
 
     provider: str
     gpu: str
@@ -35,6 +36,8 @@ class OfferRow:
     stale: bool = False
     source: str = ""
     best: bool = False
+    over: str = ""
+    quota: str = ""
 
     @property
     def key(self) -> str:
@@ -48,10 +51,11 @@ class OfferRow:
 
 
 def with_frontier(rows: Sequence[OfferRow]) -> list[OfferRow]:
-    """The rows with ``best`` set on those that fit and that nothing for rent beats in both time and money."""
+    """The rows with ``best`` set on those that fit, keep to every limit, and that nothing for rent beats in both time
+    and money."""
     cheapest = float("inf")
     best = set()
-    rented = [row for row in rows if row.plan.fits and not row.local]
+    rented = [row for row in rows if row.plan.fits and not row.local and not row.over]
     for row in sorted(rented, key=lambda row: (row.plan.time_s, row.usd)):
         if row.usd < cheapest:
             best.add(row.key)
@@ -60,7 +64,8 @@ def with_frontier(rows: Sequence[OfferRow]) -> list[OfferRow]:
 
 
 def arranged(rows: Iterable[OfferRow], *, sort: str, everything: bool, words: str = "") -> list[OfferRow]:
-    """The rows to show, best first; those that do not fit come last, and only with ``everything``.
+    """The rows to show, best first; those that break a limit come after all that do not, and those that do not fit
+    last, and only with ``everything``.
 
     ``words`` are looked for in provider and GPU; every one has to be there.
     """
@@ -70,7 +75,24 @@ def arranged(rows: Iterable[OfferRow], *, sort: str, everything: bool, words: st
         for row in rows
         if (everything or row.plan.fits) and all(word in f"{row.provider} {row.gpu}".lower() for word in wanted)
     ]
-    return sorted(shown, key=lambda row: (not row.plan.fits, SORTS[sort](row), row.plan.time_s, row.key))
+    return sorted(
+        shown, key=lambda row: (not row.plan.fits, bool(row.over), SORTS[sort](row), row.plan.time_s, row.key)
+    )
+
+
+def money(row: OfferRow, usd: float) -> str:
+    """A price of this offer: ``free`` where it is lent for nothing within a quota."""
+    return "free" if row.quota else format.usd(usd)
+
+
+def over_limit(row: OfferRow) -> str:
+    """That the run breaks a limit on this machine, in words; empty where it keeps to all."""
+    if not row.over:
+        return ""
+    if row.over == "cost_usd":
+        return f"the run costs {format.usd(row.usd)}, more than limits.cost_usd allows"
+    allowed = "one free session" if row.over == "quota" else "limits.hours allows"
+    return f"the run takes {format.duration(row.plan.time_s)}, longer than {allowed}"
 
 
 def price_age(as_of: str, now: float) -> str:
@@ -98,7 +120,11 @@ def compared(rows: Sequence[OfferRow], now: float) -> list[Figure]:
         found = [of(row) for row in rows]
         least = min((value for value in found if value is not None), default=None)
         best = frozenset(n for n, value in enumerate(found) if value is not None and value == least)
-        shown = tuple("–" if value is None else text(value) for value in found)
+        free = [bool(row.quota) and label.startswith("$") for row in rows]
+        shown = tuple(
+            "–" if value is None else "free" if nothing else text(value)
+            for value, nothing in zip(found, free, strict=True)
+        )
         return Figure(label, shown, best if len(best) < len(rows) else frozenset())
 
     def fitting(of: Callable[[OfferRow], float]) -> Callable[[OfferRow], float | None]:
@@ -113,6 +139,7 @@ def compared(rows: Sequence[OfferRow], now: float) -> list[Figure]:
         figure("time", fitting(lambda row: row.plan.time_s), format.duration),
         figure("$/h", lambda row: row.usd_per_h, format.usd),
         figure("$ run", fitting(lambda row: row.usd), format.usd),
+        *([Figure("free", tuple(row.quota or "–" for row in rows))] if any(row.quota for row in rows) else []),
         Figure("price age", tuple("now" if row.local else price_age(row.as_of, now) for row in rows)),
     ]
     for label, of in (

@@ -7,7 +7,7 @@ from rich.text import Text
 
 from ..planner.plan import Plan, StagePlan
 from .console import Console
-from .format import count, duration, gib, rate, usd
+from .format import count, duration, gib, rate, sentence, usd
 
 _BAR = 32
 
@@ -36,7 +36,8 @@ def print_plan(plan: Plan, console: Console | None = None) -> None:
     if plan.stages:
         _print_stages(plan, console)
     adapter = f" r={r.rank}" if r.rank else ""
-    named = f" {largest}" if (largest := _largest(plan)) else ""
+    largest = _largest(plan)
+    named = f" in stage {largest.name}" if largest else ""
     console.print(
         f"  {plan.model.name}{named}: {count(plan.model.parameters)} parameters, {count(plan.model.trainable)} trained "
         f"({r.method}, {r.tuning}{adapter})"
@@ -50,15 +51,19 @@ def print_plan(plan: Plan, console: Console | None = None) -> None:
     for name, value in memory.terms.items():
         table.add_row(name, "█" * round(_BAR * value / scale), gib(value))
     console.print(table)
-    console.print(f"  peak in the {memory.moment} moment. {memory.lever}".rstrip())
+    lower = f"; to lower it: {memory.lever}" if memory.lever else ""
+    console.print(f"  the peak is in the {memory.moment} moment of a step{lower}")
     console.print()
     facts = Table(box=None, show_header=False, padding=(0, 2, 0, 2))
     facts.add_row("speed", f"{rate(speed.tokens_per_s)} tokens/s, {duration(speed.step_s)} a step, MFU {speed.mfu:.0%}")
-    facts.add_row("time", f"{duration(plan.time_s)} for {r.steps:,} steps of {r.batch_size} sequences "
+    time_s, in_all = (largest.time_s, " in all") if largest else (plan.time_s, "")
+    facts.add_row("time", f"{duration(time_s)} for {r.steps:,} steps of {r.batch_size} sequences "
                           f"({count(plan.workload.tokens)} tokens per epoch, {plan.workload.basis})")  # fmt: skip
     if plan.cost.usd_per_h:
         as_of = f", price of {plan.cost.as_of}" if plan.cost.as_of else ""
-        facts.add_row("cost", f"{usd(plan.cost.usd)} at {usd(plan.cost.usd_per_h)}/h ({plan.cost.provider}{as_of})")
+        facts.add_row(
+            "cost", f"{usd(plan.cost.usd)}{in_all} at {usd(plan.cost.usd_per_h)}/h ({plan.cost.provider}{as_of})"
+        )
     facts.add_row("basis", plan.basis)
     console.print(facts)
     if plan.reasons:
@@ -69,10 +74,10 @@ def print_plan(plan: Plan, console: Console | None = None) -> None:
         why.add_column(style="dim")
         for reason in plan.reasons:
             value = f"{reason.value:g}" if isinstance(reason.value, float) else str(reason.value)
-            why.add_row(reason.setting, value, reason.why)
+            why.add_row(reason.setting, value, sentence(reason.why))
         console.print(why)
     for warning in plan.warnings:
-        console.print(Text(f"! {warning}", style="yellow"))
+        console.print(Text(sentence(f"! {warning}"), style="yellow"))
 
 
 def _print_stages(plan: Plan, console: Console) -> None:
@@ -98,9 +103,9 @@ def _stage_cells(stage: StagePlan) -> list[str]:
     return [stage.name, stage.method, stage.tuning, memory, f"{stage.steps:,}", duration(stage.time_s), priced]
 
 
-def _largest(plan: Plan) -> str:
-    """The stage whose memory, speed and settings are shown below the table."""
+def _largest(plan: Plan) -> StagePlan | None:
+    """The stage whose memory, speed and settings are shown below the table; None where there is only one."""
     trained = [stage for stage in plan.stages if stage.do == "train"]
     if len(trained) < 2:
-        return ""
-    return f"in stage {max(trained, key=lambda stage: (not stage.fits, stage.device_gib)).name}"
+        return None
+    return max(trained, key=lambda stage: (not stage.fits, stage.device_gib))

@@ -6,8 +6,8 @@ import dataclasses
 import time
 from typing import TYPE_CHECKING, NoReturn, cast
 
-from ..engine.remote import Host, MirroredRun
-from ..engine.remote_link import Link
+from ..engine.remote.link import Link
+from ..engine.remote.machine import Host, MirroredRun
 from ..planner.errors import RunError
 from .backend import Backend
 

@@ -12,7 +12,8 @@ from typing import Any, TextIO
 
 from ..engine.events import EventReader
 from ..engine.past import SAMPLED_TYPES
-from ..engine.run import LIVE_STATES, Run, Status
+from ..engine.run import Run
+from ..engine.status import LIVE_STATES, Status
 from ..planner.errors import RunError
 from ..planner.plan import Plan
 from ..planner.printable import printable
@@ -139,7 +140,7 @@ class Report:
         rows = []
         for label, predicted, measured, show in predicted_and_measured(self.contender.history, plan, self._ends_s):
             known = math.isfinite(measured) and measured > 0
-            off = f"{predicted / measured - 1:+.0%}" if known else "–"
+            off = format.off(predicted / measured) if known else "–"
             rows.append((label, show(predicted), show(measured) if known else "–", off))
         yield from _table(("", "planned", "measured", "plan off by"), rows)
         yield f"Planned by {plan.basis}."

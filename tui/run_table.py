@@ -8,8 +8,9 @@ from dataclasses import dataclass
 
 from ..engine.events import EventReader
 from ..engine.past import essentials
-from ..engine.remote import MirroredRun
-from ..engine.run import LIVE_STATES, Run
+from ..engine.remote.machine import MirroredRun
+from ..engine.run import Run
+from ..engine.status import LIVE_STATES
 from ..planner.errors import RunError
 from ..planner.plan import Plan
 from .format import short_name

@@ -6,9 +6,11 @@ import importlib
 import os
 from collections.abc import Callable, Mapping
 from inspect import Parameter, Signature, signature
-from typing import Annotated, Any
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 import typer
+from typer.models import OptionInfo
 
 from ..planner.version import VERSION
 
@@ -37,8 +39,31 @@ def build(verbs: Mapping[str, str]) -> typer.Typer:
 
     for verb, name in verbs.items():
         module = importlib.import_module(f".commands.{name}", __package__)
-        app.command(verb)(_with_plain(getattr(module, verb)))
+        command = getattr(module, verb)
+        _name_values(command)
+        app.command(verb)(_with_plain(command))
     return app
+
+
+#: Letters of what an option takes, above which it is called a name.
+_LONGEST_WORD = 8
+
+
+def _name_values(command: Callable[..., None]) -> None:
+    """Name what each option takes, as in ``--rank N``: typer would show its Python type."""
+    for parameter in signature(command, eval_str=True).parameters.values():
+        kind, *more = get_args(parameter.annotation) or (parameter.annotation,)
+        kinds = get_args(kind) or (kind,)  # X | None, list[X] | None
+        for option in more:
+            if not isinstance(option, OptionInfo) or option.metavar or bool in kinds:
+                continue
+            if int in kinds or float in kinds:
+                option.metavar = "N" if int in kinds else "X"
+            elif Path in kinds:
+                option.metavar = "PATH"
+            elif not any(get_origin(one) is Literal for one in kinds):  # typer lists the values of those
+                word = parameter.name.rpartition("_")[2].upper()
+                option.metavar = word if len(word) <= _LONGEST_WORD else "NAME"
 
 
 #: What makes rich print words alone, one row to a line however wide the terminal.

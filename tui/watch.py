@@ -18,7 +18,8 @@ from rich.text import Text
 
 from ..engine.events import Event, EventReader
 from ..engine.past import SHORT_BYTES, glimpse
-from ..engine.run import LIVE_STATES, Run, Status
+from ..engine.run import Run
+from ..engine.status import LIVE_STATES, Status
 from ..planner.preferences import load
 from .alerts import Watchman, sound
 from .console import Console
@@ -34,12 +35,13 @@ _NEWEST = 200
 _GPU_FIGURES = (("sm_percent", "%"), ("power_w", "W"), ("temperature_c", "°C"))
 
 
-def watch(run: Run, *, plain: bool | None = None) -> int:
+def watch(run: Run, *, plain: bool | None = None, after: bool = True) -> int:
     """Show a run from its start until it ends or the user leaves.
 
     Args:
         run: the run.
         plain: one line per event; the default is a live panel on a terminal and lines elsewhere.
+        after: whether to say what can be done with a run that has ended.
 
     Returns:
         The exit code: 0 finished, stopped or left running; 1 failed or lost; 2 failed over the user's data.
@@ -58,6 +60,13 @@ def watch(run: Run, *, plain: bool | None = None) -> int:
         print(f"{glyph} {run.name} {status.state}{cause}: {status.message}\n  {status.do}".rstrip(), file=sys.stderr)
         return 2 if status.cause == "data" else 1
     print(f"{glyph} {run.name} {status.state}.", file=sys.stderr)
+    if after and status.state == "stopped":
+        print(f"  Continue it with: finetui resume {run.name}", file=sys.stderr)
+    elif after and status.state == "finished" and run.output_path.exists():
+        print(f"  The result lies in {run.output_path}", file=sys.stderr)
+        print(
+            f"  Talk to it with: finetui chat {run.name}; take it elsewhere: finetui export {run.name}", file=sys.stderr
+        )
     return 0
 
 

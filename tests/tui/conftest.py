@@ -30,7 +30,8 @@ from finetui.engine.events import (
     Step,
 )
 from finetui.engine.events import Sample as Answered
-from finetui.engine.run import Run, Status
+from finetui.engine.run import Run
+from finetui.engine.status import Status
 from finetui.planner.errors import DataError, ModelError
 from finetui.planner.plan import (
     Cost,

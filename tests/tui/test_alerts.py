@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from finetui.engine.events import Event
-from finetui.engine.run import Status
+from finetui.engine.status import Status
 from finetui.planner.preferences import Preferences
 from finetui.tui.alerts import Alert, Watchman, divergence, run_command, sound, terminal_sequence
 from finetui.tui.history import History

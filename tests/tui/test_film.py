@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from finetui.tests.bench.film import as_svg, film
+from finetui.tests.bench.film import as_svg, film, from_the_first_picture
 from finetui.tests.bench.screen import ALTERNATE, CURSOR, Screen, Style
 
 
@@ -61,3 +61,13 @@ def test_a_film_shows_each_line_while_it_stood() -> None:
     assert "&amp; &lt;still&gt;" in drawn
     assert "25.000%,75.000%{visibility:visible}" in drawn, "the second line says one from 1 s to 3 s of 4 s"
     assert "75.000%{visibility:hidden}" in drawn
+
+
+def test_a_film_begins_with_its_first_picture() -> None:
+    events = [(0.1, "\x1b[?1049h"), (2.3, "╭─ plan ─╮"), (2.35, "\x1b[2;1Hfits"), (3.3, "\x1b[2;1Hgone")]
+    begun = from_the_first_picture(events)
+    assert [round(when, 2) for when, _ in begun] == [0.0, 0.0, 0.05, 1.0]
+    made = film(begun, (20, 3), rest_s=1.0)
+    assert [when for when, _ in made.rows[0]] == [0.0, 0.0]
+    assert [round(when, 2) for when, _ in made.rows[1]] == [0.0, 0.0, 1.0]
+    assert "0.000%{visibility:hidden}" not in as_svg(made, "a title").split("visible")[0]

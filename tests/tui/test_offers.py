@@ -8,7 +8,16 @@ from typing import Any
 from finetui.planner.errors import RecipeError
 from finetui.planner.plan import Plan
 from finetui.tui.form import get
-from finetui.tui.offers import OfferRow, alternatives, arranged, on_machine, with_frontier
+from finetui.tui.offers import (
+    OfferRow,
+    alternatives,
+    arranged,
+    compared,
+    money,
+    on_machine,
+    over_limit,
+    with_frontier,
+)
 
 DRAFT: dict[str, Any] = {"model": "Qwen/Qwen3-8B", "tuning": "lora"}
 
@@ -85,3 +94,24 @@ def test_alternatives_where_it_fits(offers: list[OfferRow]) -> None:
 
     found = alternatives(DRAFT, row, plan_of)
     assert [other.change for other in found] == ["tuning.type: qlora", "sequence_length: 4096"]
+
+
+def test_what_breaks_a_limit_comes_after_what_does_not(offers: list[OfferRow]) -> None:
+    free = replace(offers[0], provider="kaggle", usd=0.0, usd_per_h=0.0, quota="12 h a session, 30 h a week")
+    over = replace(free, provider="colab", over="quota")
+    dear = replace(offers[0], provider="dear", usd=9.0, over="cost_usd")
+    rows = with_frontier([over, dear, free, *offers])
+    assert {row.provider: row.best for row in rows if row.provider in ("kaggle", "colab")} == {
+        "kaggle": True,
+        "colab": False,
+    }
+    shown = arranged(rows, sort="$ run", everything=False)
+    assert shown[0].provider == "kaggle"
+    assert [row.provider for row in shown[-2:]] == ["colab", "dear"]
+    assert money(free, free.usd) == "free"
+    assert over_limit(over) == "the run takes 22 min, longer than one free session"
+    assert over_limit(dear) == "the run costs $9.00, more than limits.cost_usd allows"
+    assert not over_limit(free)
+    assert [figure.values for figure in compared([free, offers[0]], 0.0) if figure.label == "free"] == [
+        ("12 h a session, 30 h a week", "–")
+    ]

@@ -13,7 +13,7 @@ import pytest
 from typer.testing import CliRunner
 
 from finetui.engine.events import EventLog, Step
-from finetui.engine.remote import Host
+from finetui.engine.remote.machine import Host
 from finetui.engine.run import Run
 from finetui.planner.errors import RunError
 from finetui.tui.app import FinetuiApp
@@ -23,7 +23,7 @@ from finetui.tui.verbs import build
 from finetui.tui.widgets.line_chart import LineChart
 from finetui.tui.widgets.run_header import RunHeader
 
-SSH = Path(__file__).parents[1] / "engine" / "fake_ssh.sh"
+SSH = Path(__file__).parents[1] / "engine" / "remote" / "fake_ssh.sh"
 Settle = Callable[[Any], Awaitable[None]]
 
 
@@ -72,6 +72,30 @@ def test_a_run_there_is_asked_to_stop(box: list[Run]) -> None:
     assert box[0].requested("stop")
     with pytest.raises(RunError, match="is not its supervisor"):
         verb("stop", box[0].name, "--kill", "--host", "ada@box")  # its process is this test
+
+
+def test_the_gpus_there(box: list[Run], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    smi = tmp_path / "bin" / "nvidia-smi"
+    smi.write_text(
+        "#!/bin/sh\n"
+        'echo "0, NVIDIA H100 80GB HBM3, 62669, 81559, 97, 642.31, 67, 1755"\n'
+        'echo "1, NVIDIA H100 80GB HBM3, [N/A], 81559, [Not Supported], [N/A], 41, 345"\n'
+    )
+    smi.chmod(0o755)
+    tree = json.loads(verb("top", "--host", "ada@box", "--json"))
+    first, second = tree["gpus"]
+    assert (first["name"], first["sm_percent"], first["power_w"]) == ("NVIDIA H100 80GB HBM3", 97.0, 642.31)
+    assert first["memory_used_gib"] == pytest.approx(61.2, abs=0.01)
+    assert first["runs"] == [box[0].name]  # the one that is at work
+    assert (second["memory_used_gib"], second["sm_percent"], second["temperature_c"]) == (None, None, 41.0)
+    assert tree["host"]["memory_total_gib"] > 0
+    assert tree["warnings"] == []
+    assert "61.2/79.6 GiB" in verb("top", "--host", "ada@box", "--once")
+    smi.write_text("#!/bin/sh\necho NVIDIA-SMI has failed\nexit 9\n")
+    tree = json.loads(verb("top", "--host", "ada@box", "--json"))
+    assert tree["warnings"] == ["GPUs of ada@box can't be watched: NVIDIA-SMI has failed."]
+    with pytest.raises(RunError, match="Could not resolve hostname"):
+        verb("top", "--host", "nowhere", "--once")
 
 
 async def test_the_app(box: list[Run], settle: Settle) -> None:

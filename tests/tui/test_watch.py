@@ -56,3 +56,18 @@ def test_a_terminal_gets_the_newest_of_a_long_run(
     assert any("loss 0.1250" in line for line in out)
     assert out[-1].endswith("finished")
     assert "finetui logs long --events" in told.err
+
+
+def test_what_can_be_done_with_a_run_that_has_ended(
+    make_run: Callable[..., Run], capsys: pytest.CaptureFixture[str]
+) -> None:
+    done, stopped = make_run("done", [], state="finished"), make_run("halted", [], state="stopped")
+    done.output_path.mkdir()
+    assert watch(done, plain=True) == 0
+    said = capsys.readouterr().err
+    assert f"The result lies in {done.output_path}" in said
+    assert "finetui chat done" in said
+    assert watch(done, plain=True, after=False) == 0
+    assert "finetui chat" not in capsys.readouterr().err
+    assert watch(stopped, plain=True) == 0
+    assert "Continue it with: finetui resume halted" in capsys.readouterr().err

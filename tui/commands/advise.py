@@ -13,9 +13,10 @@ from ...planner.advisor import GOALS, Advice, Goal
 from ...planner.advisor import advise as advise_on
 from ...planner.errors import RecipeError
 from ...planner.survey import DataKind, Remark, kind_of_rows, survey
+from ..format import sentence
 from .options import JsonFlag, local_path
 
-ModelArgument = Annotated[str | None, typer.Argument(metavar="[MODEL]", help="Hub id, folder or config.json.")]
+ModelArgument = Annotated[str | None, typer.Argument(metavar="MODEL", help="Hub id, folder or config.json.")]
 GoalFlag = Annotated[str | None, typer.Option("--goal", help=f"What it is for: {', '.join(GOALS)}.")]
 DataFlag = Annotated[str | None, typer.Option("--data", help="File or folder: its rows say which method fits.")]
 ExamplesFlag = Annotated[int | None, typer.Option("--examples", min=0, help="How many examples there are.")]
@@ -37,7 +38,7 @@ def advise(
     seq_len: LengthFlag = 2048,
     as_json: JsonFlag = False,
 ) -> None:
-    """Fine-tune or not, method, adapter, card and workflow; every answer with its source."""
+    """Fine-tune or not, which method, adapter and card, and why. Every answer names its source."""
     if goal is not None and goal not in GOALS:
         raise RecipeError(f"{goal!r} is no goal", where="--goal", do=f"Use one of: {', '.join(GOALS)}.")
     kind: DataKind = "unknown"
@@ -91,6 +92,7 @@ def _look_at(path: str) -> tuple[DataKind, int | None, list[Remark]]:
 
 
 def _print(answers: list[Advice]) -> None:
+    from rich.padding import Padding
     from rich.text import Text
 
     from ..console import Console
@@ -98,8 +100,8 @@ def _print(answers: list[Advice]) -> None:
     console = Console(highlight=False)
     for item in answers:
         console.print(Text(item.question, style="dim"))
-        console.print(Text(f"  {item.answer}", style="bold"))
-        console.print(Text(f"  {item.why}"))
+        console.print(Padding(Text(sentence(item.answer), style="bold"), (0, 0, 0, 2)))
+        console.print(Padding(Text(sentence(item.why)), (0, 0, 0, 2)))
         if item.settings:
             console.print(Text("  " + " ".join(f"--set {key}={value}" for key, value in item.settings.items())))
-        console.print(Text(f"  {item.source}", style="dim"))
+        console.print(Padding(Text(item.source, style="dim"), (0, 0, 0, 2)))

@@ -14,7 +14,7 @@ from .places import HostFlag, latest, runs_of
 
 PlainFlag = Annotated[bool, typer.Option("--plain", help="Lines instead of the app.")]
 RunOrLatest = Annotated[
-    str | None, typer.Argument(metavar="[RUN]", help="Name or directory; the latest run if left out.")
+    str | None, typer.Argument(metavar="RUN", help="Name or directory; the latest run if left out.")
 ]
 
 

@@ -13,7 +13,7 @@ import typer
 from ...planner.errors import HardwareError, MissingExtraError, UserError
 from .options import JsonFlag, local_path
 
-WhatArgument = Annotated[str, typer.Argument(metavar="[ceilings|kernels|engine]", help="What to measure.")]
+WhatArgument = Annotated[str, typer.Argument(metavar="ceilings|kernels|engine", help="What to measure.")]
 ChartFlag = Annotated[
     Path | None, typer.Option("--chart", metavar="FILE", help="kernels, engine: also draw the comparison as an SVG.")
 ]
@@ -49,7 +49,7 @@ def bench(
     chart: ChartFlag = None,
     as_json: JsonFlag = False,
 ) -> None:
-    """Measure this machine, so that plans rest on it; or finetui's kernels and training steps beside others'."""
+    """Measure this machine, so that plans rest on it. Or finetui's kernels and training steps beside others'."""
     if find_spec("torch") is None:
         raise MissingExtraError("bench", "train")
     engine = {
@@ -148,7 +148,7 @@ def _engine(given: dict[str, Any], chart: Path | None, as_json: bool) -> None:
 def _checkpoint(model: str) -> str:
     """A folder as it is; a shape's name as the folder that it was, or now is, written to."""
     from ...engine.bench.shapes import SHAPES
-    from ...engine.model import cache_folder
+    from ...engine.models.load import cache_folder
 
     if model not in SHAPES:
         path = local_path(model)

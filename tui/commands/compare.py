@@ -12,13 +12,15 @@ from typing import Annotated, Any, Literal
 import typer
 
 from ...planner.errors import RunError
-from ..comparison import CURVES, Axis, Contender, differences, outcome, outcome_rows
+from ..comparison import CURVES, Axis, Contender, differences, ending, outcome, outcome_rows
 from ..follower import read_whole
 from ..run_table import place_of
 from .options import JsonFlag
 from .places import HostFlag, the_runs
 
-RunsArgument = Annotated[list[str] | None, typer.Argument(help="Names or folders of runs; the two newest by default.")]
+RunsArgument = Annotated[
+    list[str] | None, typer.Argument(metavar="RUN", help="Names or folders of runs; the two newest by default.")
+]
 SvgFlag = Annotated[Path | None, typer.Option("--svg", help="Draw the curves of the runs into this file as well.")]
 CurveFlag = Annotated[
     str | None, typer.Option("--curve", help="With --svg: loss, held-out loss, grad norm, tokens/s, …")
@@ -30,7 +32,7 @@ OverFlag = Annotated[
 
 def compare(runs: RunsArgument = None, svg: SvgFlag = None, curve: CurveFlag = None, over: OverFlag = None,
             host: HostFlag = None, as_json: JsonFlag = False) -> None:  # fmt: skip
-    """Compare runs: loss, speed, memory, time and money beside what was planned, and the settings that differ."""
+    """Runs side by side: how each came out, and what differs. Every figure beside the planned one."""
     if svg is None and (curve or over):
         raise RunError("--curve and --over say what --svg draws", do="Name a file with --svg, or leave them out.")
     with the_runs(runs, host, 2) as found:
@@ -55,6 +57,7 @@ def compare(runs: RunsArgument = None, svg: SvgFlag = None, curve: CurveFlag = N
     table.add_column("", style="dim")
     for contender in contenders:
         table.add_column(contender.run.name, overflow="fold")
+    table.add_row("state", *(ending(contender) for contender in contenders))
     for label, values in outcome_rows([outcome(contender) for contender in contenders]):
         table.add_row(label, *values)
     table.add_section()
@@ -81,4 +84,5 @@ def _draw(path: Path, contenders: list[Contender], curve: str, over: str) -> Non
 
 def _figures(contender: Contender) -> dict[str, Any]:
     figures = dataclasses.asdict(outcome(contender))
-    return {key: round(value, 6) if math.isfinite(value) else None for key, value in figures.items()}
+    said = {"state": contender.status.state, "cause": contender.status.cause}
+    return {**said, **{key: round(value, 6) if math.isfinite(value) else None for key, value in figures.items()}}

@@ -5,17 +5,19 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from ...planner.errors import DataError
 from ...planner.recipe import Recipe
+from ..columns import Column
 from ..data_look import ROWS, look_at, report_facts, troubles
 from .options import JsonFlag, takes_recipe
 
 if TYPE_CHECKING:
-    from ...engine.data.preview import Sample, Survey
+    from ...engine.data.preview import Sample, SourceSurvey, Survey
     from ...engine.data.report import Report
 
 SamplesFlag = Annotated[
@@ -28,7 +30,7 @@ _BAR = 40
 
 @takes_recipe(without={"tuning", "rank", "targets", "gpu", "gpus", "micro_batch", "checkpointing", "optimizer"})
 def data(recipe: Recipe, samples: SamplesFlag = 2, rows: RowsFlag = ROWS, as_json: JsonFlag = False) -> None:
-    """Formats, rows and lengths of a recipe's data, what is wrong with it, and the tokens that count for the loss."""
+    """What is in a recipe's data, and which tokens are trained on. Its formats, rows and lengths, and what is wrong."""
     seen = look_at(recipe, samples, rows)
     found, report, shown = seen.survey, seen.report, seen.samples
     for note in seen.notes:
@@ -44,9 +46,27 @@ def data(recipe: Recipe, samples: SamplesFlag = 2, rows: RowsFlag = ROWS, as_jso
             _report(report)
         for sample in shown:
             _show(sample)
-    if report is not None and report.examples and not report.trained_tokens and recipe.method not in _PROMPTS:
+    if report is not None:
+        _refuse(recipe, report)
+
+
+def _refuse(recipe: Recipe, report: Report) -> None:
+    """End as a run with this data would: nothing to train on, or a bad row in a source that stops at one."""
+    if report.examples and not report.trained_tokens and recipe.method not in _PROMPTS:
         what = "no token would be trained: no example has an answer with loss"
         raise DataError(what, where="data", do=f"Rows are cut at {report.sequence_length} tokens; see sequence_length.")
+    bad = sum(problem.count for problem in report.problems)
+    if bad and not report.examples:
+        raise DataError("not one row can be used", where="data", do="See why above.")
+    if bad and any(source.on_bad_row == "stop" for source in recipe.data):
+        rows = "1 row can't" if bad == 1 else f"{bad:,} rows can't"
+        do = "Mend them, or set on_bad_row: skip, to leave them out and have them counted."
+        raise DataError(f"{rows} be used, and a run would stop at the first", where="data", do=do)
+    if report.whole and report.good_share in (0.0, 1.0):
+        what = f"all {report.examples:,} answers are judged {'good' if report.good_share else 'bad'}"
+        raise DataError(what, where="data", do="KTO learns from the difference: give it answers of both kinds.")
+    if report.examples and report.planned_tokens == 0:
+        raise DataError("the weights leave no example to train on", where="data", do="Raise weight.")
 
 
 #: Methods whose answers are yet to be generated.
@@ -54,29 +74,44 @@ _PROMPTS = ("grpo", "rloo", "ppo")
 
 
 def _sources(found: Survey) -> None:
-    from rich.table import Table
-
     from ..console import Console
+    from ..fit_view import print_table
 
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    for heading in ("source", "split", "format"):
-        table.add_column(heading)
-    for heading in ("rows", "tokens/row", "longest", "trained"):
-        table.add_column(heading, justify="right")
-    table.add_column("because")
-    for item in found.sources:
-        about = "" if item.rows_exact else "≈ "
-        table.add_row(
-            item.path,
-            item.split,
-            item.format or "?",
-            "?" if item.rows is None else f"{about}{item.rows:,}",
-            "?" if item.mean_tokens is None else f"≈ {item.mean_tokens:,.0f}",
-            "?" if item.max_tokens is None else f"≈ {item.max_tokens:,}",
-            "?" if item.trained_share is None else f"≈ {item.trained_share:.0%}",
-            f"{item.confidence:.0%} sure: {item.why}" if item.confidence else item.why,
-        )
-    Console(highlight=False).print(table)
+    console = Console(highlight=False)
+    rows = [_source(item) for item in found.sources]
+    print_table(_COLUMNS, rows, console)
+    for row, item in zip(rows, found.sources, strict=True):
+        sure = f"{item.confidence:.0%} sure: " if item.confidence else ""
+        if item.why:
+            name = f"{row['source']}: " if len(rows) > 1 else ""
+            console.print(f"{name}{sure}{item.why}", style="dim", markup=False)
+
+
+_COLUMNS = (
+    Column("source", least=12), Column("split", rank=2), Column("format"), Column("rows", right=True),
+    Column("tokens/row", right=True), Column("longest", right=True, rank=1), Column("trained", right=True),
+)  # fmt: skip
+
+
+def _source(item: SourceSurvey) -> dict[str, str]:
+    about = "" if item.rows_exact else "≈ "
+    return {
+        "source": _shown(item.path),
+        "split": item.split,
+        "format": item.format or "?",
+        "rows": "?" if item.rows is None else f"{about}{item.rows:,}",
+        "tokens/row": "?" if item.mean_tokens is None else f"≈ {item.mean_tokens:,.0f}",
+        "longest": "?" if item.max_tokens is None else f"≈ {item.max_tokens:,}",
+        "trained": "?" if item.trained_share is None else f"≈ {item.trained_share:.0%}",
+    }
+
+
+def _shown(path: str) -> str:
+    """A path from here, where it lies here."""
+    try:
+        return str(Path(path).relative_to(Path.cwd()))
+    except (ValueError, OSError):
+        return path
 
 
 def _report(report: Report) -> None:

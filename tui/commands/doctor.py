@@ -13,10 +13,11 @@ import typer
 
 from ...planner.errors import MissingExtraError, ModelError, RecipeError, UserError
 from ...planner.hub import find_config
+from ..format import sentence
 from .options import JsonFlag, local_path
 
 if TYPE_CHECKING:
-    from ...engine.preflight import Check
+    from ...engine.check import Check
 
 ModelFlag = Annotated[
     str | None,
@@ -27,13 +28,13 @@ _MARKS = {"ok": "✔", "warn": "!", "fail": "✘"}
 
 
 def doctor(model: ModelFlag = None, tuning: TuningFlag = None, as_json: JsonFlag = False) -> None:
-    """Look for what is wrong with this machine and say what to do about it. Exit code 1 if anything fails."""
+    """Look for what is wrong with this machine, and what to do. Exit code 1 if anything fails."""
     if model is not None:
         _kernels(model, tuning or "lora", as_json=as_json)
         return
     if tuning is not None:
         raise UserError("--tuning has no effect without --model", do="Leave it out, or name a model.")
-    from ...engine.doctor import examine
+    from ...engine.doctor.checks import examine
 
     found = []
     for check in examine():
@@ -51,7 +52,7 @@ def doctor(model: ModelFlag = None, tuning: TuningFlag = None, as_json: JsonFlag
 
 
 def _show(check: Check) -> None:
-    print(f"{_MARKS[check.status]} {check.name}: {check.detail}", flush=True)
+    print(sentence(f"{_MARKS[check.status]} {check.name}: {check.detail}"), flush=True)
     if check.do:
         print(f"    {check.do}", flush=True)
 
@@ -63,7 +64,7 @@ def _kernels(model: str, tuning: str, *, as_json: bool) -> None:
         )
     if any(find_spec(package) is None for package in ("torch", "transformers", "peft", "triton")):
         raise MissingExtraError("doctor --model", "train")
-    from ...engine.doctor import kernels_of
+    from ...engine.doctor.checks import kernels_of
 
     name, config, _origin = find_config(local_path(model))
     answer = kernels_of(config, tuning)

@@ -20,7 +20,7 @@ DestinationFlag = Annotated[Path | None, typer.Option("--out", help="Folder to w
 
 
 def export(run: RunArgument, to: ToFlag = "merged", out: DestinationFlag = None, as_json: JsonFlag = False) -> None:
-    """Write the adapter, or the base model with the adapter merged into it."""
+    """Write the adapter, or the model with the adapter merged in."""
     found = trained(Run.open(run))
     if to not in FORMATS:
         raise RunError(f"{to!r} is not an export format", where="--to", do=f"Use {' or '.join(FORMATS)}.")

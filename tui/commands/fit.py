@@ -30,7 +30,7 @@ def fit(
     everything: AllFlag = False,
     as_json: JsonFlag = False,
 ) -> None:
-    """Tunings × GPUs × sequence lengths: memory, speed and price of each."""
+    """What fits: tunings × GPUs × lengths, each with its speed. Of one GPU, at micro batch 1."""
     name, config, _origin = find_config(local_path(model))
     architecture = Architecture.from_config(config, name)
     lengths = [part.strip() for part in seq_len.split(",")]

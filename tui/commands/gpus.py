@@ -35,7 +35,7 @@ def gpus(
     refresh: RefreshFlag = False,
     as_json: JsonFlag = False,
 ) -> None:
-    """The GPUs that can be planned for; with RECIPE or MODEL, where this plan is cheapest."""
+    """The catalog of GPUs; with RECIPE or MODEL, offers by cost."""
     if refresh:
         _refresh()
     if recipe is None:
@@ -60,6 +60,8 @@ def gpus(
             "as_of": entry.offer.as_of,
             "stale": entry.stale,
             "source": entry.offer.source,
+            "over": entry.over,
+            "quota": str(entry.quota or ""),
         }
         for entry in ranked[:top]
     ]

@@ -14,7 +14,8 @@ import typer
 
 from ...engine.events import Event, EventReader, line_of, read_events
 from ...engine.past import glimpse
-from ...engine.run import LIVE_STATES, Run
+from ...engine.run import Run
+from ...engine.status import LIVE_STATES
 from ...planner.errors import RunError
 from ...planner.printable import unstyled
 from .options import JsonFlag, RunArgument
@@ -28,7 +29,7 @@ LinesFlag = Annotated[int | None, typer.Option("--lines", "-n", help="Only the l
 
 def logs(run: RunArgument, follow: FollowFlag = False, rank: RankFlag = 0, events: EventsFlag = False,
          lines: LinesFlag = None, host: HostFlag = None, as_json: JsonFlag = False) -> None:  # fmt: skip
-    """Print a rank's log; with -f, as it grows; with --json, one object per line. Of another machine, its last part."""
+    """Print a rank's log. With -f, as it grows; with --json, one object per line; of another machine, its last part."""
     with the_run(run, host) as found:
         if events:
             _events(found, follow, lines, as_json)

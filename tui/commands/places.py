@@ -14,9 +14,7 @@ from ...planner.errors import RunError
 if TYPE_CHECKING:
     from ..remote import RemoteRuns
 
-HostFlag = Annotated[
-    str | None, typer.Option("--host", metavar="USER@BOX", help="Runs of another machine, over plain ssh.")
-]
+HostFlag = Annotated[str | None, typer.Option("--host", metavar="USER@BOX", help="Of another machine, over plain ssh.")]
 
 
 @contextlib.contextmanager
@@ -26,7 +24,7 @@ def runs_of(address: str) -> Iterator[RemoteRuns]:
     Raises:
         RunError: the address is none.
     """
-    from ...engine.remote import Host
+    from ...engine.remote.machine import Host
     from ..remote import RemoteRuns
 
     remote = RemoteRuns(Host(address))

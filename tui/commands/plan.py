@@ -37,7 +37,7 @@ def plan(
     explain: ExplainFlag = None,
     as_json: JsonFlag = False,
 ) -> None:
-    """Memory, speed, time and cost of a fine-tune, before anything is downloaded."""
+    """Memory, speed, time and cost, before anything is downloaded."""
     if explain is not None:
         if exact:
             raise RecipeError("--explain has no effect on an exact plan, which no formula makes", do="Leave out one.")

@@ -17,7 +17,7 @@ from .run import NameFlag, launch
 
 
 def quickstart(name: NameFlag = None, as_json: JsonFlag = False) -> None:
-    """Plan and train the shipped tiny model in about a minute, on a CPU too."""
+    """Plan and train the shipped tiny model in about a minute. A CPU will do."""
     path = find_recipe("quickstart")
     assert path is not None, "presets/quickstart.yaml is part of the package"
     recipe = Recipe.load(path)
@@ -29,7 +29,7 @@ def quickstart(name: NameFlag = None, as_json: JsonFlag = False) -> None:
         print_plan(plan, Console(stderr=True, highlight=False))
         print(file=sys.stderr)
     run = launch(recipe, plan, name=name)
-    code = watch(run)
+    code = watch(run, after=False)
     if as_json:
         first, last = _held_out(run)
         answer = {

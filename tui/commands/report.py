@@ -17,7 +17,7 @@ from .places import HostFlag, the_run
 
 Format = Literal["md", "csv", "svg"]
 RunOrLatest = Annotated[
-    str | None, typer.Argument(metavar="[RUN]", help="Name or directory; the latest run if left out.")
+    str | None, typer.Argument(metavar="RUN", help="Name or directory; the latest run if left out.")
 ]
 FormatFlag = Annotated[
     Format | None,
@@ -28,7 +28,7 @@ OutFlag = Annotated[Path | None, typer.Option("--out", "-o", help="Write to this
 
 def report(run: RunOrLatest = None, form: FormatFlag = None, out: OutFlag = None, host: HostFlag = None,
            as_json: JsonFlag = False) -> None:  # fmt: skip
-    """A run's summary, its steps, or its curves, as far as it has come."""
+    """A run's summary, its steps, or its curves. As far as it has come."""
     if as_json and form:
         raise RunError("--json is a form of its own", do="Leave out --format, or --json.")
     ending = out.suffix.lstrip(".").lower() if out else ""

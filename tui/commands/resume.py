@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from ...engine.continuation import before_resuming
+from ...engine.checkpoints.continuation import before_resuming
 from ...engine.launcher import resume as restart
 from ...engine.run import Run
 from ...planner.errors import RecipeError
@@ -21,10 +21,10 @@ GpusOption = Annotated[
 
 
 def resume(run: RunArgument, gpus: GpusOption = None, detach: DetachFlag = False, as_json: JsonFlag = False) -> None:
-    """Continue a stopped, failed or lost run where its last checkpoint left it."""
+    """Continue a stopped, failed or lost run at its last checkpoint."""
     found = Run.open(run)
     if gpus is not None:
-        from ...engine.spread import spread
+        from ...engine.supervision.spread import spread
 
         wanted = parse_gpus(gpus)
         if isinstance(wanted, str):

@@ -10,15 +10,16 @@ from typing import Annotated
 
 import typer
 
+from ...engine.check import Check
 from ...engine.launcher import start
 from ...engine.planning import plan_for
-from ...engine.preflight import Check, at_end, preflight
+from ...engine.preflight import at_end, preflight
 from ...engine.run import Run
 from ...planner.errors import HardwareError
 from ...planner.plan import Plan
 from ...planner.recipe import Recipe
 from ..command_line import as_shell, command_for
-from ..format import CHECK_GLYPHS
+from ..format import CHECK_GLYPHS, sentence
 from ..watch import watch
 from .options import JsonFlag, takes_recipe
 
@@ -43,7 +44,7 @@ def run(
     check: CheckFlag = False,
     as_json: JsonFlag = False,
 ) -> None:
-    """Start a run that outlives this terminal, and watch it; Ctrl-C stops only the watching."""
+    """Start a run that outlives this terminal, and watch it. Ctrl-C stops only the watching."""
     if check:
         found = checks(recipe, plan_for(recipe), out)
         command = as_shell(command_for(recipe, name=name or "", root=out), width=sys.maxsize)
@@ -93,9 +94,9 @@ def _print_checks(found: list[Check], command: str, *, as_json: bool) -> None:
         print(json.dumps({"checks": [dataclasses.asdict(one) for one in found], "command": command}, indent=2))
         return
     for one in found:
-        print(f"{CHECK_GLYPHS[one.status]} {one.name}: {one.detail}".rstrip(": "))
+        print(sentence(f"{CHECK_GLYPHS[one.status]} {one.name}: {one.detail}".rstrip(": ")))
         if one.do and one.status != "ok":
-            print(f"  {one.do}")
+            print(sentence(f"  {one.do}"))
     print(command)
 
 

@@ -7,13 +7,17 @@ import math
 import time
 from typing import Any
 
+from ..columns import Column
 from ..format import STATE_GLYPHS, ago, duration, loss, rate, usd
 from ..run_table import RunRow, RunScanner, place_of
 from .options import JsonFlag
 from .places import HostFlag, the_runs
 
-#: Columns of a terminal that shows speed and cost as well.
-_WIDE = 110
+_COLUMNS = (
+    Column("state"), Column("run", least=14), Column("step", right=True), Column("loss", right=True),
+    Column("eval", right=True, rank=1), Column("tok/s", right=True, rank=5), Column("time", right=True, rank=3),
+    Column("cost", right=True, rank=4), Column("created", right=True, rank=2),
+)  # fmt: skip
 
 
 def runs(host: HostFlag = None, as_json: JsonFlag = False) -> None:
@@ -27,21 +31,9 @@ def runs(host: HostFlag = None, as_json: JsonFlag = False) -> None:
     if not rows:
         print("No runs yet. Start one with: finetui quickstart" if host is None else f"There are no runs on {host}.")
         return
-    from rich.table import Table
+    from ..fit_view import print_table
 
-    from ..console import Console
-
-    console = Console(highlight=False)
-    headings = ["state", "run", "step", "loss", "eval", "tok/s", "time", "cost", "created"]
-    if console.width < _WIDE:
-        headings = [heading for heading in headings if heading not in ("tok/s", "cost")]
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    for heading in headings:
-        table.add_column(heading, justify="left" if heading in ("state", "run") else "right", no_wrap=True)
-    for row in rows:
-        words = _words(row)
-        table.add_row(*(words[heading] for heading in headings))
-    console.print(table)
+    print_table(_COLUMNS, [_words(row) for row in rows])
 
 
 def _words(row: RunRow) -> dict[str, str]:

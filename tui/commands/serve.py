@@ -14,7 +14,7 @@ PortFlag = Annotated[int, typer.Option("--port", min=1, max=65535, help="Port on
 
 
 def serve(port: PortFlag = 8000) -> None:
-    """Show the app in a browser on this machine; from elsewhere, through: ssh -L 8000:localhost:8000 BOX"""
+    """Show the app in a browser on this machine. From elsewhere, through: ssh -L 8000:localhost:8000 BOX"""
     try:
         from ..web import LocalServer
     except ImportError as error:

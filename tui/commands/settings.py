@@ -25,7 +25,7 @@ from ...planner.preferences import (
 from .options import JsonFlag
 
 ChangesArgument = Annotated[
-    list[str] | None, typer.Argument(metavar="[NAME=VALUE]...", help="What to change, such as theme=light.")
+    list[str] | None, typer.Argument(metavar="NAME=VALUE", help="What to change, such as theme=light.")
 ]
 DefaultFlag = Annotated[
     list[str] | None, typer.Option("--default", metavar="NAME", help="Back to its default; may be repeated.")
@@ -36,7 +36,7 @@ PathFlag = Annotated[bool, typer.Option("--path", help="Print where the file is,
 def settings(
     changes: ChangesArgument = None, default: DefaultFlag = None, path: PathFlag = False, as_json: JsonFlag = False
 ) -> None:
-    """Show your settings, or change some: finetui settings theme=light keys.plan.save=S"""
+    """Show your settings, or change some. For example: finetui settings theme=light keys.plan.save=S"""
     if path:
         print(settings_path())
         return

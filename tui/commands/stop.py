@@ -11,8 +11,9 @@ import typer
 
 from ...engine.launcher import kill
 from ...engine.launcher import stop as request_stop
-from ...engine.remote import MirroredRun
-from ...engine.run import LIVE_STATES, Run
+from ...engine.remote.machine import MirroredRun
+from ...engine.run import Run
+from ...engine.status import LIVE_STATES
 from .options import JsonFlag, RunArgument
 from .places import HostFlag, the_run
 

@@ -1,34 +1,40 @@
-"""``finetui top``: this machine's GPUs, with or without a run, and which run has which."""
+"""``finetui top``: the GPUs of this machine or another one, with or without a run, and which run has which."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import sys
 import time
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from ...engine.run import Run, default_root, list_runs
+from ...engine.status import LIVE_STATES
 from ...engine.telemetry import GpuMonitor, HostMonitor
 from ...planner.errors import RunError
+from .. import format  # noqa: A004
+from ..columns import Column, table
 from .options import JsonFlag
+from .places import HostFlag, runs_of
 
 if TYPE_CHECKING:
-    from rich.console import RenderableType
+    from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
+
+    from ...engine.remote.gpus import RemoteMonitor
+    from ..remote import RemoteRuns
 
 OnceFlag = Annotated[bool, typer.Option("--once", help="One reading, then leave.")]
 _BAR = 20
 
 
-def top(once: OnceFlag = False, as_json: JsonFlag = False) -> None:
-    """Memory, load, power, temperature and clocks of each GPU, once a second until Ctrl-C."""
-    root = default_root()
-    disk = next(folder for folder in (root, *root.parents) if folder.exists())
-    machine = Machine(GpuMonitor(), HostMonitor(disk))
-    try:
+def top(once: OnceFlag = False, host: HostFlag = None, as_json: JsonFlag = False) -> None:
+    """Memory, load, power, heat and clock of each GPU, until Ctrl-C."""
+    with machine_of(host) as machine:
         if as_json:
             print(json.dumps(machine.reading(), indent=2, ensure_ascii=False))
             return
@@ -40,14 +46,35 @@ def top(once: OnceFlag = False, as_json: JsonFlag = False) -> None:
         if once or not console.is_terminal:
             console.print(picture(machine.reading()))
             return
-        with Live(picture(machine.reading()), console=console, auto_refresh=False) as live:
-            while True:
-                time.sleep(1.0)
-                live.update(picture(machine.reading()), refresh=True)
-    except KeyboardInterrupt:
-        print(file=sys.stderr)
-    finally:
-        machine.gpus.close()
+        try:
+            with Live(picture(machine.reading()), console=console, auto_refresh=False) as live:
+                while True:
+                    time.sleep(machine.pause_s)
+                    live.update(picture(machine.reading()), refresh=True)
+        except KeyboardInterrupt:
+            print(file=sys.stderr)
+
+
+@contextlib.contextmanager
+def machine_of(host: str | None) -> Iterator[Machine | RemoteMachine]:
+    """This machine, or another one over ssh; what watches it ends with the block."""
+    if host is None:
+        root = default_root()
+        disk = next(folder for folder in (root, *root.parents) if folder.exists())
+        machine = Machine(GpuMonitor(), HostMonitor(disk))
+        try:
+            yield machine
+        finally:
+            machine.gpus.close()
+        return
+    from ...engine.remote.gpus import RemoteMonitor
+
+    with runs_of(host) as remote:
+        monitor = RemoteMonitor(remote.host)
+        try:
+            yield RemoteMachine(remote, monitor)
+        finally:
+            monitor.close()
 
 
 @dataclass
@@ -57,21 +84,39 @@ class Machine:
     gpus: GpuMonitor
     host: HostMonitor
     warnings: list[str] = field(default_factory=list)
+    pause_s = 1.0
 
     def reading(self) -> dict[str, Any]:
         """GPUs with the runs that are at work on them, the host, and what is wrong."""
-        users = _users()
+        users = _users(list_runs())
         gpus = [{**dataclasses.asdict(sample), "runs": users.get(sample.index, [])} for sample in self.gpus.sample()]
         told = [f"{warning.what}. {warning.do}".rstrip(". ") + "." for warning in self.gpus.take_warnings()]
         self.warnings = told or self.warnings
         return {"gpus": gpus, "host": dataclasses.asdict(self.host.sample()), "warnings": self.warnings}
 
 
-def _users() -> dict[int, list[str]]:
+@dataclass
+class RemoteMachine:
+    """Another machine, whose readings come once a second of themselves."""
+
+    runs: RemoteRuns
+    monitor: RemoteMonitor
+    pause_s = 0.0
+
+    def reading(self) -> dict[str, Any]:
+        """As :meth:`Machine.reading`. Raises :class:`RunError` where there is no connection."""
+        users = _users(self.runs.runs())
+        now = self.monitor.read()
+        gpus = [{**dataclasses.asdict(sample), "runs": users.get(sample.index, [])} for sample in now.gpus]
+        trouble = [f"GPUs of {self.runs.host.address} can't be watched: {now.trouble}."] if now.trouble else []
+        return {"gpus": gpus, "host": dataclasses.asdict(now.host), "warnings": trouble}
+
+
+def _users(runs: Iterable[Run]) -> dict[int, list[str]]:
     """Names of the live runs on each GPU."""
     users: dict[int, list[str]] = {}
-    for run in list_runs():
-        if run.live:
+    for run in runs:
+        if run.status.state in LIVE_STATES:
             for index in _gpus_of(run):
                 users.setdefault(index, []).append(run.name)
     return users
@@ -86,43 +131,45 @@ def _gpus_of(run: Run) -> list[int]:
 
 
 def picture(now: dict[str, Any]) -> RenderableType:
-    """A reading as a table."""
+    """A reading as a table, as wide as there is room."""
     from rich.console import Group
-    from rich.table import Table
     from rich.text import Text
 
     lines: list[RenderableType] = [Text(f"! {warning}", style="yellow") for warning in now["warnings"]]
     if now["gpus"]:
-        table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-        columns = _columns(now["gpus"])
-        for heading in columns:
-            table.add_column(
-                heading, no_wrap=True, justify="left" if heading.strip() in ("GPU", "run", "") else "right"
-            )
-        for gpu in now["gpus"]:
-            row = _row(gpu)
-            table.add_row(*(row[heading] for heading in columns))
-        lines.append(table)
+        lines.append(_Table([_row(gpu) for gpu in now["gpus"]]))
     elif not now["warnings"]:
-        lines.append(Text("This machine has no NVIDIA GPU.", style="dim"))
-    host = now["host"]
-    lines.append(
-        Text(
-            f"CPU {host['cpu_percent']:.0f} %   RAM {host['memory_used_gib']:.0f}/{host['memory_total_gib']:.0f} GiB"
-            f"   disk {host['disk_free_gib']:.0f} GiB free",
-            style="dim",
-        )
-    )
+        lines.append(Text("There is no NVIDIA GPU.", style="dim"))
+    host, unit = now["host"], format.memory_unit()
+    memory = f"{format.bare_gib(host['memory_used_gib'], 0)}/{format.bare_gib(host['memory_total_gib'], 0)} {unit}"
+    free = f"{format.bare_gib(host['disk_free_gib'], 0)} {unit} free"
+    lines.append(Text(f"CPU {host['cpu_percent']:.0f} %   RAM {memory}   disk {free}", style="dim"))
     return Group(*lines)
 
 
-#: Columns that are left out where no GPU gives their figure.
-_SOMETIMES = ("PCIe in/out", "NVLink in/out", "ECC errors", "held back by")
+#: What is known of a GPU; a column that no GPU fills is left out.
+_COLUMNS = (
+    Column("GPU", right=True), Column("name", rank=5, least=8), Column("memory", right=True), Column("of it", rank=6),
+    Column("load", right=True), Column("power", right=True), Column("heat", right=True),
+    Column("clock", right=True, rank=4), Column("PCIe in/out", right=True, rank=7),
+    Column("NVLink in/out", right=True, rank=8), Column("ECC errors", right=True, rank=3),
+    Column("held back by", rank=2, least=12), Column("run", rank=1, least=10),
+)  # fmt: skip
 
 
-def _columns(gpus: list[dict[str, Any]]) -> list[str]:
-    rows = [_row(gpu) for gpu in gpus]
-    return [name for name in rows[0] if name not in _SOMETIMES or any(row[name] for row in rows)]
+class _Table:
+    """Rows of cells, cut to the width that they are drawn in."""
+
+    def __init__(self, rows: list[dict[str, str]]) -> None:
+        self._rows = rows
+        self._columns = [column for column in _COLUMNS if any(row[column.name] for row in rows)]
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        from rich.text import Text
+
+        room = options.max_width if console.is_terminal else 1000
+        for line in table(self._columns, self._rows, room):
+            yield Text(line, no_wrap=True, overflow="ignore")
 
 
 def _row(gpu: dict[str, Any]) -> dict[str, str]:
@@ -136,14 +183,17 @@ def _row(gpu: dict[str, Any]) -> dict[str, str]:
         return "" if values == (None, None) else "/".join("–" if v is None else f"{v:.3g}" for v in values) + " GB/s"
 
     used, total = gpu.get("memory_used_gib"), gpu.get("memory_total_gib")
-    memory, share = ("–", 0.0) if used is None or not total else (f"{used:.1f}/{total:.1f} GiB", used / total)
+    memory, share = ("–", 0.0)
+    if used is not None and total:
+        memory = f"{format.bare_gib(used)}/{format.bare_gib(total)} {format.memory_unit()}"
+        share = used / total
     corrected, uncorrected = gpu.get("ecc_corrected"), gpu.get("ecc_uncorrected")
     errors = "" if corrected is None and uncorrected is None else f"{corrected or 0} + {uncorrected or 0} lasting"
     return {
         "GPU": str(gpu["index"]),
-        "": str(gpu["name"]),
+        "name": format.short_name(str(gpu["name"])),
         "memory": memory,
-        " ": ("█" * round(share * _BAR)).ljust(_BAR, "░"),
+        "of it": ("█" * round(share * _BAR)).ljust(_BAR, "░"),
         "load": figure("sm_percent", "%"),
         "power": figure("power_w", "W"),
         "heat": figure("temperature_c", "°C"),

@@ -15,8 +15,8 @@ YesFlag = Annotated[bool, typer.Option("--yes", help="Allow them without being a
 
 
 def trust(model: ModelArgument, yes: YesFlag = False) -> None:
-    """Show the Python files of a model and, once you agree, let these very files run."""
-    from ...engine.remote_code import allow, code_of, trusted
+    """Show the Python files of a model, and let them run. Only these very files, and only once you agree."""
+    from ...engine.models.remote_code import allow, code_of, trusted
 
     folder = Path(model).expanduser()
     if not folder.is_dir():

@@ -15,7 +15,7 @@ from ...engine.run import Run
 from .. import format  # noqa: A004
 from ..comparison import AXES, CURVES, Axis, Contender
 from ..follower import Follower, Update
-from ..keys import bindings
+from ..keys import Key, bindings
 from ..widgets.comparison_table import LETTERS, ROLES, ComparisonTable
 from ..widgets.line_chart import Curve, LineChart
 from ..widgets.lines import Line
@@ -131,6 +131,7 @@ class CompareScreen(BaseScreen):
         if update.fold is not None:
             self._contenders[place] = update.fold
         self._contenders[place].take(update.events)
+        self._contenders[place].status = update.status
         self._shares[place] = update.share
         self._changed = True
         if update.caught_up and place in self._unseen:  # the first picture does not wait for its turn
@@ -146,6 +147,7 @@ class CompareScreen(BaseScreen):
         chart = self.query_one(LineChart)
         curves = curves_of(self._contenders, self._curve, self._axis)
         chart.label, axis = self._curve, self._axis
+        chart.spikes = self._curve not in ("loss", "grad norm")
         chart.end_label = lambda end: end_label(axis, end)
         figures: Line = [(f"over {axis}", "dim")]
         if any(share < 1 for share in self._shares):
@@ -155,6 +157,10 @@ class CompareScreen(BaseScreen):
         chart.show(curves, figures, max((curve.series.last_x for curve in curves), default=0.0))
         self.query_one(ComparisonTable).show(self._contenders)
         self.refresh_bars()
+
+    def keys_shown(self) -> list[Key]:
+        """Without a run there is nothing to do here."""
+        return [key for key in super().keys_shown() if key.scope == "app" or self._contenders]
 
     def status_line(self) -> Line:
         """Which runs."""

@@ -16,9 +16,10 @@ from textual.widgets import DataTable
 from ...planner.errors import FinetuiError
 from ...planner.plan import Plan
 from .. import format  # noqa: A004
+from ..columns import Column, fitting
 from ..form import Tree, put, recipe_of
-from ..keys import bindings
-from ..offers import SORTS, Alternative, OfferRow, alternatives, arranged, on_machine, price_age
+from ..keys import Key, bindings
+from ..offers import SORTS, Alternative, OfferRow, alternatives, arranged, money, on_machine, price_age
 from ..plan_view import verdict
 from ..widgets.lines import Line
 from ..widgets.offer_details import OfferDetails
@@ -27,20 +28,21 @@ from .base import BaseScreen
 from .editor import Editor
 from .offers_compared import OffersCompared
 
-#: Heading, whether right-aligned, cells, and the least width of the terminal at which the column is shown.
 _COLUMNS = (
-    ("", False, 2, 0),
-    ("GPU", False, 14, 0),
-    ("n", True, 2, 0),
-    ("memory", True, 9, 0),
-    ("fit", False, 7, 0),
-    ("tok/s", True, 8, 0),
-    ("time", True, 10, 96),
-    ("$/h", True, 7, 0),
-    ("$ run", True, 8, 0),
-    ("provider", False, 11, 100),
-    ("age", True, 6, 110),
+    Column(""),
+    Column("GPU", least=14),
+    Column("n", right=True),
+    Column("memory", right=True, rank=3),
+    Column("fit"),
+    Column("tok/s", right=True),
+    Column("time", right=True, rank=1),
+    Column("$/h", right=True),
+    Column("$ run", right=True),
+    Column("provider", rank=2, least=10),
+    Column("age", right=True, rank=4),
 )
+#: Cells of the table's border, padding and scrollbar.
+_FRAME = 5
 _ROLES = {"✔": "good", "!": "warn", "✘": "bad"}
 
 
@@ -57,11 +59,15 @@ def cells(row: OfferRow, marked: bool, now: float) -> dict[str, str]:
         "fit": f"{glyph} {share:.0%}",
         "tok/s": format.rate(plan.speed.tokens_per_s) if plan.fits else "–",
         "time": format.duration(plan.time_s) if plan.fits else "–",
-        "$/h": format.usd(row.usd_per_h),
-        "$ run": format.usd(row.usd) if plan.fits else "–",
+        "$/h": money(row, row.usd_per_h),
+        "$ run": money(row, row.usd) + "!" * bool(row.over) if plan.fits else "–",
         "provider": row.provider,
         "age": "now" if row.local else price_age(row.as_of, now) + ("!" if row.stale else ""),
     }
+
+
+def _heading(name: str) -> str:
+    return format.memory_unit() if name == "memory" else name
 
 
 class GpusScreen(BaseScreen):
@@ -92,7 +98,8 @@ class GpusScreen(BaseScreen):
         self._shown: list[OfferRow] = []
         self._others: dict[str, list[Alternative]] = {}
         self._marked: set[str] = set()
-        self._columns: list[str] = []
+        self._widths: dict[str, int] = {}
+        self._gap = 1
         self._sort, self._words = next(iter(SORTS)), ""
         self._everything = self._spot = self._only_marked = False
         self._priced = ""
@@ -100,7 +107,7 @@ class GpusScreen(BaseScreen):
 
     def body(self) -> ComposeResult:
         """Table above; details and picture below."""
-        table: DataTable[object] = DataTable(cursor_type="row", zebra_stripes=False, id="offers")
+        table: DataTable[object] = DataTable(cursor_type="row", zebra_stripes=False, cell_padding=0, id="offers")
         yield table
         with Horizontal(id="below"):
             with VerticalScroll(id="offer", can_focus=False):
@@ -123,22 +130,29 @@ class GpusScreen(BaseScreen):
         self._ask()
 
     def on_resize(self) -> None:
-        """Other columns may fit now; the cursor stays on its offer."""
-        if [name for name, _, _, least in _COLUMNS if self.size.width >= least] != self._columns:
-            at = self._current()
-            self._lay_out()
-            self._fill()
-            if at is not None and at in self._shown:
-                self.query_one(DataTable).move_cursor(row=self._shown.index(at))
+        """Other columns may fit now."""
+        self._fill()
 
     def _lay_out(self) -> None:
+        """Lay the columns out anew if others fit or their widths have changed."""
+        now = self.owner.backend.now()
+        found, room = [cells(row, False, now) for row in self._rows], self.size.width - _FRAME
+        whole = fitting(_COLUMNS, found, 1000)
+        gap = 2 if sum(whole.values()) + 2 * len(whole) <= room else 1
+        wanted = {name: width + gap for name, width in fitting(_COLUMNS, found, room - gap, gap).items()}
+        if wanted == self._widths:
+            return
         table = self.query_one(DataTable)
         table.clear(columns=True)
-        self._columns = [name for name, _, _, least in _COLUMNS if self.size.width >= least]
-        for name, right, width, least in _COLUMNS:
-            if self.size.width >= least:
-                heading = format.memory_unit() if name == "memory" else name
-                table.add_column(Text(heading, justify="right" if right else "left"), key=name or "marks", width=width)
+        self._widths, self._gap = wanted, gap
+        for column in _COLUMNS:
+            if (name := column.name) in wanted:
+                table.add_column(self._padded(_heading(name), column), key=name or "marks", width=wanted[name])
+
+    def _padded(self, text: str, column: Column) -> Text:
+        """A cell with the space that stands between it and the one before."""
+        shown = text if column.right else " " * self._gap + text
+        return Text(shown, justify="right" if column.right else "left", no_wrap=True, overflow="ellipsis")
 
     # --- finding
 
@@ -179,6 +193,7 @@ class GpusScreen(BaseScreen):
     def _fill(self) -> None:
         table: DataTable[object] = self.query_one(DataTable)
         at = self._current()
+        self._lay_out()
         shown = arranged(self._rows, sort=self._sort, everything=self._everything, words=self._words)
         self._shown = [row for row in shown if row.key in self._marked] if self._only_marked else shown
         table.clear()
@@ -203,10 +218,10 @@ class GpusScreen(BaseScreen):
 
     def _styled(self, row: OfferRow) -> list[Text]:
         texts, row_cells = [], cells(row, row.key in self._marked, self.owner.backend.now())
-        for name, right, _, least in _COLUMNS:
-            if self.size.width < least:
+        for column in _COLUMNS:
+            if (name := column.name) not in self._widths:
                 continue
-            text = Text(row_cells[name], justify="right" if right else "left", no_wrap=True, overflow="ellipsis")
+            text = self._padded(row_cells[name], column)
             if name == "fit":
                 text.stylize(self.owner.role_style(_ROLES[row_cells[name][0]]))
             elif name == "":
@@ -240,12 +255,19 @@ class GpusScreen(BaseScreen):
             self._others[row.key] = []
             self._weigh(self._asked[0], row)
 
+    def keys_shown(self) -> list[Key]:
+        """Without an offer there is none to use; what is marked can be compared, which comes first then."""
+        found, marked = bool(self._shown), len(self._marked)
+        fitting = {"use": found, "mark": found, "sort": found, "compare": marked > 1, "marked": marked > 0}
+        keys = [key for key in super().keys_shown() if key.scope == "app" or fitting.get(key.action, True)]
+        return sorted(keys, key=lambda key: key.action != "compare")
+
     def status_line(self) -> Line:
         """The best offer in one line."""
         row = next(iter(self._shown), None)
         if row is None:
             return [(" no offers", "dim")]
-        figures = f"{format.usd(row.usd)}, {format.duration(row.plan.time_s)}"
+        figures = f"{money(row, row.usd)}, {format.duration(row.plan.time_s)}"
         return [(f" {row.count} × {row.gpu} at {row.provider}: {figures}", "")]
 
     # --- keys

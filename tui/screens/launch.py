@@ -36,7 +36,7 @@ from .base import BaseScreen
 from .editor import Confirm, Editor, complete_path
 
 if TYPE_CHECKING:
-    from ...engine.preflight import Check
+    from ...engine.check import Check
 
 _NAME = FieldSpec("name", "name", "Letters, digits, '.', '_' and '-'; auto is model, tuning and date")
 #: Columns of a label.

@@ -17,7 +17,7 @@ from ...engine.run import Run
 from ...planner.errors import FinetuiError
 from ..follower import BATCH
 from ..history import History
-from ..keys import bindings
+from ..keys import Key, bindings, key_of
 from ..watch import lines_of
 from ..widgets.lines import Line
 from ..widgets.log_view import KEPT, LogView
@@ -114,6 +114,10 @@ class LogsScreen(BaseScreen):
             self.notify(str(error), severity="error")
         if run is not None and (self._run is None or run.path != self._run.path):
             self._read(run, sources(run)[0])
+        elif run is None:
+            view = self.query_one(LogView)
+            view.nothing = f"no runs yet: plan one ({key_of('plan')}), then launch it ({key_of('launch')})"
+            view.redraw()
         self._seen.set()
 
     def on_screen_suspend(self) -> None:
@@ -130,12 +134,14 @@ class LogsScreen(BaseScreen):
         view.clear()
         self._run, self._source = run, source
         view.heading = f"{run.name}: {source}"
+        view.nothing = ""
         view.redraw()
         self.refresh_bars()
 
     def _follow(self) -> None:
         place: tuple[Run, str] | None = None
         lines: Iterator[list[str]] = iter(())
+        begun = False
         while self._seen.wait() and not self._ended.is_set():
             run, source = self._run, self._source
             if run is None or self.message_queue_size > _BACKLOG:
@@ -148,15 +154,26 @@ class LogsScreen(BaseScreen):
                 except FinetuiError as error:
                     self.post_message(self.Grown(place, [f"✘ {error}"]))
                 lines = event_lines(run.events_path) if source == "events" else file_lines(run.path / "log" / source)
+                begun = False
             found = next(lines)
-            if found:
+            if found or not begun:
+                begun = True
                 self.post_message(self.Grown(place, found[-KEPT:]))
             self._ended.wait(0.01 if found else _POLL_S)
 
     @on(Grown)
     def _grown(self, message: Grown) -> None:
         if message.place == (self._run, self._source):
-            self.query_one(LogView).add(message.lines)
+            view = self.query_one(LogView)
+            view.nothing = "nothing was printed yet"
+            view.add(message.lines)
+
+    def keys_shown(self) -> list[Key]:
+        """Without a run there is nothing to do here; the next hit needs something to look for."""
+        searching = bool(self.query_one(LogView).wanted)
+        fitting = {"next(1)": searching}
+        keys = [key for key in super().keys_shown() if fitting.get(key.action, True)]
+        return keys if self._run is not None else [key for key in keys if key.scope == "app"]
 
     def status_line(self) -> Line:
         """Which log."""
@@ -190,6 +207,7 @@ class LogsScreen(BaseScreen):
                 return
             view.wanted = text
             view.redraw()
+            self.refresh_bars()
             if text and not view.find(-1) and not view.find(1):
                 self.notify(f"{text!r} is not in it.", severity="warning")
 

@@ -11,7 +11,8 @@ from textual.containers import Horizontal, Vertical
 from textual.message import Message
 from textual.timer import Timer
 
-from ...engine.run import LIVE_STATES, Run, Status
+from ...engine.run import Run
+from ...engine.status import LIVE_STATES, Status
 from ...planner.errors import FinetuiError, RunError
 from ...planner.plan import Plan
 from .. import format  # noqa: A004
@@ -26,6 +27,7 @@ from ..widgets.log_pane import LogPane
 from ..widgets.run_header import RunHeader, eta_text, state_span
 from . import actions
 from .base import BaseScreen
+from .runs import RESUMABLE
 
 #: Seconds between pictures: 1 Hz is what keeps the wire below 10 kB/s with eight GPUs.
 FRAME_S = 1.0
@@ -82,6 +84,7 @@ class MonitorScreen(BaseScreen):
 
     def on_mount(self) -> None:
         """Start the clock of the pictures."""
+        self._chart("loss").spikes = self._chart("grad-norm").spikes = False
         self._frames = self.set_interval(FRAME_S / self.owner.preferences.refresh_hz, self._frame, pause=True)
 
     def on_screen_resume(self) -> None:
@@ -167,12 +170,13 @@ class MonitorScreen(BaseScreen):
     def keys_shown(self) -> list[Key]:
         """What can be done depends on whether the run is at work."""
         live = self._status.state in LIVE_STATES
-        resumable = self._status.state in ("stopped", "failed", "lost")
+        resumable = self._status.state in RESUMABLE
         fitting = {"stop": live, "checkpoint": live, "app.leave": live, "resume": resumable}
         fitting["switch(1)"] = len(self._runs) > 1
         fitting["figure"] = len(self._figures()) > 1
         fitting["gpus"] = bool(self._history.gpus)
-        return [key for key in super().keys_shown() if key.scope == "app" or fitting.get(key.action, True)]
+        keys = [key for key in super().keys_shown() if key.scope == "app" or fitting.get(key.action, True)]
+        return keys if self._run is not None else [key for key in keys if key.scope == "app"]
 
     # --- drawing
 
@@ -228,7 +232,11 @@ class MonitorScreen(BaseScreen):
         history, held_out = self._history, Curve(self._history.evaluation, "second", points=True)
         if self._smoothing is None:
             return [Curve(history.loss, "accent"), held_out]
-        return [Curve(history.loss, "trace"), Curve(history.averages[self._smoothing], "accent"), held_out]
+        return [
+            Curve(history.loss, "trace"),
+            Curve(history.averages[self._smoothing], "accent", derived=True),
+            held_out,
+        ]
 
     def _loss_figures(self) -> Line:
         history = self._history

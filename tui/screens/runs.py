@@ -16,7 +16,7 @@ from textual.widgets import DataTable
 
 from ...planner.errors import FinetuiError, RecipeError
 from .. import format  # noqa: A004
-from ..keys import bindings
+from ..keys import Key, bindings
 from ..run_table import RunRow, RunScanner
 from ..widgets.lines import Line
 from ..widgets.run_details import RunDetails
@@ -24,6 +24,8 @@ from ..widgets.run_header import STATE_ROLES, state_span
 from . import actions
 from .base import BaseScreen
 
+#: States from which a run can go on.
+RESUMABLE = ("stopped", "failed", "lost")
 #: Seconds between scans.
 SCAN_S = 1.0
 
@@ -186,7 +188,6 @@ class RunsScreen(BaseScreen):
         live = sum(row.live for row in self._rows.values())
         table.border_title = f"runs: {len(self._rows)}, {live} live" if self._rows else "runs"
         self._show_details()
-        self.refresh_bars()
 
     def _styled(self, row: dict[str, str], name: str, source: RunRow) -> object:
         right = next(align for column, align, _ in _COLUMNS if column == name)
@@ -210,6 +211,16 @@ class RunsScreen(BaseScreen):
         row = self._current()
         self.query_one(RunDetails).show(row, self.owner.backend.now())
         self.query_one("#details").border_title = f"details: {row.run.name}" if row else "details"
+        self.refresh_bars()
+
+    def keys_shown(self) -> list[Key]:
+        """What can be done depends on the run under the cursor, and on whether there are others."""
+        row, several = self._current(), len(self._rows) > 1
+        live = row is not None and row.live
+        fitting = {"stop": live, "resume": row is not None and row.state in RESUMABLE, "delete": not live}
+        fitting |= {"mark": several, "compare": several}
+        keys = [key for key in super().keys_shown() if key.scope == "app" or fitting.get(key.action, True)]
+        return keys if row is not None else [key for key in keys if key.scope == "app"]
 
     def status_line(self) -> Line:
         """How many runs, how many live."""

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ..comparison import Contender, differences, outcome, outcome_rows
+from ..comparison import Contender, differences, ending, outcome, outcome_rows
 from .lines import Line, Lines, fitted
+from .run_header import STATE_ROLES
 
 #: One letter and one colour per run.
 LETTERS = "ABCDEF"
@@ -35,6 +36,11 @@ class ComparisonTable(Lines):
         lines: list[Line] = [[(" " * head, "")]]
         for letter, role, name in zip(LETTERS, ROLES, names, strict=False):
             lines[0] += [*fitted([(f"{letter} {name}", role or "bold")], cell - 1), (" ", "")]
+        states: Line = [("state".ljust(head), "dim")]
+        for contender in contenders:
+            role = STATE_ROLES.get(contender.status.state, "")
+            states += [*fitted([(ending(contender), role)], cell - 1), (" ", "")]
+        lines.append(states)
         outcomes = [outcome(contender) for contender in contenders]
         for label, values in outcome_rows(outcomes):
             lines.append(_row(label, values, head, cell, ""))

@@ -46,9 +46,12 @@ def facts(plan: Plan) -> list[tuple[str, str, str]]:
     """Label, figure and a note that may be left out, one per line."""
     speed, resolved, model = plan.speed, plan.resolved, plan.model
     share = model.trainable / max(model.parameters, 1)
+    steps = f"{resolved.steps:,} steps of {format.duration(speed.step_s)}"
+    if len(plan.stages) > 1:  # the steps are those of one of them, the time is that of all
+        steps = f"{len(plan.stages)} stages"
     return [
         ("speed", f"{format.rate(speed.tokens_per_s)} tokens/s", f"MFU {speed.mfu:.0%}" if speed.mfu else ""),
-        ("time", format.duration(plan.time_s), f"{resolved.steps:,} steps of {format.duration(speed.step_s)}"),
+        ("time", format.duration(plan.time_s), steps),
         ("cost", *_cost(plan)),
         ("trains", f"{format.count(model.trainable)} of {format.count(model.parameters)}", f"{share:.2%}"),
     ]
@@ -81,12 +84,12 @@ class Reasons(Lines):
         lines: list[Line] = []
         if self._error is not None:
             what, do = self._error
-            lines += wrapped(f"✘ {what}", width, "bad", indent="  ")
-            lines += wrapped(f"  {do}", width, "", indent="  ") if do else []
+            lines += wrapped(format.sentence(f"✘ {what}"), width, "bad", indent="  ")
+            lines += wrapped(format.sentence(f"  {do}"), width, "", indent="  ") if do else []
         if self._plan is None:
             return lines
         for warning in self._plan.warnings:
-            lines += wrapped(f"! {warning}", width, "warn", indent="  ")
+            lines += wrapped(format.sentence(f"! {warning}"), width, "warn", indent="  ")
         if self._plan.memory.lever and not self._plan.fits:
             lines += wrapped(f"  {self._plan.memory.lever}", width, "", indent="  ")
         heads = [_head(reason) for reason in self._plan.reasons]
@@ -94,12 +97,12 @@ class Reasons(Lines):
         for head, reason in zip(heads, self._plan.reasons, strict=True):
             indent = max(fitting, default=2) + 2 if width >= 60 else 4
             if len(head) < indent:
-                body = wrapped(reason.why, width - indent)
+                body = wrapped(format.sentence(reason.why), width - indent)
                 lines.append([(head.ljust(indent), "accent"), *body[0]])
                 lines += [[(" " * indent, ""), *rest] for rest in body[1:]]
             else:
                 lines.append([(head, "accent")])
-                lines += [[(" " * indent, ""), *rest] for rest in wrapped(reason.why, width - indent)]
+                lines += [[(" " * indent, ""), *rest] for rest in wrapped(format.sentence(reason.why), width - indent)]
         return lines
 
 

@@ -164,18 +164,19 @@ class GpuPanel(Lines):
     def title(self, width: int) -> Line:
         """How many GPUs, what they draw together, and the host."""
         line: Line = [("GPUs" if self._gpus else "host", "bold")]
-        powers = [gpu["power_w"] for gpu, _ in self._gpus if gpu.get("power_w") is not None]
+        heard = [gpu for gpu, quiet in self._gpus if not _silent(gpu, quiet)]
+        powers = [gpu["power_w"] for gpu in heard if gpu.get("power_w") is not None]
         if powers:
             line.append((f" {sum(powers):,.0f} W", "accent"))
         if self.detailed and self._gpus:
             line.append(("  clocks, traffic, errors", "second"))
         host = self._host
         if host:
-            memory = f"{host.get('memory_used_gib', 0):.0f}"
+            unit, memory = format.memory_unit(), format.bare_gib(host.get("memory_used_gib", 0), 0)
             if host.get("memory_total_gib"):
-                memory += f"/{host['memory_total_gib']:.0f}"
-            cpu, disk = host.get("cpu_percent", 0), host.get("disk_free_gib", 0)
-            figures = f"CPU {cpu:.0f}%  RAM {memory} GiB  disk {disk:,.0f} GiB free"
+                memory += f"/{format.bare_gib(host['memory_total_gib'], 0)}"
+            disk = format.bare_gib(host.get("disk_free_gib", 0), 0)
+            figures = f"CPU {host.get('cpu_percent', 0):.0f}%  RAM {memory} {unit}  disk {disk} {unit} free"
             if len(figures) + sum(len(text) for text, _ in line) + 3 <= width:
                 line.append((f"  {figures}", "dim"))
         return line

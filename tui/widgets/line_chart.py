@@ -1,13 +1,15 @@
 """LineChart: curves in braille, 2 x 4 dots per cell.
 
-Each column shows the range from the smallest to the largest value that falls into it, so that no spike is lost. A
-value that is not finite leaves a gap and a cross on the baseline. What happened on the way (checkpoints, warnings)
-stands in a line of its own below the curves. The right end of the x axis is the whole run divided
-by a power of two: it stands still while the run grows into it, and so do the columns already drawn.
+Each column shows the range from the smallest to the largest value that falls into it, so that no spike is lost; one
+that would flatten all the rest may leave the axis, with a mark where it does. A value that is not finite leaves a gap
+and a cross on the baseline. What happened on the way (checkpoints, warnings) stands in a line of its own below the
+curves. The right end of the x axis is the whole run divided by a power of two: it stands still while the run grows into
+it, and so do the columns already drawn.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -26,18 +28,21 @@ class Curve:
     """A series and how it is drawn.
 
     ``role`` is its colour; ``points`` draws a mark per value instead of a line; ``label``, one character, stands at
-    its newest value, so that curves can be told apart without colours.
+    its newest value, so that curves can be told apart without colours. ``derived`` ones, such as a mean, have no say
+    in what the axis leaves out.
     """
 
     series: Series
     role: str = "accent"
     points: bool = False
     label: str = ""
+    derived: bool = False
 
 
-def scale_for(curves: Sequence[Curve], *, log: bool = False) -> Scale | None:
-    """A y axis with round ends that holds all finite values of these curves, or None without any."""
-    return scale_of([curve.series for curve in curves], log=log)
+def scale_for(curves: Sequence[Curve], *, log: bool = False, spikes: bool = True) -> Scale | None:
+    """A y axis for these curves, as :func:`scale_of`."""
+    given = [curve for curve in curves if spikes or not curve.derived]
+    return scale_of([curve.series for curve in given], log=log, spikes=spikes)
 
 
 def plot(curves: Sequence[Curve], width: int, height: int, scale: Scale, end: float, start: float = 0.0) -> list[Line]:
@@ -65,7 +70,10 @@ def plot(curves: Sequence[Curve], width: int, height: int, scale: Scale, end: fl
                 continue
             if bucket.broken:
                 labels[height - 1][x // 2] = ("×", "bad")
-            if not bucket.count:
+            beyond = bucket.high > scale.high and math.isfinite(scale.beyond)
+            if beyond and not curve.derived:
+                labels[0][x // 2] = ("▲", "warn")
+            if not bucket.count or (beyond and bucket.low > scale.high):
                 before = None
                 continue
             if before is not None and not curve.points and not bucket.broken:
@@ -165,6 +173,8 @@ class LineChart(Lines):
         self._total = 0.0
         self._marks: Mapping[str, Sequence[Mark]] = {}
         self.log_scale = False
+        self.spikes = True
+        """Whether a linear axis holds spikes; without, they are marked where they leave it."""
 
     def show(
         self, curves: Sequence[Curve], figures: Line, total: float, marks: Mapping[str, Sequence[Mark]] | None = None
@@ -184,7 +194,9 @@ class LineChart(Lines):
         """The name and the latest figures, as many as fit."""
         line: Line = [(self.label, "bold")]
         room = width - len(self.label)
-        for text, role in self._figures:
+        scale = scale_for(self._curves, log=self.log_scale, spikes=self.spikes)
+        beyond: Line = [(f"▲ to {tick(scale.beyond)}", "warn")] if scale and math.isfinite(scale.beyond) else []
+        for text, role in [*self._figures, *beyond]:
             if len(text) + 1 > room:
                 break
             line.append((f" {text}", role))
@@ -193,7 +205,7 @@ class LineChart(Lines):
 
     def draw(self, width: int, height: int) -> list[Line]:
         """See :class:`Lines`."""
-        scale = scale_for(self._curves, log=self.log_scale)
+        scale = scale_for(self._curves, log=self.log_scale, spikes=self.spikes)
         if height < 1 or width < 4:
             return []
         if scale is None:

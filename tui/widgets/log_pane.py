@@ -132,7 +132,7 @@ def _comparison(history: History, plan: Plan | None, ends_s: float, width: int, 
     rows: list[Line] = []
     for label, predicted, measured, show in predicted_and_measured(history, plan, ends_s):
         known = math.isfinite(measured) and measured > 0
-        off = f"{predicted / measured - 1:+.0%}" if known else "–"
+        off = format.off(predicted / measured) if known else "–"
         rows.append([(f"{label:16}{show(predicted):>13}{show(measured) if known else '–':>13}{off:>8}", "")])
     if len(rows) + 2 > height and width >= 2 * 50 + 4:
         half = (len(rows) + 1) // 2

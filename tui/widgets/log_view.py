@@ -6,7 +6,7 @@ import re
 from collections import deque
 from collections.abc import Iterable
 
-from .lines import Line, Lines
+from .lines import Line, Lines, wrapped
 
 #: Lines kept; of a longer log, the newest.
 KEPT = 20_000
@@ -30,6 +30,8 @@ class LogView(Lines):
         super().__init__(id=id)
         self.following = True
         self.heading = "log"
+        self.nothing = ""
+        """What is said where there are no lines."""
         self.wanted = ""
         """Text that is marked wherever it stands, in any case."""
         self._lines_kept: deque[str] = deque(maxlen=KEPT)
@@ -88,6 +90,8 @@ class LogView(Lines):
 
     def draw(self, width: int, height: int) -> list[Line]:
         """See :class:`Lines`."""
+        if not self._lines_kept and self.nothing:
+            return wrapped(self.nothing, width, "dim")[:height]
         top = max(len(self._lines_kept) - height, 0) if self.following else self._top
         return [self._marked(self._lines_kept[n]) for n in range(top, min(top + height, len(self._lines_kept)))]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from .. import format  # noqa: A004
-from ..offers import Alternative, OfferRow
+from ..offers import Alternative, OfferRow, money, over_limit
 from ..plan_view import verdict
 from .lines import Line, Lines, wrapped
 
@@ -48,9 +48,15 @@ class OfferDetails(Lines):
         if row.local:
             lines.append([("price    ", "dim"), ("this machine: nothing to rent", "")])
         else:
+            if over := over_limit(row):
+                lines += wrapped(f"! {over}", width, "warn")
             dated = f"of {row.as_of}" if row.as_of not in ("", "unknown") else "undated"
-            old = [("  old: look again before you rent", "warn")] if row.stale else []
-            lines.append([("price    ", "dim"), (f"{format.usd(row.usd_per_h)}/h {dated}", ""), *old])
+            old = [("  old: look again", "warn")] if row.stale else []
+            price = money(row, row.usd_per_h) + ("" if row.quota else "/h")
+            dated = dated.replace("of ", "as of ") if row.quota else dated
+            lines.append([("price    ", "dim"), (f"{price} {dated}", ""), *old])
+            if row.quota:
+                lines.append([("quota    ", "dim"), (row.quota, "")])
             lines += wrapped(f"source   {row.source}", width, "dim", indent=" " * 9)
         for key, other in zip(APPLY_KEYS, self._others, strict=False):
             figures = f"{format.rate(other.plan.speed.tokens_per_s)} tok/s, {format.gib(other.plan.memory.device_gib)}"

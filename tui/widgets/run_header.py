@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from ...engine.run import LIVE_STATES, Status
+from ...engine.status import LIVE_STATES, Status
 from ...planner.plan import Plan
 from .. import format  # noqa: A004
 from ..format import short_name

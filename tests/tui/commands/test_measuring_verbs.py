@@ -12,7 +12,7 @@ import pytest
 pytest.importorskip("torch")
 
 from finetui.engine.bench.ceilings import Figure
-from finetui.engine.preflight import Check
+from finetui.engine.check import Check
 from finetui.planner.ceilings import Ceilings, for_gpu
 from finetui.tui.cli import main
 
@@ -112,7 +112,7 @@ def examined() -> Iterator[Check]:
 
 
 def test_the_doctor_says_what_to_do(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr("finetui.engine.doctor.examine", examined)
+    monkeypatch.setattr("finetui.engine.doctor.checks.examine", examined)
     assert call("doctor") == 1
     out, err = capsys.readouterr()
     assert out.splitlines() == ["✔ python: Python 3.12", "✘ driver: it does not answer", "    Restart."]
@@ -129,7 +129,7 @@ def test_modules_that_differ_by_their_layer_are_counted(
         for i in range(3)
     ]
     answer = {"architecture": "A", "tuning": "lora", "device": "a GPU", "layers": 40, "built": 3, "modules": modules}
-    monkeypatch.setattr("finetui.engine.doctor.kernels_of", lambda config, tuning: answer)
+    monkeypatch.setattr("finetui.engine.doctor.checks.kernels_of", lambda config, tuning: answer)
     assert call("doctor", "--model", "openai-community/gpt2") == 0
     rows = [line.split() for line in capsys.readouterr().out.splitlines() if "layers" in line]
     assert rows == [

@@ -10,6 +10,8 @@ import pytest
 
 from finetui.tui.cli import main
 from finetui.tui.commands.options import parse_gpus, recipe_from
+from finetui.tui.console import Console
+from finetui.tui.format import duration, usd
 
 
 def answer(capsys: pytest.CaptureFixture[str], *words: str) -> str:
@@ -83,3 +85,28 @@ def test_flags_go_over_the_recipe_and_set_goes_over_flags(tmp_path: Path) -> Non
     recipe = recipe_from(str(path), rank=32, seq_len=512, overrides=["tuning.rank=64"])
     assert (recipe.tuning.type, recipe.tuning.rank, recipe.epochs, recipe.sequence_length) == ("qlora", 64, 3, 512)
     assert recipe_from(str(path), tuning="full").tuning.type == "full"
+
+
+def test_a_plan_of_stages_keeps_the_time_of_one_apart_from_that_of_all(capsys: pytest.CaptureFixture[str]) -> None:
+    tree = json.loads(answer(capsys, "plan", "alignment", "--gpu", "A100-80GB", "--json"))
+    said = answer(capsys, "plan", "alignment", "--gpu", "A100-80GB")
+    largest = max((one for one in tree["stages"] if one["do"] == "train"), key=lambda one: one["device_gib"])
+    (time,) = [line for line in said.splitlines() if line.strip().startswith("time ")]
+    assert f"{duration(largest['time_s'])} for {largest['steps']} steps" in time
+    assert f"{usd(tree['cost']['usd'])} in all at" in said
+
+
+@pytest.mark.parametrize(("width", "matrix"), [(60, False), (80, True), (130, True)])
+def test_what_fits_on_a_terminal(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, width: int, matrix: bool
+) -> None:
+    monkeypatch.setattr(Console, "is_terminal", True)
+    monkeypatch.setattr(Console, "width", width)
+    words = ["fit", "meta-llama/Llama-3.1-8B", "--gpu", "T4,H100,RTX-PRO-6000-Server"]
+    rows = json.loads(answer(capsys, *words, "--json"))["rows"]
+    lines = answer(capsys, *words).splitlines()
+    assert ("does not fit" in lines[0] + lines[1]) == matrix
+    assert all(len(line) <= width for line in lines)
+    speeds = {f"{row['tokens_per_s']:,.0f}" for row in rows if row["fits"]}
+    assert all(any(speed in line for line in lines) for speed in speeds)
+    assert len([line for line in lines if "H100" in line]) == (1 if matrix else 6)

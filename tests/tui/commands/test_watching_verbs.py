@@ -12,9 +12,14 @@ from typer.testing import CliRunner
 
 from finetui.engine.events import GpuSample, HostSample, Warn
 from finetui.engine.run import Run
+from finetui.tui.columns import table
 from finetui.tui.commands import top as top_verb
+from finetui.tui.commands.runs import _COLUMNS, _words
 from finetui.tui.commands.top import Machine, picture
+from finetui.tui.run_table import RunScanner
 from finetui.tui.verbs import build
+
+NOW = 1772366400.0
 
 
 def run_verb(*words: str) -> str:
@@ -32,6 +37,18 @@ def test_compare_prints_and_answers_in_json(fleet: list[Run]) -> None:
     assert [row["name"] for row in tree["runs"]] == [fleet[0].name, fleet[3].name]
     assert tree["runs"][0]["held_out"] == pytest.approx(1.3492, abs=1e-3)
     assert tree["settings"] == {}
+
+
+@pytest.mark.parametrize("width", [60, 80, 140])
+def test_the_list_of_runs_cuts_names_alone(fleet: list[Run], width: int) -> None:
+    rows = [_words(row) for row in RunScanner(lambda: fleet, lambda: NOW).scan()]
+    rows[0] = {**rows[0], "run": "a-run-of-a-very-long-name-" * 3}
+    lines = table(_COLUMNS, rows, width)
+    assert all(len(line) <= width for line in lines)
+    assert lines[1].split()[:2] == ["●", "running"]
+    assert "240/412" in lines[1]
+    assert all(figure in lines[3] for figure in ("✘ failed (oom)", "3/412", "2.4446"))
+    assert ("cost" in lines[0]) == (width == 140)
 
 
 class FakeGpus:
@@ -78,6 +95,19 @@ def test_top_names_the_run_on_each_gpu_and_keeps_a_warning(fleet: list[Run], mon
     rows = [line for line in text.splitlines() if "H100" in line]
     assert fleet[0].name in rows[0]
     assert fleet[0].name not in rows[1]
+
+
+@pytest.mark.parametrize("width", [60, 80, 100, 200])
+def test_top_cuts_no_figure(fleet: list[Run], monkeypatch: pytest.MonkeyPatch, width: int) -> None:
+    monkeypatch.setattr(top_verb, "list_runs", lambda: fleet)
+    machine: Any = Machine(FakeGpus(), FakeHost())  # type: ignore[arg-type]
+    console = Console(width=width, record=True, force_terminal=True, file=open("/dev/null", "w", encoding="utf-8"))  # noqa: SIM115
+    console.print(picture(machine.reading()))
+    text = console.export_text()
+    assert max(len(line.rstrip()) for line in text.splitlines()) <= width
+    for figure in ("40.0/80.0 GiB", "97 %", "642 W", "67 °C"):
+        assert figure in text
+    assert ("212/208 GB/s" in text) == (width == 200)
 
 
 def test_top_on_a_machine_without_gpus(tmp_path: Path) -> None:

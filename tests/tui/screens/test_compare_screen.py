@@ -64,3 +64,15 @@ async def test_no_runs(app_of: AppOf, settle: Settle) -> None:
         await settle(pilot)
         await pilot.press("a", "m", "y")
         assert "no runs to compare" in app.screen.query_one(ComparisonTable).text
+
+
+async def test_how_each_run_ended_is_said(app_of: AppOf, settle: Settle, fleet: list[Run]) -> None:
+    app = app_of("compare")
+    app.marked = [fleet[2], fleet[1], fleet[4]]
+    async with app.run_test(size=(160, 40)) as pilot:
+        await settle(pilot)
+        await pilot.pause(0.6)
+        (line,) = [line for line in app.screen.query_one(ComparisonTable).text.splitlines() if "state" in line]
+        assert "✘ failed: oom, step 3/412" in line
+        assert "✔ finished, step 412/412" in line
+        assert "? lost, step 200/412" in line

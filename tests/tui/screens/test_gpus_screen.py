@@ -26,7 +26,7 @@ LORA = Recipe.build({"model": "Qwen/Qwen3-8B", "tuning": "lora"})
 
 def table(app: FinetuiApp) -> list[list[str]]:
     widget = app.screen.query_one(DataTable)
-    return [[str(cell) for cell in widget.get_row_at(index)] for index in range(widget.row_count)]
+    return [[str(cell).strip() for cell in widget.get_row_at(index)] for index in range(widget.row_count)]
 
 
 async def test_offers_cheapest_first_with_the_best_marked(app_of: AppOf, settle: Settle) -> None:
@@ -161,3 +161,31 @@ async def test_marked_offers_are_compared_in_a_box(app_of: AppOf, settle: Settle
 )
 def test_how_old_a_price_is(as_of: str, age: str, now: float) -> None:
     assert price_age(as_of, now) == age
+
+
+@pytest.mark.parametrize("size", [(80, 24), (100, 30)])
+async def test_time_and_provider_are_shown_where_there_is_room(
+    app_of: AppOf, settle: Settle, backend: Backend, size: tuple[int, int]
+) -> None:
+    def offers(recipe: Recipe, spot: bool) -> Any:
+        rows = backend.offers(recipe, spot)
+        rows[1] = replace(rows[1], provider="a-provider-of-a-long-name")
+        kaggle = replace(rows[0], provider="kaggle", usd=0.0, usd_per_h=0.0, quota="12 h a session, 30 h a week")
+        return [replace(kaggle, over="quota"), *rows]
+
+    app = app_of("gpus", recipe=LORA, backend=replace(backend, offers=offers))
+    async with app.run_test(size=size) as pilot:
+        await settle(pilot)
+        headings = [str(column.label).strip() for column in app.screen.query_one(DataTable).columns.values()]
+        assert {"time", "$/h", "$ run", "provider"} <= set(headings)
+        rows = table(app)
+        assert rows[0][headings.index("provider")].startswith("a-provider")
+        assert rows[-1][headings.index("provider")] == "kaggle"
+        assert rows[-1][headings.index("$ run")] == "free!"
+        widget = app.screen.query_one(DataTable)
+        assert widget.virtual_size.width <= widget.size.width  # nothing to scroll sideways to
+        await pilot.press("G", "k", "end", *["j"] * 9)
+        await settle(pilot)
+        words = app.screen.query_one(OfferDetails).text
+        assert "longer than one free session" in words
+        assert "quota    12 h a session, 30 h a week" in words

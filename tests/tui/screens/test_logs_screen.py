@@ -137,3 +137,22 @@ async def test_the_events_of_a_long_run_begin_near_their_end(app_of: AppOf, sett
         assert f"step {about.steps} " in text(app)
         await pilot.press("g")
         assert "events before are left out" in text(app).splitlines()[1]
+
+
+async def test_without_a_run_it_says_how_to_get_one(app_of: AppOf, settle: Settle) -> None:
+    app = app_of("logs")
+    async with app.run_test(size=(80, 24)) as pilot:
+        await settle(pilot)
+        assert f"no runs yet: plan one ({key_of('plan')}), then launch it ({key_of('launch')})" in text(app)
+
+
+async def test_a_log_that_is_empty_says_so(app_of: AppOf, settle: Settle, logged: Run) -> None:
+    (logged.path / "log" / "rank0.log").write_text("")
+    app = app_of("logs", logged)
+    async with app.run_test(size=(80, 24)) as pilot:
+        await settle(pilot)
+        for _ in range(50):
+            await pilot.pause(0.05)
+            if "nothing was printed yet" in text(app):
+                break
+        assert "nothing was printed yet" in text(app)

@@ -101,3 +101,51 @@ def test_a_chart_of_any_size(size: tuple[int, int]) -> None:
     assert isinstance(chart.draw(*size), list)
     chart._curves, chart._total = [Curve(series([3.0, math.nan, 1.0]))], 100.0
     assert all(length(line) <= size[0] for line in chart.draw(*size))
+
+
+def spiky(**at: float) -> list[float]:
+    """A curve that falls from 2.4 to 1.2, with other values at some steps."""
+    values = [1.2 + 1.2 * math.exp(-step / 60) for step in range(400)]
+    for step, value in at.items():
+        values[int(step.removeprefix("at"))] = value
+    return values
+
+
+def test_a_spike_leaves_the_axis_where_it_would_flatten_the_rest() -> None:
+    chart = LineChart("loss")
+    chart.spikes = False
+    chart.show([Curve(series(spiky(at200=50.0)))], [], 400.0)
+    lines = ["".join(text for text, _ in line) for line in chart.draw(60, 12)]
+    assert lines[0].count("▲") == 1
+    assert lines[0].strip().startswith("2.4")
+    assert "▲ to 50" in "".join(text for text, _ in chart.title(60))
+    mean, average = [], 2.4
+    for value in spiky(at200=50.0):
+        average += 0.1 * (value - average)
+        mean.append(average)
+    chart.show([Curve(series(spiky(at200=50.0))), Curve(series(mean), derived=True)], [], 400.0)
+    after = ["".join(text for text, _ in line) for line in chart.draw(60, 12)]
+    assert after[0].count("▲") == 1  # what the spike does to the mean changes neither the axis nor the mark
+    assert after[0].strip().startswith("2.4")
+    chart.log_scale = True  # where there is room for all
+    assert "▲" not in "".join(text for line in chart.draw(60, 12) for text, _ in line)
+    chart.log_scale, chart.spikes = False, True
+    assert "".join(text for text, _ in chart.draw(60, 12)[0]).strip().startswith("50")
+
+
+@pytest.mark.parametrize(
+    ("values", "top"),
+    [
+        (spiky(), 2.4),
+        ([30.0, 20.0, *spiky()], 30.0),  # a start from high up is no spike
+        ([*spiky(), 30.0, 40.0], 40.0),  # nor is a curve that ends high up
+        (spiky(**{f"at{step}": 40.0 for step in range(100, 400, 10)}), 40.0),  # nor what happens all the time
+        (spiky(at200=3.0), 3.0),  # nor what hardly stands out
+        ([1.0] * 20 + [50.0] + [1.0] * 10, 50.0),  # too few to say what is usual
+    ],
+)
+def test_what_is_no_spike_stays_on_the_axis(values: list[float], top: float) -> None:
+    scale = scale_for([Curve(series(values))], spikes=False)
+    assert scale is not None
+    assert math.isnan(scale.beyond)
+    assert scale.high >= top * (1 - 1e-9)

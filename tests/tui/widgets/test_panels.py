@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from finetui.engine.events import Event, GpuSample
-from finetui.engine.run import Status
+from finetui.engine.status import Status
 from finetui.planner.recipe import Recipe
 from finetui.tui.backend import Backend
 from finetui.tui.format import short_name
