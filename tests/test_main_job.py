@@ -20,7 +20,8 @@ pytest.importorskip("torch")
 
 import finetui
 from finetui.engine.events import read_events
-from finetui.engine.run import LIVE_STATES, Run
+from finetui.engine.run import Run
+from finetui.engine.status import LIVE_STATES
 
 FINETUI = [sys.executable, "-P", "-m", "finetui"]
 pytestmark = pytest.mark.slow

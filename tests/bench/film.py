@@ -34,6 +34,12 @@ class Film:
     length: float = 0.0
 
 
+def from_the_first_picture(events: list[tuple[float, str]]) -> list[tuple[float, str]]:
+    """The same events from when the first box was drawn on: what was written before is there at once."""
+    start = next((when for when, text in events if "╭" in text), 0.0)
+    return [(max(when - start, 0.0), text) for when, text in events]
+
+
 def film(events: list[tuple[float, str]], size: tuple[int, int], *, rest_s: float = 2.0) -> Film:
     """Play what a program wrote, ``(seconds, text)`` each; the last picture stands for ``rest_s`` more."""
     screen = Screen(*size)
@@ -44,7 +50,7 @@ def film(events: list[tuple[float, str]], size: tuple[int, int], *, rest_s: floa
             continue
         for y, row in enumerate(screen.rows):
             if tuple(row) != shown[y][-1][1]:
-                shown[y].append((when, tuple(row)))
+                shown[y].append((when if when >= FRAME_S else 0.0, tuple(row)))
     return Film(*size, shown, (events[-1][0] if events else 0.0) + rest_s)
 
 

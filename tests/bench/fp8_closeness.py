@@ -75,7 +75,7 @@ def pretrain(model: Any, data: torch.Tensor, options: argparse.Namespace) -> Non
 
 
 def stored_as(kind: str, weights: dict[str, torch.Tensor], options: argparse.Namespace, device: torch.device) -> Any:
-    from finetui.engine.quantize import join_siblings
+    from finetui.engine.models.quantize import join_siblings
     from finetui.kernels.fp8 import FP8Linear
 
     model = fresh(options, device)

@@ -29,7 +29,8 @@ from finetui.engine.events import (
     Step,
 )
 from finetui.engine.planning import plan_for
-from finetui.engine.run import Run, Status
+from finetui.engine.run import Run
+from finetui.engine.status import Status
 from finetui.planner.recipe import Recipe
 
 #: Steps the run has done when it is opened, and steps it will do.

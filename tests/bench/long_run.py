@@ -18,7 +18,8 @@ import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from finetui.engine.run import Run, Status
+from finetui.engine.run import Run
+from finetui.engine.status import Status
 from finetui.planner.recipe import Recipe
 
 #: Seconds between two steps, and samples of GPUs and of the host per step.

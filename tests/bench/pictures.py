@@ -22,7 +22,7 @@ from codecs import getincrementaldecoder
 from pathlib import Path
 
 from finetui.engine.run import Run
-from finetui.tests.bench.film import as_svg, film
+from finetui.tests.bench.film import as_svg, film, from_the_first_picture
 from finetui.tests.bench.live import own_it
 from finetui.tests.bench.screenshot import RECORDED
 from finetui.tests.bench.terminal import Terminal, environment
@@ -108,6 +108,7 @@ def _shifted(line: str, shift: float) -> str:
 
 def write_session(out: Path, heard: list[tuple[float, str]]) -> None:
     """The session as asciicast v2 and as an SVG that plays."""
+    heard = from_the_first_picture(heard)
     head = {"version": 2, "width": SIZE[0], "height": SIZE[1], "title": "finetui", "env": {"TERM": "xterm-256color"}}
     lines = [json.dumps(head), *(json.dumps([round(when, 3), "o", text]) for when, text in heard)]
     (out / "session.cast").write_text("\n".join(lines) + "\n", encoding="utf-8")

@@ -72,8 +72,6 @@ def answer(row: dict[str, str], configs: Path | None) -> Answer:
     asked = question(row, configs)
     measured = _number(row["measured_peak_gb"])
     speed = _number(row["measured_tokens_per_s"]) if asked.times else 0.0
-    if "fp8" in row["framework"].lower():
-        raise Refused("fp8 matrix products are not modelled")
     if not measured and not speed:
         raise Refused("nothing was measured that can be predicted: rows of unknown length or device have no speed")
     try:

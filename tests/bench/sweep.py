@@ -61,6 +61,10 @@ def _rows(case: Case, folder: Path) -> Path:
     return path
 
 
+class _Enough(Exception):
+    """Every step is measured."""
+
+
 def measure(case: Case, models: Path) -> dict[str, Any]:
     """Carry one of our configurations out here."""
     folder = Path(tempfile.mkdtemp(prefix="finetui-sweep-"))
@@ -87,12 +91,16 @@ def measure(case: Case, models: Path) -> dict[str, Any]:
                 torch.cuda.synchronize()
             self.began = time.perf_counter()
 
-        def on_step_end(self, args: Any, state: Any, *_: Any, **__: Any) -> None:
+        def on_step_end(self, args: Any, state: Any, control: Any, **__: Any) -> None:
             if gpu:
                 torch.cuda.synchronize()
             seconds.append(time.perf_counter() - self.began)
             if gpu and state.global_step == 2 and not case.card:
                 torch.cuda.reset_peak_memory_stats()
+            # What is saved is made in host memory and costs minutes: dozens of fully trained models fill a machine.
+            control.should_save = control.should_evaluate = False
+            if state.global_step == state.max_steps:
+                raise _Enough
 
     stock = transformers.Trainer.__init__
 
@@ -102,7 +110,7 @@ def measure(case: Case, models: Path) -> dict[str, Any]:
 
     transformers.Trainer.__init__ = listened  # type: ignore[method-assign]
     run = Run.create(recipe, plan, root=folder / "runs")
-    failed = worker.attempt(run)
+    failed = worker.attempt(run) and len(seconds) < (TIMED_STEPS if case.timed else STEPS)
     told = [json.loads(line) for line in run.events_path.read_text(encoding="utf-8").splitlines()]
     fallbacks = sorted({f"{event['what']}: {event['why']}" for event in told if event["type"] == "fallback"})
     shutil.rmtree(folder, ignore_errors=True)  # a fully trained model fills a disk

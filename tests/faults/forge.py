@@ -31,8 +31,8 @@ os.environ |= {"GLOO_SOCKET_IFNAME": "lo"}
 
 from finetui.engine import supervisor, worker
 from finetui.engine.events import read_events
-from finetui.engine.ranks import MEETING
 from finetui.engine.run import Run
+from finetui.engine.supervision.ranks import MEETING
 
 
 def import_all() -> None:
@@ -45,9 +45,10 @@ def import_all() -> None:
     import transformers
     import trl  # noqa: F401
 
-    from finetui.engine import adapt, baseline, evaluate, model, optimizers, samples  # noqa: F401
+    from finetui.engine import baseline, evaluate, samples  # noqa: F401
     from finetui.engine.data import prepare  # noqa: F401
-    from finetui.engine.trainers import build, callbacks, job, settings, sft  # noqa: F401
+    from finetui.engine.models import adapt, load  # noqa: F401
+    from finetui.engine.trainers import build, callbacks, job, optimizers, settings, sft  # noqa: F401
 
     assert transformers.AutoModelForCausalLM
     assert transformers.LlamaForCausalLM
@@ -55,7 +56,7 @@ def import_all() -> None:
 
 
 def launcher(run: Run, world: int, _worker: Sequence[str]) -> Callable[[], dict[int, int]]:
-    """As :func:`finetui.engine.ranks.launcher`, by forks."""
+    """As :func:`finetui.engine.supervision.ranks.launcher`, by forks."""
 
     def launch() -> dict[int, int]:
         meeting = f"/tmp/finetui-forge-{os.getpid()}-{time.monotonic_ns()}"

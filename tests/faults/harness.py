@@ -19,10 +19,11 @@ from typing import Any
 import psutil
 
 import finetui
-from finetui.engine import checkpoint
+from finetui.engine.checkpoints import store
 from finetui.engine.events import Event, read_events
 from finetui.engine.planning import plan_for
-from finetui.engine.run import LIVE_STATES, Run
+from finetui.engine.run import Run
+from finetui.engine.status import LIVE_STATES
 from finetui.planner.recipe import Recipe
 
 HERE = Path(__file__).parent
@@ -127,7 +128,7 @@ def require_orderly(run: Run) -> None:
     numbers = [json.loads(line)["seq"] for line in raw.splitlines()]
     assert numbers == list(range(1, len(numbers) + 1))
     assert run.recorded.state not in LIVE_STATES
-    assert not [p.name for p in (run.path / "checkpoints").iterdir() if checkpoint.damage(p) is not None]
+    assert not [p.name for p in (run.path / "checkpoints").iterdir() if store.damage(p) is not None]
 
 
 def told(run: Run, kind: str) -> list[Event]:
@@ -226,7 +227,7 @@ class Killer:
                 return True
             if moment == "training":
                 return len(told(run, "step")) > begin
-            return any(folder.glob(f"{checkpoint.PARTIAL_PREFIX}*"))
+            return any(folder.glob(f"{store.PARTIAL_PREFIX}*"))
 
         wait_until(here, poll_s=0.0005 if moment == "saving" else 0.01)
         time.sleep(delay * {"starting": 1.0, "training": 1.0, "saving": 0.02}[moment])

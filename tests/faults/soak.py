@@ -27,7 +27,7 @@ from typing import Any
 
 import psutil
 
-from finetui.engine import checkpoint
+from finetui.engine.checkpoints import store
 from finetui.engine.events import EventReader
 from finetui.engine.run import Run
 
@@ -155,7 +155,7 @@ class Soak:
         self.read()
         if self.run.status.state != "stopped":
             self.wrong.append(f"it was asked to stop, and {self.run.status}")
-        if not checkpoint.latest(self.run.path / "checkpoints").checkpoint:
+        if not store.latest(self.run.path / "checkpoints").checkpoint:
             self.wrong.append("no sound checkpoint is left")
 
     def _stepped(self, step: int) -> bool:
@@ -208,7 +208,7 @@ class Soak:
 
     def spoil(self, fault: str, folder: Path) -> None:
         """Damage files of a run that is not at work."""
-        found = checkpoint.find(folder)
+        found = store.find(folder)
         if fault in {"flip a bit", "lose a file", "cut the manifest"} and len(found) > 1:
             (self.run.path / "harmed").touch()  # the watcher need not be told
             newest = found[-1].path
@@ -220,14 +220,14 @@ class Soak:
             elif fault == "lose a file":
                 victim.unlink()
             else:
-                os.truncate(newest / checkpoint.MANIFEST, 50)
+                os.truncate(newest / store.MANIFEST, 50)
         elif fault == "cut the events":
             raw = self.run.events_path.read_bytes()
             os.truncate(self.run.events_path, raw.rindex(b"\n", 0, -1) + 10)
 
     def let_the_watcher_look(self) -> None:
         """It looks away while there is a checkpoint that was damaged here; the next that is written removes that."""
-        if not any(checkpoint.damage(path) for path in (self.run.path / "checkpoints").glob("step-*")):
+        if not any(store.damage(path) for path in (self.run.path / "checkpoints").glob("step-*")):
             (self.run.path / "harmed").unlink(missing_ok=True)
 
 

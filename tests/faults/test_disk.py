@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from finetui.engine import checkpoint
+from finetui.engine.checkpoints import store
 from finetui.engine.export import export_run
 from finetui.engine.run import Run
 from finetui.planner.errors import TrainingError
@@ -50,9 +50,9 @@ def test_a_full_disk_ends_the_run_and_costs_nothing_but_steps(
     status = run.recorded
     assert (status.state, status.cause) == ("failed", "disk"), status
     assert "resume" in status.do
-    kept = checkpoint.find(run.path / "checkpoints")
+    kept = store.find(run.path / "checkpoints")
     assert kept
-    assert checkpoint.latest(run.path / "checkpoints").checkpoint == kept[-1]
+    assert store.latest(run.path / "checkpoints").checkpoint == kept[-1]
     filler.unlink()
     finish(forge, run)
     assert result_of(run) == result_of(peaceful)
@@ -63,7 +63,7 @@ def test_where_there_is_no_room_for_all_older_checkpoints_make_way(forge: Forge,
     peaceful, run = a_run(40, **recipe), a_run(40, root=disk / "runs", **recipe)
     finish(forge, peaceful)
     killed_after(forge, run, 2)
-    fill(disk, checkpoint.find(run.path / "checkpoints")[0].bytes * 3 // 2)
+    fill(disk, store.find(run.path / "checkpoints")[0].bytes * 3 // 2)
     finish(forge, run)
     assert {event.data["why"] for event in told(run, "fallback")} == {"the disk is full"}
     assert result_of(run) == result_of(peaceful)

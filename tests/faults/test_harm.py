@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from finetui.engine import checkpoint
+from finetui.engine.checkpoints import store
 from finetui.engine.run import Run
 
 from .harness import Forge, Result, finish, gone, killed_after, require_orderly, result_of, told, wait_until
@@ -29,10 +29,10 @@ def test_a_damaged_newest_checkpoint_is_passed_over_and_told(
 ) -> None:
     run = a_run(40)
     killed_after(forge, run, 4)
-    found = checkpoint.find(run.path / "checkpoints")
+    found = store.find(run.path / "checkpoints")
     assert len(found) > 1
     newest, before = found[-1], found[-2]
-    weights, manifest = newest.path / "adapter_model.safetensors", newest.path / checkpoint.MANIFEST
+    weights, manifest = newest.path / "adapter_model.safetensors", newest.path / store.MANIFEST
     match harm:
         case "byte":
             flip(weights)

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 
 from finetui.engine.run import Run
-from finetui.engine.spread import spread
+from finetui.engine.supervision.spread import spread
 from finetui.planner.errors import RunError
 
 from .harness import Forge, gone, require_orderly, told, wait_until

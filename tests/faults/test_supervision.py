@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from finetui.engine import checkpoint
+from finetui.engine.checkpoints import store
 from finetui.engine.run import Run
 
 from .harness import Forge, Result, gone, ranks_of, require_orderly, result_of, told, wait_until
@@ -88,7 +88,7 @@ def test_nan_stops_before_the_weights_are_hit_and_names_the_rows(forge: Forge, a
     carry_out(forge, run, "nan")
     status = run.recorded
     assert (status.state, status.cause) == ("failed", "nan")
-    assert [c.step for c in checkpoint.find(run.path / "checkpoints")] == [6, 8]
+    assert [c.step for c in store.find(run.path / "checkpoints")] == [6, 8]
     found = [event.data for event in told(run, "warning") if "is not finite" in event.data["what"]]
     assert [one["what"].split(" is ")[0] for one in found] == [f"the loss of step {step}" for step in (9, 10, 11)]
     assert "colour" in found[0]["where"]
@@ -133,7 +133,7 @@ def test_sigterm_with_ten_seconds_of_grace_loses_no_step(
     assert time.monotonic() - began < 10.0
     assert (run.recorded.state, run.recorded.cause) == ("failed", "preempted")
     done = max(event.data["step"] for event in told(run, "step"))
-    assert checkpoint.find(run.path / "checkpoints")[-1].step == done
+    assert store.find(run.path / "checkpoints")[-1].step == done
     supervisor = forge.start(run)
     wait_until(lambda: gone(supervisor))
     assert result_of(run).steps == undisturbed(12).steps
@@ -174,7 +174,7 @@ def test_a_copied_run_is_a_run_of_its_own(forge: Forge, a_run: MakeRun, tmp_path
     run = a_run(12)
     (run.path / "fault").write_text("slow")
     supervisor = forge.start(run)
-    wait_until(lambda: len(checkpoint.find(run.path / "checkpoints")) > 1)
+    wait_until(lambda: len(store.find(run.path / "checkpoints")) > 1)
     copy = Run(shutil.copytree(run.path, tmp_path / "elsewhere" / "copied"))
     assert run.live
     assert copy.status.state == "lost"  # nobody is at work on the copy

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from finetui.engine.gpulock import holders
 from finetui.engine.planning import plan_for
 from finetui.engine.run import Run
+from finetui.engine.supervision.gpulock import holders
 from finetui.engine.supervisor import supervise
 from finetui.planner.calibration import history
 from finetui.planner.recipe import Recipe
@@ -47,8 +47,8 @@ def test_a_real_lack_of_memory_halves_the_micro_batch(ground: tuple[Path, Path],
     assert run.plan.resolved.micro_batch == 2
     (failure,) = [event.data for event in told(run, "failure")]
     assert failure["needed_gib"] > 1000
-    (lesson,) = history(state_dir())
-    assert lesson.at_least
+    # A model this small says nothing of how others will fare: the run is remembered, no lesson is drawn from it.
+    assert [(run.memory, run.at_least) for run in history(state_dir())] == [(None, False)]
     assert holders(run.plan.resolved.gpus) == []
 
 

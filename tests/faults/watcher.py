@@ -16,7 +16,7 @@ import sys
 import time
 from pathlib import Path
 
-from finetui.engine.checkpoint import MANIFEST, damage
+from finetui.engine.checkpoints.store import MANIFEST, damage
 
 NAME = re.compile(r"step-\d{6,}")
 

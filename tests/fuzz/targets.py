@@ -17,7 +17,7 @@ from typing import Any
 
 from hypothesis import strategies as st
 
-from finetui.engine import checkpoint
+from finetui.engine.checkpoints import store
 from finetui.engine.events import EventLog, EventReader, LogLine, parse_line
 from finetui.engine.run import Run, list_runs
 from finetui.planner import calibration
@@ -121,7 +121,7 @@ def _safetensors(tree: Any) -> bytes:
 
 
 def _header(raw: bytes, folder: Path) -> None:
-    from finetui.engine.weights import stored_tensors
+    from finetui.engine.models.weights import stored_tensors
 
     (folder / "model.safetensors").write_bytes(raw)
     with contextlib.suppress(FinetuiError):
@@ -131,7 +131,7 @@ def _header(raw: bytes, folder: Path) -> None:
 
 
 def _index(tree: Any, folder: Path) -> None:
-    from finetui.engine.model import locate
+    from finetui.engine.models.load import locate
 
     (folder / "config.json").write_text("{}")
     (folder / "model-1.safetensors").write_bytes(_safetensors(_HEADER))
@@ -296,8 +296,8 @@ def _run(case: tuple[str, Any], folder: Path) -> None:
     for look in (lambda: Run(run).status, lambda: Run(run).plan, lambda: Run.open(run), lambda: list_runs(folder)):
         with contextlib.suppress(FinetuiError):
             look()
-    checkpoint.find(run / "checkpoints")
-    checkpoint.latest(run / "checkpoints")
+    store.find(run / "checkpoints")
+    store.latest(run / "checkpoints")
 
 
 def _history(raw: bytes, folder: Path) -> None:

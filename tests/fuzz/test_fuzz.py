@@ -23,8 +23,8 @@ from .targets import Target, targets
 from .watch import watched
 
 # Imported before anything is watched: torch opens libraries.
-for name in ("engine.model", "engine.weights", "engine.planning", "engine.data.preview", "engine.data.template",
-             "tui.watch", "tui.history"):  # fmt: skip
+for name in ("engine.models.load", "engine.models.weights", "engine.planning", "engine.data.preview",
+             "engine.data.template", "tui.watch", "tui.history"):  # fmt: skip
     pytest.importorskip(f"finetui.{name}")
 for name in ("pyarrow.parquet", "transformers.utils.chat_template_utils", "jinja2"):
     pytest.importorskip(name)

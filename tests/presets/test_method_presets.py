@@ -43,7 +43,7 @@ def test_trains(method: str, tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "method"),
-    [("first-finetune", "sft"), ("production", "sft"), ("alignment-sft", "sft"), ("alignment-dpo", "dpo")],
+    [("first-finetune", "sft"), ("production", "sft")],
 )
 def test_workflows_train(name: str, method: str, tmp_path: Path) -> None:
     trains(name, method, tmp_path)
