@@ -110,16 +110,20 @@ def _disagreement(causal: Any, scale: float, cap: float | None) -> str:
     """Whether logits as we make them are those that the model makes, on a few words."""
     device = causal.get_output_embeddings().weight.device
     words = torch.arange(4, device=device).unsqueeze(0)
-    training = causal.training
+    training, made = causal.training, list[Any]()
     causal.eval()
+    listening = causal.base_model.register_forward_hook(lambda _module, _inputs, out: made.append(out[0]))
     try:
-        with torch.no_grad():
-            hidden = causal.base_model(input_ids=words, use_cache=False).last_hidden_state
+        with torch.no_grad():  # once: a start waits for it, and all layers of a large model take half a second
+            theirs = causal(input_ids=words, use_cache=False).logits.float()
+            if len(made) != 1:
+                return "it does not call its backbone once"
+            hidden = made[0]
             ours = causal.get_output_embeddings()(hidden).float() * scale
             if cap is not None:
                 ours = cap * torch.tanh(ours / cap)
-            theirs = causal(input_ids=words, use_cache=False).logits.float()
     finally:
+        listening.remove()
         causal.train(training)
     distance = ((ours - theirs).norm() / theirs.norm().clamp_min(1e-30)).item()
     limit = 4 * torch.finfo(hidden.dtype).eps
