@@ -146,12 +146,12 @@ def test_in_tmux(tmp_path: Path, locale: str, glyph: str) -> None:
         assert "_" not in picture, "tmux writes _ for what it can't show"
         tmux("resize-window", "-t", "t", "-x", "80", "-y", "24")
         tmux("send-keys", "-t", "t", key_of("runs"))
-        shows("Plan anew")
+        shows("held-out")
         tmux("send-keys", "-t", "t", "q")
         end = time.monotonic() + 10
-        while "Plan anew" in tmux("capture-pane", "-p", "-t", "t") and time.monotonic() < end:
+        while "held-out" in tmux("capture-pane", "-p", "-t", "t") and time.monotonic() < end:
             time.sleep(0.1)
-        assert "Plan anew" not in tmux("capture-pane", "-p", "-t", "t")
+        assert "held-out" not in tmux("capture-pane", "-p", "-t", "t")
     finally:
         tmux("kill-server")
 

@@ -23,7 +23,7 @@ from .options import JsonFlag
 from .places import HostFlag, runs_of
 
 if TYPE_CHECKING:
-    from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
+    import rich.console as rich
 
     from ...engine.remote.gpus import RemoteMonitor
     from ..remote import RemoteRuns
@@ -130,12 +130,12 @@ def _gpus_of(run: Run) -> list[int]:
     return resolved.gpus if resolved.device == "cuda" else []
 
 
-def picture(now: dict[str, Any]) -> RenderableType:
+def picture(now: dict[str, Any]) -> rich.RenderableType:
     """A reading as a table, as wide as there is room."""
     from rich.console import Group
     from rich.text import Text
 
-    lines: list[RenderableType] = [Text(f"! {warning}", style="yellow") for warning in now["warnings"]]
+    lines: list[rich.RenderableType] = [Text(f"! {warning}", style="yellow") for warning in now["warnings"]]
     if now["gpus"]:
         lines.append(_Table([_row(gpu) for gpu in now["gpus"]]))
     elif not now["warnings"]:
@@ -164,7 +164,7 @@ class _Table:
         self._rows = rows
         self._columns = [column for column in _COLUMNS if any(row[column.name] for row in rows)]
 
-    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+    def __rich_console__(self, console: rich.Console, options: rich.ConsoleOptions) -> rich.RenderResult:
         from rich.text import Text
 
         room = options.max_width if console.is_terminal else 1000
