@@ -141,7 +141,7 @@ async def test_chromium_shows_plan_and_takes_a_key(link: str, open_page: Callabl
     await page.shows("verdict", "fits", "GiB")
     plan = await page.picture()
     await page.press(key_of("runs"))
-    await page.shows("runs", "Plan anew")
+    await page.shows("runs", "held-out")
     assert await page.picture() != plan, "the page did not change on the screen"
     strangers = [url for url in page.asked if not url.startswith(("http://127.0.0.1:", "data:", "blob:"))]
     assert strangers == [], "nothing but this machine may learn that finetui is at work"
