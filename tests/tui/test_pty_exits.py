@@ -102,7 +102,7 @@ def test_stopped_without_warning_it_goes_on_as_if_nothing_had_been(terminal: Ope
 
 def _still_works(app: Terminal) -> None:
     app.send(key_of("runs"))
-    app.wait_for("Plan anew")
+    app.wait_for("held-out")
     app.send("q")
     assert app.wait() == 0
     assert app.left_over() == []
