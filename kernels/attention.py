@@ -62,11 +62,11 @@ class _Source(torch.autograd.Function):
 
 
 class _Saved:
-    """What one hook was given: a tensor, or the place of one that the caller holds."""
+    """What one hook was given: a tensor, or the place of one that the caller holds and the shape it was seen in."""
 
     def __init__(self, tensor: torch.Tensor) -> None:
         self.tensor: torch.Tensor | None = tensor
-        self.place = -1
+        self.place, self.shape = -1, tensor.shape
 
 
 def attend(
@@ -95,7 +95,10 @@ def attend(
         return saved[-1]
 
     def unpack(packed: _Saved) -> torch.Tensor:
-        return held[packed.place] if packed.tensor is None else packed.tensor
+        if packed.tensor is not None:
+            return packed.tensor
+        head = held[packed.place]
+        return head if len(packed.shape) == head.dim() else _end_to_end(head)
 
     with torch.enable_grad():
         leaves = _Source.apply(torch.zeros((), requires_grad=True), q, k, v)
@@ -105,12 +108,12 @@ def attend(
                 out = _within(documents, queries, keys, values, scale)
             else:
                 out = _over_rows(queries, keys, values, mask, scale)
-    places = {_memory(tensor): place for place, tensor in enumerate((q, k, v, out))}
+    heads = (q, k, v, out)
     for item in saved:
         assert item.tensor is not None
-        item.place = places.get(_memory(item.tensor), -1)
+        item.place = next((place for place, head in enumerate(heads) if _is_view(item.tensor, head)), -1)
         if item.place >= 0:
-            item.tensor = None
+            item.shape, item.tensor = item.tensor.shape, None
     edges = [torch.autograd.graph.get_gradient_edge(leaf) for leaf in leaves]
     return out.detach(), Attended(torch.autograd.graph.get_gradient_edge(out), edges, held)
 
@@ -135,7 +138,7 @@ def takes_documents(x: torch.Tensor, head_dim: int) -> bool:
 def _within(documents: Documents, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
     """All rows end to end: flash attention's own way of taking sequences of many lengths, shared heads included."""
     batch, heads, length, dim = q.shape
-    q, k, v = (t.transpose(1, 2).reshape(batch * length, -1, dim) for t in (q, k, v))
+    q, k, v = (_end_to_end(t) for t in (q, k, v))
     if q.is_cuda:
         out = torch.ops.aten._flash_attention_forward(
             q, k, v, documents.starts, documents.starts, documents.longest, documents.longest, 0.0, True, False,
@@ -158,5 +161,20 @@ def gradients(
     return dq, dk, dv
 
 
-def _memory(tensor: torch.Tensor) -> tuple[int, torch.Size, tuple[int, ...], torch.dtype]:
-    return tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype
+def _end_to_end(heads: torch.Tensor) -> torch.Tensor:
+    """``[batch, heads, tokens, dim]`` as ``[batch · tokens, heads, dim]``."""
+    return heads.transpose(1, 2).reshape(-1, heads.shape[1], heads.shape[3])
+
+
+def _is_view(tensor: torch.Tensor, head: torch.Tensor) -> bool:
+    """Whether a tensor shows the memory of queries, keys, values or outputs, as they are or end to end.
+
+    A step along a dimension of one element is never taken, and what it would be differs from view to view.
+    """
+    if (tensor.data_ptr(), tensor.numel(), tensor.dtype) != (head.data_ptr(), head.numel(), head.dtype):
+        return False
+    if tensor.dim() == 3 and head.dim() == 4:
+        head = _end_to_end(head)  # a copy, if it can't be a view; its memory is another then
+    same = tensor.shape == head.shape and tensor.data_ptr() == head.data_ptr()
+    steps = zip(tensor.shape, tensor.stride(), head.stride(), strict=False)
+    return same and all(size == 1 or mine == other for size, mine, other in steps)

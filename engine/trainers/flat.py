@@ -74,9 +74,11 @@ def shorten_walks(model: Any, trained: list[torch.nn.Parameter]) -> None:
     """Two things that a trainer asks of a model in every step, without a walk over all its modules.
 
     Between the last kernel of one step and the first of the next the GPU waits for such walks: some thousand modules,
-    to clear gradients that only ``trained`` can have and to set a mode that is set already.
+    to clear gradients that only ``trained`` can have and to set a mode that is set already. That it is set is known of
+    a walk made here alone: what the model says of itself need not hold inside it. PEFT's wrapper begins in training
+    mode around a base in evaluation mode, as transformers loads it, whose layers would neither drop out nor recompute.
     """
-    stock_train = model.train
+    stock_train, walked = model.train, False
 
     def zero_grad(set_to_none: bool = True) -> None:
         for p in trained:
@@ -86,7 +88,11 @@ def shorten_walks(model: Any, trained: list[torch.nn.Parameter]) -> None:
                 p.grad.detach_().zero_()
 
     def train(mode: bool = True) -> Any:
-        return model if mode and model.training else stock_train(mode)
+        nonlocal walked
+        if not (walked and mode and model.training):
+            stock_train(mode)
+            walked = True
+        return model
 
     model.zero_grad, model.train = zero_grad, train
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
 
-from finetui.kernels.attention import Documents, attend, gradients
+from finetui.kernels.attention import Documents, _end_to_end, _is_view, attend, gradients
 
 
-def heads(device, dtype, key_heads):
+def heads(device, dtype, key_heads, batch=2):
     generator = torch.Generator().manual_seed(0)
-    shapes = [(2, 6, 4, 8), (2, 6, key_heads, 8), (2, 6, key_heads, 8), (2, 6, 4, 8)]
+    shapes = [(batch, 6, 4, 8), (batch, 6, key_heads, 8), (batch, 6, key_heads, 8), (batch, 6, 4, 8)]
     return [torch.randn(s, generator=generator).to(device, dtype).transpose(1, 2) for s in shapes]
 
 
@@ -43,3 +44,30 @@ def test_output_and_gradients(device, key_heads, how):
     limit = 2e-2 if dtype == torch.bfloat16 else 1e-5
     for got, exact in zip((out, *grads), (truth[0], *truth[1]), strict=True):
         assert (got.double() - exact).norm() <= limit * exact.norm()
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("how", ["causal", pytest.param("documents", marks=pytest.mark.cuda)])  # by pieces on a CPU
+def test_nothing_of_the_heads_outlives_its_caller(device, batch, how):
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    q, k, v, _ = heads(device, dtype, 4, batch)
+    documents = None
+    if how == "documents":
+        starts = torch.tensor([0, 4, 6 * batch], dtype=torch.int32, device=device)
+        documents = Documents((4, 6 * batch - 4), starts)
+    out, attended = attend(q, k, v, None, 0.3, documents)
+    memory = [StorageWeakRef(t.untyped_storage()) for t in (q, k, v, out)]
+    del q, k, v, out
+    assert [ref.expired() for ref in memory] == [True] * 4
+    assert attended.inputs
+
+
+def test_views_of_heads_are_known_as_such():
+    rows = torch.randn(6, 32)
+    for batch in (1, 2):
+        head = rows.view(batch, 6 // batch, 4, 8).transpose(1, 2)
+        assert _is_view(head.view_as(head), head)
+        assert _is_view(_end_to_end(head), head)
+        assert not _is_view(head.clone(), head)
+        assert not _is_view(head.transpose(1, 2), head)
+        assert not _is_view(rows.view(6, 8, 4), head)

@@ -96,8 +96,10 @@ def test_runs_on_an_h200_are_predicted_to_a_few_percent():
         for line in done.stdout.splitlines()
         if line.startswith("finetui/") and (off := re.search(r"([+-] *[\d.]+)%", line)) and abs(float(off[1])) > 3
     }
-    not_understood = ("finetui/gemma-1b/lora/2x2048/full/", "finetui/llama-8b/qlora/1x2048/offload/")
-    assert all(name.startswith(not_understood) for name in far), far
+    # Measured when the engine kept what its plan had it drop (``tests/engine/trainers/test_flat.py`` and
+    # ``tests/kernels/test_attention.py`` hold what was mended), and not again since.
+    at_fault = ("finetui/gemma-1b/lora/2x2048/full/", "finetui/llama-8b/qlora/1x2048/offload/")
+    assert all(name.startswith(at_fault) for name in far), far
     assert ours["reserved_median"] <= 0.02
     assert ours["speed_median"] <= 0.05
     assert max(abs(scores[name]["allocated_worst"]) for name in ("trl", "trl-liger", "unsloth")) <= 0.06

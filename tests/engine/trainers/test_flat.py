@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import copy
 
+import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers.models.llama.modeling_llama import LlamaMLP
 
 from finetui.engine.trainers.flat import BLOCK, SMALLEST, flatten, shorten_walks
+from finetui.engine.worker import attempt
 
 
 def model():
@@ -93,6 +96,34 @@ def test_shorter_walks_do_the_same():
     assert layers[0].training
     layers.train(False)
     assert not layers[0].training
+
+
+def test_the_first_walk_reaches_what_a_wrapper_says_nothing_of():
+    """PEFT's wrapper begins in training mode, the base in it as transformers loads it: in evaluation mode."""
+    wrapper = torch.nn.Sequential(model().eval())
+    assert wrapper.training
+    shorten_walks(wrapper, list(wrapper.parameters()))
+    wrapper.train()
+    assert all(module.training for module in wrapper.modules())
+
+
+@pytest.mark.parametrize("tuning", ["lora", "full"])
+def test_stock_layers_are_computed_again_in_every_step_of_a_run(training_run, monkeypatch, tuning):
+    forward, seen = LlamaMLP.forward, []  # of a part: how a layer's own is wrapped is transformers' affair
+
+    def counted(self, *args, **kwargs):
+        seen.append(torch.is_grad_enabled())
+        return forward(self, *args, **kwargs)
+
+    monkeypatch.setattr(LlamaMLP, "forward", counted)
+    counts = []
+    for checkpointing in ("none", "full"):
+        run = training_run(tuning=tuning, steps=3, checkpointing=checkpointing, recipe={"evaluation": {"holdout": 0.0}})
+        assert attempt(run) == 0
+        counts.append(sum(seen))
+        seen.clear()
+    layers = 2
+    assert counts[1] - counts[0] == 3 * layers
 
 
 def test_gradients_that_lie_end_to_end_are_taken_as_they_are():
