@@ -22,6 +22,15 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "steady"))
 
 
 @pytest.fixture
+def own_environment() -> Iterator[None]:
+    """For a run that is supervised in the test's own process: the supervisor prepares that for its ranks."""
+    before = dict(os.environ)
+    yield
+    os.environ.clear()
+    os.environ.update(before)
+
+
+@pytest.fixture
 def file_system(tmp_path: Path) -> Iterator[Callable[[int], Path]]:
     """Makes a file system of so many MiB, where that is allowed."""
     made: list[Path] = []

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -19,16 +18,9 @@ from finetui.engine.supervision.outcome import Outcome
 from finetui.engine.supervisor import supervise
 from finetui.planner.version import VERSION
 
+pytestmark = pytest.mark.usefixtures("own_environment")
+
 FAKE = str(Path(__file__).with_name("fake_rank.py"))
-
-
-@pytest.fixture(autouse=True)
-def _environment() -> Iterator[None]:
-    """The supervisor prepares its own environment for its ranks: undo that."""
-    before = dict(os.environ)
-    yield
-    os.environ.clear()
-    os.environ.update(before)
 
 
 def test_runs_that_were_moved_open_where_they_are(make_run: Callable[..., Run], tmp_path: Path) -> None:

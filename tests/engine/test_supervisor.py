@@ -6,7 +6,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import psutil
@@ -20,16 +20,9 @@ from finetui.planner.errors import RunError
 from finetui.planner.plan import Plan
 from finetui.planner.recipe import Recipe
 
+pytestmark = pytest.mark.usefixtures("own_environment")
+
 FAKE = Path(__file__).with_name("fake_rank.py")
-
-
-@pytest.fixture(autouse=True)
-def _environment(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """The supervisor prepares its own environment for its ranks: undo that."""
-    before = dict(os.environ)
-    yield
-    os.environ.clear()
-    os.environ.update(before)
 
 
 def carry_out(run: Run, mode: str, **options: float) -> Outcome:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -18,17 +16,8 @@ from finetui.planner.state import state_dir
 
 from .harness import recipe_for, told
 
-pytestmark = pytest.mark.cuda
+pytestmark = [pytest.mark.cuda, pytest.mark.usefixtures("own_environment")]
 WORKER = str(Path(__file__).with_name("ruined_worker.py"))
-
-
-@pytest.fixture(autouse=True)
-def _environment() -> Iterator[None]:
-    """The supervisor prepares its own environment for its ranks: undo that."""
-    before = dict(os.environ)
-    yield
-    os.environ.clear()
-    os.environ.update(before)
 
 
 def a_gpu_run(ground: tuple[Path, Path], root: Path, fault: str, gpus: int, **recipe: object) -> Run:

@@ -21,6 +21,8 @@ from finetui.engine.supervision.outcome import Outcome
 from finetui.engine.supervisor import supervise
 from finetui.planner.recipe import Recipe
 
+pytestmark = pytest.mark.usefixtures("own_environment")
+
 FAKE = Path(__file__).parents[1] / "fake_rank.py"
 #: Does what each line says ("idle", "compute" or "write"), and says when it is done.
 RANK = """
@@ -52,15 +54,6 @@ class Rank:
         self.process.stdin.write(what + "\n")
         self.process.stdin.flush()
         assert self.process.stdout.readline() == "done\n"
-
-
-@pytest.fixture(autouse=True)
-def _environment() -> Iterator[None]:
-    """The supervisor prepares its own environment for its ranks: undo that."""
-    before = dict(os.environ)
-    yield
-    os.environ.clear()
-    os.environ.update(before)
 
 
 @pytest.fixture

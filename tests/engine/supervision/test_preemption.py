@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -23,6 +22,8 @@ from finetui.engine.supervisor import supervise
 from finetui.planner.errors import RecipeError
 from finetui.planner.limits import Limits
 from finetui.planner.recipe import Recipe
+
+pytestmark = pytest.mark.usefixtures("own_environment")
 
 FAKE = str(Path(__file__).parents[1] / "fake_rank.py")
 
@@ -55,15 +56,6 @@ class Cloud:
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self.base = f"http://127.0.0.1:{self.server.server_address[1]}"
         threading.Thread(target=self.server.serve_forever, daemon=True).start()
-
-
-@pytest.fixture(autouse=True)
-def _environment() -> Iterator[None]:
-    """The supervisor prepares its own environment for its ranks: undo that."""
-    before = dict(os.environ)
-    yield
-    os.environ.clear()
-    os.environ.update(before)
 
 
 @pytest.fixture
