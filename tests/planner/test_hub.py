@@ -2,47 +2,34 @@
 
 from __future__ import annotations
 
-import http.server
 import json
 import socket
 import subprocess
 import sys
-import threading
 from pathlib import Path
 
 import pytest
 
 from finetui.planner import hub
 from finetui.planner.errors import HubError, ModelError
+from finetui.tests.local_server import Answering, serving
 
 CONFIG = {"model_type": "llama", "hidden_size": 64}
 
 
-class _Hub(http.server.BaseHTTPRequestHandler):
-    def log_message(self, *args: object) -> None:
-        pass
-
-    def _answer(self, status: int, body: bytes = b"", **headers: str) -> None:
-        self.send_response(status)
-        for name, value in headers.items():
-            self.send_header(name.replace("_", "-"), value)
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        if self.command == "GET":
-            self.wfile.write(body)
-
+class _Hub(Answering):
     def do_GET(self) -> None:
         granted = self.headers.get("Authorization") == "Bearer good-token"
         if "/org/gated/" in self.path and not granted:
-            self._answer(403, b"{}", X_Error_Code="GatedRepo", X_Error_Message="gated")
+            self.answer(403, b"{}", X_Error_Code="GatedRepo", X_Error_Message="gated")
         elif "/org/fine/" in self.path or "/org/gated/" in self.path:
-            self._answer(200, json.dumps(CONFIG).encode(), ETag='"abc"', X_Repo_Commit="0" * 40)
+            self.answer(200, json.dumps(CONFIG).encode(), ETag='"abc"', X_Repo_Commit="0" * 40)
         elif "/org/gguf/" in self.path:
-            self._answer(404, b"{}", X_Error_Code="EntryNotFound", X_Error_Message="no such file")
+            self.answer(404, b"{}", X_Error_Code="EntryNotFound", X_Error_Message="no such file")
         elif "/org/broken/" in self.path:
-            self._answer(418, b"{}")
+            self.answer(418, b"{}")
         else:
-            self._answer(404, b"{}", X_Error_Code="RepoNotFound", X_Error_Message="no such model")
+            self.answer(404, b"{}", X_Error_Code="RepoNotFound", X_Error_Message="no such model")
 
     do_HEAD = do_GET
 
@@ -50,8 +37,6 @@ class _Hub(http.server.BaseHTTPRequestHandler):
 @pytest.fixture
 def ask(tmp_path: Path):
     """Runs ``hub.<call>`` in a fresh process, since huggingface_hub reads its environment once; returns its output."""
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), _Hub)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
     package_parent = Path(hub.__file__).parents[2]
 
     def run(call: str, **environment: str) -> str:
@@ -61,7 +46,7 @@ def ask(tmp_path: Path):
         )
         env = {
             "HF_HOME": str(tmp_path),
-            "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}",
+            "HF_ENDPOINT": endpoint,
             "PYTHONPATH": str(package_parent),
             "PATH": "/usr/bin:/bin",
             **environment,
@@ -70,8 +55,8 @@ def ask(tmp_path: Path):
         assert not done.returncode, done.stderr
         return done.stdout.strip()
 
-    yield run
-    server.shutdown()
+    with serving(_Hub) as endpoint:
+        yield run
 
 
 def test_a_hub_model_is_fetched_and_then_cached(ask):

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import http.server
 import json
 import subprocess
 import sys
-import threading
 from pathlib import Path
 
 import pytest
 
 from finetui.planner.errors import ModelError
 from finetui.planner.weights import Stored, stored_weights
+from finetui.tests.local_server import Answering, serving
 
 COMMIT = "1" * 40
 
@@ -42,20 +41,8 @@ FILES = {
 }  # fmt: skip
 
 
-class _Hub(http.server.BaseHTTPRequestHandler):
+class _Hub(Answering):
     asked: list[tuple[str, str]]
-
-    def log_message(self, *args):
-        pass
-
-    def _answer(self, status, body=b"", **headers):
-        self.send_response(status)
-        for name, value in {"X_Repo_Commit": COMMIT, "ETag": '"e"', **headers}.items():
-            self.send_header(name.replace("_", "-"), value)
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        if self.command == "GET":
-            self.wfile.write(body)
 
     def do_GET(self):
         parts = self.path.split("?")[0].strip("/").split("/")
@@ -64,34 +51,35 @@ class _Hub(http.server.BaseHTTPRequestHandler):
         span = self.headers.get("Range", "")
         self.asked.append((self.path, span))
         if model == "org/gated" and self.headers.get("Authorization") != "Bearer good-token":
-            self._answer(403, b"{}", X_Error_Code="GatedRepo", X_Error_Message="gated")
+            self._told(403, b"{}", X_Error_Code="GatedRepo", X_Error_Message="gated")
         elif api and "paths-info" in parts:
             length = int(self.headers.get("Content-Length", 0))
             names = json.loads(self.rfile.read(length) or b"{}").get("paths", [])
             found = [{"type": "file", "path": n, "size": 1, "oid": "e"} for n in names if n in FILES[model]]
-            self._answer(200, json.dumps(found).encode())
+            self._told(200, json.dumps(found).encode())
         elif api:
             siblings = [{"rfilename": name} for name in FILES[model]]
-            self._answer(200, json.dumps({"id": model, "sha": COMMIT, "siblings": siblings}).encode())
+            self._told(200, json.dumps({"id": model, "sha": COMMIT, "siblings": siblings}).encode())
         else:
             body = FILES[model].get(parts[-1])
             if body is None:
-                self._answer(404, b"{}", X_Error_Code="EntryNotFound", X_Error_Message="no such file")
+                self._told(404, b"{}", X_Error_Code="EntryNotFound", X_Error_Message="no such file")
             elif span:
                 first, last = (int(n) for n in span.removeprefix("bytes=").split("-"))
-                self._answer(206, body[first : last + 1])
+                self._told(206, body[first : last + 1])
             else:
-                self._answer(200, body)
+                self._told(200, body)
 
     do_HEAD = do_POST = do_GET
+
+    def _told(self, status, body=b"", **headers):
+        self.answer(status, body, **{"X_Repo_Commit": COMMIT, "ETag": '"e"', **headers})
 
 
 @pytest.fixture
 def ask(tmp_path):
     """Runs ``stored_weights`` in a fresh process, since huggingface_hub reads its environment once."""
     _Hub.asked = []
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), _Hub)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
 
     def run(model, **environment):
         code = (
@@ -100,7 +88,7 @@ def ask(tmp_path):
         )
         env = {
             "HF_HOME": str(tmp_path / "hf"), "XDG_STATE_HOME": str(tmp_path / "state"), "PATH": "/usr/bin:/bin",
-            "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}",
+            "HF_ENDPOINT": endpoint,
             "PYTHONPATH": str(Path(sys.modules[Stored.__module__].__file__).parents[2]), **environment,
         }  # fmt: skip
         done = subprocess.run([sys.executable, "-P", "-c", code], env=env, capture_output=True, text=True, timeout=60)
@@ -108,8 +96,8 @@ def ask(tmp_path):
         assert not done.stderr
         return done.stdout.strip()
 
-    yield run
-    server.shutdown()
+    with serving(_Hub) as endpoint:
+        yield run
 
 
 WHOLE = str(Stored(2 * 56 + 4 * 8, {"BF16": 56, "F32": 8}))

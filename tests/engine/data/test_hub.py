@@ -5,12 +5,10 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
-import http.server
 import json
 import os
 import subprocess
 import sys
-import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -21,6 +19,7 @@ import pytest
 pytest.importorskip("datasets")
 
 import finetui
+from finetui.tests.local_server import Answering, serving
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 Ask = Callable[..., list[Any]]
@@ -73,25 +72,14 @@ for options in json.loads(sys.argv[1]):
 """
 
 
-class Hub(http.server.BaseHTTPRequestHandler):
+class Hub(Answering):
     """As much of the Hub as reading a dataset asks for."""
 
     protocol_version = "HTTP/1.1"
     sent = 0
 
-    def log_message(self, *_: object) -> None:
-        pass
-
-    def _answer(self, status: int, body: bytes, **headers: str) -> None:
-        self.send_response(status)
-        for name, value in {"Content-Length": str(len(body)), **headers}.items():
-            self.send_header(name.replace("_", "-"), value)
-        self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(body)
-
     def _json(self, value: Any, status: int = 200, **headers: str) -> None:
-        self._answer(status, json.dumps(value).encode(), Content_Type="application/json", **headers)
+        self.answer(status, json.dumps(value).encode(), Content_Type="application/json", **headers)
 
     def do_GET(self) -> None:
         length = int(self.headers.get("Content-Length") or 0)
@@ -144,9 +132,9 @@ class Hub(http.server.BaseHTTPRequestHandler):
             headers["Content_Range"] = f"bytes {start}-{min(stop, len(body)) - 1}/{len(body)}"
         part = body[start:stop]
         if self.command == "HEAD":
-            self._answer(status, part, **headers)
+            self.answer(status, part, **headers)
             return
-        self._answer(status, b"", **{"Content-Length": str(len(part)), **headers})
+        self.answer(status, b"", **{"Content-Length": str(len(part)), **headers})
         if name == "org/broken":
             part = part[: max(0, 25_000_000 - start)]
             self.close_connection = True
@@ -159,8 +147,6 @@ class Hub(http.server.BaseHTTPRequestHandler):
 @pytest.fixture
 def ask(tmp_path: Path) -> Iterator[Ask]:
     """Reads sources from the server and tells what came of each."""
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
     Hub.sent = 0
 
     def read(*sources: dict[str, Any], **environment: str) -> list[Any]:
@@ -169,8 +155,8 @@ def ask(tmp_path: Path) -> Iterator[Ask]:
             **kept,
             "PYTHONPATH": os.pathsep.join([str(Path(finetui.__file__).parents[1]), *sys.path]),
             "HF_HOME": str(tmp_path / "hf"),
-            "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}",
-            "HF_datasets()_DISABLE_PROGRESS_BARS": "1",
+            "HF_ENDPOINT": endpoint,
+            "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
             "HF_HUB_DISABLE_XET": "1",
             **environment,
         }
@@ -181,9 +167,8 @@ def ask(tmp_path: Path) -> Iterator[Ask]:
         assert done.returncode == 0, done.stderr[-3000:]
         return [json.loads(line) for line in done.stdout.splitlines()]
 
-    yield read
-    server.shutdown()
-    server.server_close()
+    with serving(Hub) as endpoint:
+        yield read
 
 
 @pytest.mark.slow

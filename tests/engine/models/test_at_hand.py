@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import json
-import threading
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from finetui.engine.models.at_hand import check_model
+from finetui.tests.local_server import Answering, serving
 
 
 def test_a_model_folder_that_lacks_files(tmp_path: Path) -> None:
@@ -25,31 +24,21 @@ def test_a_model_folder_that_lacks_files(tmp_path: Path) -> None:
 def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     """A Hub with one open model, one gated one, and no other."""
 
-    class Hub(BaseHTTPRequestHandler):
+    class Hub(Answering):
         def do_GET(self) -> None:
             name = self.path.removeprefix("/api/models/")
             if name in {"org/gated/auth-check", "org/gated"} and name.endswith("auth-check"):
-                return self.answer(403, {"error": "gated"}, ("X-Error-Code", "GatedRepo"))
+                return self.told(403, {"error": "gated"}, X_Error_Code="GatedRepo")
             if name.startswith(("org/open", "org/gated")):
-                return self.answer(200, {"id": "org/open", "modelId": "org/open", "siblings": []})
-            return self.answer(404, {"error": "none"}, ("X-Error-Code", "RepoNotFound"))
+                return self.told(200, {"id": "org/open", "modelId": "org/open", "siblings": []})
+            return self.told(404, {"error": "none"}, X_Error_Code="RepoNotFound")
 
-        def answer(self, status: int, body: Any, *headers: tuple[str, str]) -> None:
-            self.send_response(status)
-            for header in headers:
-                self.send_header(*header)
-            self.end_headers()
-            self.wfile.write(json.dumps(body).encode())
+        def told(self, status: int, body: Any, **headers: str) -> None:
+            self.answer(status, json.dumps(body).encode(), **headers)
 
-        def log_message(self, *_: Any) -> None:
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    point_at(monkeypatch, tmp_path, f"http://127.0.0.1:{server.server_port}")
-    yield
-    server.shutdown()
-    server.server_close()
+    with serving(Hub) as endpoint:
+        point_at(monkeypatch, tmp_path, endpoint)
+        yield
 
 
 def point_at(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, endpoint: str) -> None:

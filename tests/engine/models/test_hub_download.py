@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-import http.server
 import json
 import os
 import subprocess
 import sys
-import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -17,6 +15,7 @@ import pytest
 pytest.importorskip("transformers")
 
 import finetui
+from finetui.tests.local_server import Answering, serving
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 Locate = Callable[..., str]
@@ -28,41 +27,27 @@ def locate(model_folder: Callable[[str], Path], tmp_path: Path) -> Iterator[Loca
     folder = model_folder("llama")
     files = {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
 
-    class Hub(http.server.BaseHTTPRequestHandler):
-        def log_message(self, *_: object) -> None:
-            pass
-
-        def _answer(self, status: int, body: bytes, **headers: str) -> None:
-            self.send_response(status)
-            for name, value in {"Content-Length": str(len(body)), **headers}.items():
-                self.send_header(name.replace("_", "-"), value)
-            self.end_headers()
-            if self.command == "GET":
-                self.wfile.write(body)
-
+    class Hub(Answering):
         def do_GET(self) -> None:
             path, allowed = self.path.partition("?")[0], self.headers.get("Authorization") == "Bearer good"
             if "/org/locked" in path and not allowed and "/resolve/" in path:
-                self._answer(403, b"{}", X_Error_Code="GatedRepo", X_Error_Message="gated")
+                self.answer(403, b"{}", X_Error_Code="GatedRepo", X_Error_Message="gated")
             elif path.startswith(("/api/models/org/open", "/api/models/org/locked")):
                 if "/tree/" in path:
                     tree = [
                         {"type": "file", "path": name, "size": len(body), "oid": "0"} for name, body in files.items()
                     ]
-                    self._answer(200, json.dumps(tree).encode(), Content_Type="application/json")
+                    self.answer(200, json.dumps(tree).encode(), Content_Type="application/json")
                     return
                 listed = {"id": "org/open", "sha": COMMIT, "siblings": [{"rfilename": name} for name in files]}
-                self._answer(200, json.dumps(listed).encode(), Content_Type="application/json")
+                self.answer(200, json.dumps(listed).encode(), Content_Type="application/json")
             elif "/resolve/" in path and path.rpartition("/")[2] in files:
                 body = files[path.rpartition("/")[2]]
-                self._answer(200, body, ETag=f'"{hashlib.sha256(body).hexdigest()}"', X_Repo_Commit=COMMIT)
+                self.answer(200, body, ETag=f'"{hashlib.sha256(body).hexdigest()}"', X_Repo_Commit=COMMIT)
             else:
-                self._answer(404, b"{}", X_Error_Code="RepoNotFound", X_Error_Message="no such model")
+                self.answer(404, b"{}", X_Error_Code="RepoNotFound", X_Error_Message="no such model")
 
         do_HEAD = do_GET
-
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
 
     def run(model: str, **environment: str) -> str:
         code = (
@@ -75,7 +60,7 @@ def locate(model_folder: Callable[[str], Path], tmp_path: Path) -> Iterator[Loca
             **kept,
             "PYTHONPATH": os.pathsep.join([str(Path(finetui.__file__).parents[1]), *sys.path]),
             "HF_HOME": str(tmp_path / "hf"),
-            "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}",
+            "HF_ENDPOINT": endpoint,
             **environment,
         }
         done = subprocess.run(
@@ -84,8 +69,8 @@ def locate(model_folder: Callable[[str], Path], tmp_path: Path) -> Iterator[Loca
         assert done.returncode == 0, done.stderr
         return done.stdout.strip()
 
-    yield run
-    server.shutdown()
+    with serving(Hub) as endpoint:
+        yield run
 
 
 @pytest.mark.slow
