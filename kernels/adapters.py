@@ -17,14 +17,17 @@ from .fp8 import FP8, fp8_state
 from .lora_linear import Part, lora_linear
 from .nf4 import NF4, nf4_state
 
-_ATTRIBUTES = ("lora_A", "lora_B", "lora_dropout", "base_layer", "scaling", "active_adapters")
+_CHILDREN = {"lora_B", "lora_dropout", "base_layer"}
 
 
 def looks_like_lora(module: nn.Module) -> bool:
     """A linear layer inside, and adapters by name beside it."""
-    if not all(hasattr(module, name) for name in _ATTRIBUTES) or not hasattr(module.base_layer, "in_features"):
+    children = module._modules
+    # AdaLoRA's are bare parameters, with a third factor between.
+    if not isinstance(children.get("lora_A"), nn.ModuleDict) or not children.keys() >= _CHILDREN:
         return False
-    return isinstance(module.lora_A, nn.ModuleDict)  # AdaLoRA's are bare parameters, with a third factor between
+    named = hasattr(module, "scaling") and hasattr(module, "active_adapters")
+    return named and hasattr(children["base_layer"], "in_features")
 
 
 def obstacle(module: Any) -> str:
@@ -54,41 +57,51 @@ def obstacle(module: Any) -> str:
 
 
 def part(module: Any, x_dtype: torch.dtype, device: torch.device) -> Part | str:
-    """The layer as it stands now, for an input of that dtype and place; or why PEFT has to run it."""
-    active = module.active_adapters
+    """The layer as it stands now, for an input of that dtype and place; or why PEFT has to run it.
+
+    Children are looked up where they are kept: a model's layers are read like this in every step, and the walk of
+    ``nn.Module.__getattr__`` takes longer than all else here.
+    """
+    active, children = module.active_adapters, module._modules
     if module.disable_adapters or module.merged:
         return "its adapters are switched off or merged"
-    if len(active) != 1 or active[0] not in module.lora_A:
+    if len(active) != 1 or active[0] not in children["lora_A"]._modules:
         return f"{len(active)} adapters are active"
-    name, base = active[0], module.base_layer
-    a, b, bias = module.lora_A[name].weight, module.lora_B[name].weight, base.bias
+    name, base = active[0], children["base_layer"]
+    outer, inner = children["lora_B"]._modules[name], children["lora_A"]._modules[name]
+    a, b, stored, bias = _own(inner, "weight"), _own(outer, "weight"), _own(base, "weight"), _own(base, "bias")
     if name in getattr(module, "lora_variant", {}):
         return "its adapter is of another kind than plain LoRA"
-    if hooked(base, module.lora_A[name], module.lora_B[name]):
+    if hooked(base, inner, outer):
         return "something listens to its parts"
-    if base.weight.requires_grad or (bias is not None and bias.requires_grad):
+    if stored.requires_grad or (bias is not None and bias.requires_grad):
         return "its base layer is trained"
-    if getattr(module.lora_dropout[name], "p", 0.0) > 0 and module.training:
+    if getattr(children["lora_dropout"]._modules[name], "p", 0.0) > 0 and module.training:
         return "its adapter has dropout"
     autocast = torch.is_autocast_enabled(device.type)
     dtype = torch.get_autocast_dtype(device.type) if autocast else x_dtype
     if not autocast and not (a.dtype == b.dtype == dtype):
         return f"its adapter is {a.dtype}, its input {x_dtype}, and autocast is off"
-    weight: torch.Tensor | NF4 | FP8 = base.weight
-    if getattr(base.weight, "quant_state", None) is not None:
+    weight: torch.Tensor | NF4 | FP8 = stored
+    if getattr(stored, "quant_state", None) is not None:
         if x_dtype != dtype or getattr(base, "compute_dtype", None) not in (None, dtype):
             return f"its input is {x_dtype}, and its NF4 weight computes in {getattr(base, 'compute_dtype', None)}"
-        state = nf4_state(base.weight)
+        state = nf4_state(stored)
         if isinstance(state, str):
             return state
         weight = state
     elif (packed := fp8_state(base)) is not None:
         weight = packed
-    elif not autocast and base.weight.dtype != dtype:
-        return f"its weight is {base.weight.dtype}, its input {x_dtype}, and autocast is off"
+    elif not autocast and stored.dtype != dtype:
+        return f"its weight is {stored.dtype}, its input {x_dtype}, and autocast is off"
     if device != a.device:
         return "its adapter is on another device than its input"
     return Part(weight, a, b, float(module.scaling[name]), bias)
+
+
+def _own(module: nn.Module, name: str) -> Any:
+    """A parameter of a module, or what stands for one."""
+    return module._parameters[name] if name in module._parameters else getattr(module, name)
 
 
 def disagreement(module: Any, dtype: torch.dtype) -> str:

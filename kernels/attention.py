@@ -7,6 +7,7 @@ output out of that graph, for the caller to keep, to move or to compute again.
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,9 +35,7 @@ class Documents:
         """The same as a mask, ``[batch, 1, length, length]``, True where a query may look."""
         place = torch.arange(batch * length, dtype=torch.int32, device=self.starts.device)
         document = torch.searchsorted(self.starts, place, right=True).view(batch, length)
-        here = torch.arange(length, device=self.starts.device)
-        back = here[:, None] - here[None, :]
-        near = (back >= 0) & (back < (window or length))
+        near = _near(length, window or length, self.starts.device)
         return (near & (document[:, :, None] == document[:, None, :])).unsqueeze(1)
 
 
@@ -76,6 +75,7 @@ def attend(
     mask: torch.Tensor | None,
     scale: float,
     documents: Documents | None = None,
+    window: int | None = None,
 ) -> tuple[torch.Tensor, Attended]:
     """Attention of ``[batch, heads, tokens, dim]``; fewer key than query heads share them.
 
@@ -83,6 +83,8 @@ def attend(
         mask: as the stock operation takes it, True where a query may look; None is plain causal attention.
         scale: of the products of queries and keys.
         documents: causal attention within each of these, in place of ``mask``.
+        window: within documents, how many positions a query sees, its own and those before; None if all. A mask says
+            so itself.
 
     Returns:
         The output ``[batch, heads, tokens, dim]``, and what :func:`gradients` needs.
@@ -105,7 +107,7 @@ def attend(
         queries, keys, values = leaves
         with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
             if documents is not None:
-                out = _within(documents, queries, keys, values, scale)
+                out = _within(documents, queries, keys, values, scale, window)
             else:
                 out = _over_rows(queries, keys, values, mask, scale)
     heads = (q, k, v, out)
@@ -135,20 +137,31 @@ def takes_documents(x: torch.Tensor, head_dim: int) -> bool:
     return not x.is_cuda or (x.dtype in (torch.bfloat16, torch.float16) and head_dim <= 256 and head_dim % 8 == 0)
 
 
-def _within(documents: Documents, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
+def _within(
+    documents: Documents, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, window: int | None
+) -> torch.Tensor:
     """All rows end to end: flash attention's own way of taking sequences of many lengths, shared heads included."""
     batch, heads, length, dim = q.shape
     q, k, v = (_end_to_end(t) for t in (q, k, v))
     if q.is_cuda:
         out = torch.ops.aten._flash_attention_forward(
             q, k, v, documents.starts, documents.starts, documents.longest, documents.longest, 0.0, True, False,
-            scale=scale,
+            scale=scale, window_size_left=None if window is None else window - 1,
         )[0]  # fmt: skip
     else:
         lengths = [n for n in documents.starts.diff().tolist() if n]
         pieces = zip(*(t.transpose(0, 1).unsqueeze(0).split(lengths, dim=2) for t in (q, k, v)), strict=True)
-        out = torch.cat([_over_rows(a, b, c, None, scale) for a, b, c in pieces], dim=2)[0].transpose(0, 1)
+        masks = [None if window is None else _near(n, window, q.device) for n in lengths]
+        made = [_over_rows(a, b, c, mask, scale) for (a, b, c), mask in zip(pieces, masks, strict=True)]
+        out = torch.cat(made, dim=2)[0].transpose(0, 1)
     return out.reshape(batch, length, heads, dim).transpose(1, 2)
+
+
+def _near(length: int, window: int, device: torch.device) -> torch.Tensor:
+    """``[length, length]``, True where a query sees a position: its own and those before it."""
+    here = torch.arange(length, device=device)
+    back = here[:, None] - here[None, :]
+    return (back >= 0) & (back < window)
 
 
 def gradients(
@@ -171,10 +184,14 @@ def _is_view(tensor: torch.Tensor, head: torch.Tensor) -> bool:
 
     A step along a dimension of one element is never taken, and what it would be differs from view to view.
     """
-    if (tensor.data_ptr(), tensor.numel(), tensor.dtype) != (head.data_ptr(), head.numel(), head.dtype):
+    if (_address(tensor), tensor.numel(), tensor.dtype) != (_address(head), head.numel(), head.dtype):
         return False
     if tensor.dim() == 3 and head.dim() == 4:
         head = _end_to_end(head)  # a copy, if it can't be a view; its memory is another then
-    same = tensor.shape == head.shape and tensor.data_ptr() == head.data_ptr()
+    same = tensor.shape == head.shape and _address(tensor) == _address(head)
     steps = zip(tensor.shape, tensor.stride(), head.stride(), strict=False)
     return same and all(size == 1 or mine == other for size, mine, other in steps)
+
+
+def _address(tensor: torch.Tensor) -> Hashable:
+    return tensor.data_ptr()

@@ -1,14 +1,16 @@
-"""A whole decoder layer (Llama, Mistral, Qwen 2 and 3) as one autograd function, with a choice of what it keeps.
+"""A whole decoder layer as one autograd function, with a choice of what it keeps for its backward pass.
 
-    n₁ = norm(x)        q, k, v = n₁·W_qkv      q, k = rope(norm(q), norm(k))      (the inner norms are Qwen 3's)
-    o  = attention(q, k, v)                     s = x + o·W_o
-    n₂ = norm(s)        h = f(n₂·W_gate) · (n₂·W_up)                               y = s + h·W_down
+    n₁ = norm(x)        q, k, v = n₁·W_qkv      q, k = rope(norm(q), norm(k))
+    o  = attention(q, k, v)·W_o                                                 s = x + m·norm(o)
+    n₂ = norm(s)        u  = (f(n₂·W_gate) · (n₂·W_up))·W_down                  y = s + m·norm(u)
 
-Every W is frozen, frozen with a LoRA adapter, or trained, with its bias; so may the norms' weights be. The backward
-pass makes the gradients of x and of what is trained, and of nothing else. It is written by hand for three reasons: what
-an elementwise step can make again from its inputs is never kept, and every input of a trained W is such a thing or kept
-anyway; what has been used is overwritten; and the layer's output is not needed for its gradients, so the down
-projection, a quarter of the layer's arithmetic, is never computed twice, as checkpointing a layer as a black box does.
+A family has some of these norms: Llama, Mistral and Qwen 2 those of n₁ and n₂, Qwen 3 those of queries and keys too,
+Gemma 3 all six, OLMo 2 and EXAONE 4 all but n₁ and n₂. Every W is frozen, frozen with a LoRA adapter, or trained, with
+its bias; so may the norms' weights be. The backward pass makes the gradients of x and of what is trained, and of
+nothing else. It is written by hand for three reasons: what an elementwise step can make again from its inputs is never
+kept, and every input of a trained W is such a thing or kept anyway; what has been used is overwritten; and where no
+norm stands after the MLP, the layer's output is not needed for its gradients, so the down projection, a quarter of the
+layer's arithmetic, is never computed twice, as checkpointing a layer as a black box does.
 
 What is kept between the passes, in bytes per token for 16-bit values (H hidden, I MLP width, Q and K the widths of
 queries and of keys; besides, 2 per rank of each group of adapters and 4 per head):
@@ -21,6 +23,10 @@ inputs+attention      4 H + 2 Q                     the projections to q, k, v, 
 all-but-elementwise   4 H + 4 Q + 4 K + 4 I         norms, rotary embedding, activation
 ====================  ============================  =====================================================
 
+A norm after attention needs o for its gradient; o is kept in place of s, which is x and the normed o in one elementwise
+step, so it costs nothing. One after the MLP needs u: 2 H more under ``all-but-elementwise``, and under the others the
+down projection too is computed again, since u would double what ``inputs`` keeps.
+
 Nobody looks at what the last layer makes of a position without a label: what comes after its attention is computed for
 the others alone (:class:`Needed`).
 """
@@ -28,14 +34,14 @@ the others alone (:class:`Needed`).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
+from functools import cached_property
 from typing import Any, Literal, get_args
 
 import torch
 from torch.autograd.function import once_differentiable
 
-from . import attention, decoder_mlp, glu, offload, rms_norm, rope
-from .decoder_mlp import Norm, normed
+from . import attention, decoder_mlp, glu, heads, offload, rope
 from .launch import as_rows
 from .projection import (
     Group,
@@ -47,6 +53,7 @@ from .projection import (
     shrink,
     shrink_gradients,
 )
+from .residual import Join, Joined, Norm, join, join_again, join_gradient, normed, normed_gradient
 
 #: What a layer keeps for its backward pass, least first.
 Policy = Literal["inputs", "inputs+attention", "all-but-elementwise"]
@@ -74,53 +81,93 @@ class Keeping:
 
 
 @dataclass(frozen=True)
+class Norms:
+    """A layer's norms by where they stand; None where there is none. Those of queries and keys are both or none."""
+
+    before_attention: Norm | None = None
+    after_attention: Norm | None = None
+    before_mlp: Norm | None = None
+    after_mlp: Norm | None = None
+    queries: Norm | None = None
+    keys: Norm | None = None
+
+    @cached_property
+    def there(self) -> dict[str, Norm]:
+        """Those that there are, by their places."""
+        all_of_them = ((item.name, getattr(self, item.name)) for item in fields(self))
+        return {place: norm for place, norm in all_of_them if norm is not None}
+
+
+@dataclass(frozen=True)
 class Layer:
     """One decoder layer, but for its adapters.
 
     Args:
-        projections: q, k, v, o, gate, up and down.
+        qkv: three projections, or one for all three; gate_up: two, or one.
         scale: of the products of queries and keys.
+        layout: of the rotary embedding; None without one.
         dtype: of its products; hidden states may be wider.
-        q_norm, k_norm: over each head, or None; both or none.
+        residual: what is added to the hidden states is multiplied by it.
+        rotates_first: queries and keys are normed after the rotary embedding.
+        window: of attention within documents; see :func:`.attention.attend`.
         policy: what is kept for the backward pass.
         parks: what is kept of ``inputs+attention`` waits in host memory; see :mod:`.offload`.
         fuses: as in :class:`.decoder_mlp.MLP`.
     """
 
-    norm1: Norm
-    norm2: Norm
-    projections: tuple[Projection, ...]
+    norms: Norms
+    qkv: tuple[Projection, ...]
+    o: Projection
+    gate_up: tuple[Projection, ...]
+    down: Projection
     head_dim: int
     scale: float
     activation: glu.Activation
-    layout: rope.Layout
+    layout: rope.Layout | None
     dtype: torch.dtype
-    q_norm: Norm | None = None
-    k_norm: Norm | None = None
+    residual: float = 1.0
+    rotates_first: bool = False
+    window: int | None = None
     policy: Policy = "inputs+attention"
     parks: bool = False
     fuses: bool = True
 
     @property
-    def mlp(self) -> decoder_mlp.MLP:
-        return decoder_mlp.MLP(self.norm2, self.activation, self.dtype, self.fuses)
+    def groups(self) -> tuple[tuple[Projection, ...], ...]:
+        """The projections by their inputs."""
+        return self.qkv, (self.o,), self.gate_up, (self.down,)
 
-    @property
-    def norms(self) -> tuple[Norm, ...]:
-        """That of the input, of the sum after attention, and those of queries and keys."""
-        inner = () if self.q_norm is None or self.k_norm is None else (self.q_norm, self.k_norm)
-        return (self.norm1, self.norm2, *inner)
+    @cached_property
+    def projections(self) -> tuple[Projection, ...]:
+        return (*self.qkv, self.o, *self.gate_up, self.down)
+
+    @cached_property
+    def turn(self) -> heads.Turn:
+        norms, width = self.norms, self.o.in_features
+        return heads.Turn(self.head_dim, width, self.layout, norms.queries, norms.keys, self.rotates_first)
+
+    @cached_property
+    def join(self) -> Join:
+        """How attention joins the hidden states."""
+        return Join(self.norms.after_attention, self.residual)
+
+    @cached_property
+    def mlp(self) -> decoder_mlp.MLP:
+        after = Join(self.norms.after_mlp, self.residual)
+        return decoder_mlp.MLP(self.norms.before_mlp, after, self.activation, self.dtype, self.fuses)
 
     def filled(self, trained: Sequence[torch.Tensor]) -> Layer:
         """The same with other tensors where it is trained itself; ``trained`` as :func:`decoder_layer` takes it."""
         left = iter(trained)
-        norms = [replace(norm, weight=next(left)) if norm.trained else norm for norm in self.norms]
-        parts = []
-        for part in self.projections:
+        own = self.norms.there.items()
+        norms = {place: replace(norm, weight=next(left)) for place, norm in own if norm.trained}
+
+        def fill(part: Projection) -> Projection:
             mine = [next(left) for _ in range(part.tensors)]
-            parts.append(replace(part, weight=mine[0], bias=mine[1] if mine[1:] else None) if part.trained else part)
-        q_norm, k_norm = norms[2:] or (None, None)
-        return replace(self, norm1=norms[0], norm2=norms[1], projections=tuple(parts), q_norm=q_norm, k_norm=k_norm)
+            return replace(part, weight=mine[0], bias=mine[1] if mine[1:] else None) if part.trained else part
+
+        qkv, (o,), gate_up, (down,) = (tuple(fill(part) for part in group) for group in self.groups)
+        return replace(self, norms=replace(self.norms, **norms), qkv=qkv, o=o, gate_up=gate_up, down=down)
 
 
 @dataclass(frozen=True)
@@ -160,8 +207,9 @@ def decoder_layer(
         tables: cosines and sines, ``[batch or 1, tokens, rotary]``.
         mask: None for plain causal attention, else as the stock operation takes it.
         documents: sequences that share rows; attention stays within each, and the mask is not used.
-        trained: the weights of the norms that are trained; then, projection by projection, A ``[rank, in]`` and B
-            ``[out, rank]`` of its adapter, or its own weight and bias if it is trained itself.
+        trained: the weights of the norms that are trained, in the order of :class:`Norms`; then, projection by
+            projection, A ``[rank, in]`` and B ``[out, rank]`` of its adapter, or its own weight and bias if it is
+            trained itself.
         needed: rows of the output that are looked at; all others are zero, and their gradients are not.
 
     Its backward writes over what it kept, so it runs once per forward. Gradients of trained weights may be added to
@@ -173,7 +221,10 @@ def decoder_layer(
 
 @dataclass
 class _Kept:
-    """What waits for the backward pass; None is made again. Rows are ``[tokens, columns]``."""
+    """What waits for the backward pass; None is made again. Rows are ``[tokens, columns]``.
+
+    ``out`` is attention's, ``[batch, tokens, heads, dim]``. One of ``s`` and ``o`` is None.
+    """
 
     x: torch.Tensor | None
     groups: tuple[Group, Group, Group, Group]
@@ -181,45 +232,24 @@ class _Kept:
     attended: attention.Attended | None = None
     out: torch.Tensor | None = None
     s: torch.Tensor | None = None
+    o: torch.Tensor | None = None
     projected: list[torch.Tensor] | None = None
     mlp: decoder_mlp.Kept | None = None
-    parked: list[offload.Parked] = field(default_factory=list)
+    parked: list[tuple[tuple[str, ...], offload.Parked]] = field(default_factory=list)
 
     def park(self) -> None:
-        """Send x and the attention's output to the host, and s by itself: it is needed back first, and alone."""
-        assert self.x is not None
-        assert self.out is not None
-        assert self.s is not None
-        self.parked = [offload.park([self.x, self.out.transpose(1, 2)]), offload.park([self.s])]
-        self.x = self.out = self.s = None
+        """Send what is kept to the host: last, and by itself, what the MLP's backward needs, which comes first."""
+        for names in (("x", "out"), ("s",)) if self.o is None else (("out",), ("x", "o")):
+            self.parked.append((names, offload.park([getattr(self, name) for name in names])))
+            for name in names:
+                setattr(self, name, None)
 
-    def unpark_sum(self) -> None:
-        """Have s back; x and the attention's output are on their way then."""
+    def unpark(self) -> None:
+        """Have back what was sent last; what was sent before is on its way then."""
         if self.parked:
-            (self.s,) = self.parked.pop().take()
-
-    def unpark(self) -> torch.Tensor:
-        """Have these back; returns x."""
-        if self.parked:
-            self.x, out = self.parked.pop().take()
-            self.out = out.transpose(1, 2)
-        assert self.x is not None
-        return self.x
-
-
-@dataclass
-class _Heads:
-    """Queries, keys and values ``[batch, heads, tokens, dim]`` as attention takes them.
-
-    ``projected`` is what they were made of, as rows: normed queries and keys are new tensors, others the same ones
-    rotated in place.
-    """
-
-    q: torch.Tensor
-    k: torch.Tensor
-    v: torch.Tensor
-    projected: list[torch.Tensor]
-    rstd: list[torch.Tensor]
+            names, parcel = self.parked.pop()
+            for name, tensor in zip(names, parcel.take(), strict=True):
+                setattr(self, name, tensor)
 
 
 class _DecoderLayer(torch.autograd.Function):
@@ -228,30 +258,30 @@ class _DecoderLayer(torch.autograd.Function):
         ctx: Any, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, mask: torch.Tensor | None,
         documents: attention.Documents | None, needed: Needed | None, layer: Layer, *trained: torch.Tensor,
     ) -> torch.Tensor:  # fmt: skip
-        batch = x.shape[0]
         rows = as_rows(x)
         groups = _groups(layer, _adapters(layer, trained), x.device)
         qkv, only_o, mlp, only_down = groups
         kept = _Kept(rows, groups)
 
-        n1, _ = normed(rows, layer.norm1, layer.dtype)
+        n1, _ = normed(rows, layer.norms.before_attention, layer.dtype)
         xa = shrink(n1, qkv)
-        heads = _heads(project(n1, xa, qkv), layer, cos, sin, batch, rotated=False)
+        made = heads.forward(project(n1, xa, qkv), layer.turn, cos, sin, x.shape[0])
         del n1
-        out, attended = attention.attend(heads.q, heads.k, heads.v, mask, layer.scale, documents)
-        o = _needed(_head_rows(out), needed)
-        oa = shrink(o, only_o)
-        (s,) = project(o, oa, only_o, add=_needed(rows, needed))
+        out, attended = attention.attend(made.q, made.k, made.v, mask, layer.scale, documents, layer.window)
+        narrow = _needed(heads.as_rows(out), needed)
+        oa = shrink(narrow, only_o)
+        s, o, _ = join(_needed(rows, needed), narrow, oa, only_o, layer.join)
         if layer.policy != "inputs":
-            kept.attended, kept.out, kept.s = attended, out, s
+            kept.attended, kept.out = attended, out.transpose(1, 2)
+            kept.s, kept.o = (s, None) if o is None else (None, o)
         if layer.policy == "all-but-elementwise":
-            kept.projected = heads.projected
+            kept.projected = made.projected
+        y = torch.empty_like(s) if kept.s is s else s
         if layer.parks:
             kept.park()  # beside the MLP, which is long enough
-        del heads, attended, out, o
+        del made, attended, out, narrow, o
 
         keeps_all = layer.policy == "all-but-elementwise"
-        y = s if layer.policy == "inputs" else torch.empty_like(s)
         kept.mlp = decoder_mlp.forward(s, y, layer.mlp, mlp, only_down, keep=keeps_all)
         kept.small = (xa, oa)
         if needed is not None:
@@ -270,68 +300,78 @@ class _DecoderLayer(torch.autograd.Function):
         if any(tensor._version != version for _, tensor, version in ctx.trained):
             raise RuntimeError("a weight of a fused layer was changed between its forward and its backward")
         layer, needed, shape = ctx.layer, ctx.needed, dy.shape
-        kept.unpark_sum()
+        norms, turn, total = layer.norms, layer.turn, shape[0] * shape[1]
+        kept.unpark()
         cos, sin, mask = ctx.saved_tensors
         qkv, only_o, mlp, only_down = kept.groups
         xa, oa = kept.small
 
-        n1 = heads = None
+        n1 = made = None
         if layer.policy == "inputs":
-            x = kept.unpark()
-            n1, rstd1 = normed(x, layer.norm1, layer.dtype)
-            heads = _heads(project(n1, xa, qkv), layer, cos, sin, shape[0], rotated=False)
-            kept.out, kept.attended = attention.attend(heads.q, heads.k, heads.v, mask, layer.scale, ctx.documents)
-            (kept.s,) = project(_needed(_head_rows(kept.out), needed), oa, only_o, add=_needed(x, needed))
-        assert kept.mlp is not None
-        assert kept.s is not None
+            n1, rstd1 = normed(kept.x, norms.before_attention, layer.dtype)
+            made = heads.forward(project(n1, xa, qkv), turn, cos, sin, shape[0])
+            seen = (layer.scale, ctx.documents, layer.window)
+            out, kept.attended = attention.attend(made.q, made.k, made.v, mask, *seen)
+            narrow, kept.out = _needed(heads.as_rows(out), needed), out.transpose(1, 2)
+            s, o, rstd_o = join(_needed(kept.x, needed), narrow, oa, only_o, layer.join)
+            del out, narrow
+        elif kept.o is not None:
+            s, o, rstd_o = join_again(_needed(kept.x, needed), kept.o, layer.join)
+        else:
+            s, o, rstd_o = Joined(kept.s)
+        kept.s = kept.o = None
         dy = as_rows(dy) if needed is None else needed.of(as_rows(dy), gradient=True)
-        ds, mlp_pairs, dnorm2 = decoder_mlp.backward(dy, kept.s, kept.mlp, layer.mlp, mlp, only_down)
-        kept.s = kept.mlp = None
-        x = kept.unpark()
+        kept_mlp, kept.mlp = kept.mlp, None
+        ds, mlp_pairs, dnorms_mlp = decoder_mlp.backward(dy, s, kept_mlp, layer.mlp, mlp, only_down)
+        del s, kept_mlp
+        kept.unpark()
+        x, out = kept.x, kept.out.transpose(1, 2)
 
-        weights = dense([part.weight for part in layer.projections[:4]], layer.dtype)
-        assert kept.out is not None
-        d = ds.to(layer.dtype)
-        doa, o_bs = expand_gradients([d], oa, only_o)
-        o_as = shrink_gradients(doa, _needed(_head_rows(kept.out), needed), only_o, [d])
-        do = input_gradient([d], doa, only_o, weights[3:])
-        del d
+        weights = dense([part.weight for part in (*layer.qkv, layer.o)], layer.dtype)
+        do, dafter = join_gradient(ds, o, rstd_o, layer.join, layer.dtype)
+        del o
+        doa, o_bs = expand_gradients([do], oa, only_o)
+        o_as = shrink_gradients(doa, _needed(heads.as_rows(out), needed), only_o, [do])
+        dout = input_gradient([do], doa, only_o, weights[-1:])
+        del do
         if needed is not None:
-            do, ds = needed.among(do, x.shape[0]), needed.among(ds, x.shape[0])
-        if n1 is None or heads is None:
-            n1, rstd1 = normed(x, layer.norm1, layer.dtype)
-            projected = kept.projected or project(n1, xa, qkv, weights[:3])
-            heads = _heads(projected, layer, cos, sin, shape[0], rotated=kept.projected is not None)
+            dout, ds = needed.among(dout, total), needed.among(ds, total)
+        if n1 is None or made is None:
+            n1, rstd1 = normed(x, norms.before_attention, layer.dtype)
+            projected = kept.projected or project(n1, xa, qkv, weights[:-1])
+            made = heads.forward(projected, turn, cos, sin, shape[0], rotated=kept.projected is not None)
             kept.projected = None
+            del projected
             if layer.parks:
                 n1 = None  # made a third time sooner than held through the attention's gradients, the crest of a step
-        do = do.view(*shape[:2], -1, layer.head_dim).transpose(1, 2)
-        dheads = attention.gradients(kept.attended, heads.q, heads.k, heads.v, kept.out, do)
-        del do
+        dout = dout.view(*shape[:2], -1, layer.head_dim).transpose(1, 2)
+        dheads = attention.gradients(kept.attended, made.q, made.k, made.v, out, dout)
         kept.out = kept.attended = None
-        dys, inner_norms = _heads_backward(dheads, heads, layer, cos, sin)
-        del heads, dheads
+        del dout, out
+        dys, dnorms_inner = heads.backward(dheads, made, turn, cos, sin)
+        del made, dheads
         if n1 is None:
-            n1, rstd1 = normed(x, layer.norm1, layer.dtype)
+            n1, rstd1 = normed(x, norms.before_attention, layer.dtype)
         dxa, bs = expand_gradients(dys, xa, qkv)
         as_ = shrink_gradients(dxa, n1, qkv, dys)
-        dx = dnorm1 = None
-        if ctx.needs_input_grad[0] or layer.norm1.trained:
-            dn1, norm = input_gradient(dys, dxa, qkv, weights[:3], out=n1), layer.norm1
-            dx, dnorm1 = rms_norm.backward(dn1, ds, x, norm.weight, rstd1, norm.form, weight_grad=norm.trained)
+        dx = dbefore = None
+        if ctx.needs_input_grad[0] or (norms.before_attention is not None and norms.before_attention.trained):
+            dn1 = input_gradient(dys, dxa, qkv, weights[:-1], out=None if n1 is x else n1)
+            dx, dbefore = normed_gradient(dn1, ds, x, norms.before_attention, rstd1)
             dx = dx.view(shape)
+        dnorms = dict(zip(("before_mlp", "after_mlp", "queries", "keys"), (*dnorms_mlp, *dnorms_inner), strict=False))
+        dnorms |= {"before_attention": dbefore, "after_attention": dafter}
+        flat = [dnorms[place] for place, norm in norms.there.items() if norm.trained]
         pairs = [*zip(as_, bs, strict=True), *zip(o_as, o_bs, strict=True), *mlp_pairs]
-        norms = zip(layer.norms, [dnorm1, dnorm2, *inner_norms], strict=True)
-        flat = [gradient for norm, gradient in norms if norm.trained]
         for part, pair in zip(layer.projections, pairs, strict=True):
             flat += pair[: part.tensors]
-        made = zip(flat, ctx.trained, strict=True)
-        return dx, None, None, None, None, None, None, *(g if g is None else g.to(dtype) for g, (dtype, *_) in made)
+        made_in = zip(flat, ctx.trained, strict=True)
+        return dx, None, None, None, None, None, None, *(g if g is None else g.to(dtype) for g, (dtype, *_) in made_in)
 
 
 def _adapters(layer: Layer, trained: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     """A and B of each adapter, out of all that is trained."""
-    start = sum(norm.trained for norm in layer.norms)
+    start = sum(norm.trained for norm in layer.norms.there.values())
     found: list[torch.Tensor] = []
     for part in layer.projections:
         found += trained[start : start + 2] if part.rank else ()
@@ -347,60 +387,16 @@ def _needed(rows: torch.Tensor, needed: Needed | None) -> torch.Tensor:
 
 def _groups(layer: Layer, adapters: Sequence[torch.Tensor], device: torch.device) -> tuple[Group, Group, Group, Group]:
     """The adapters in the dtype of products: copied in one launch, those of a group stacked."""
-    parts = layer.projections
-    order = [tensor.detach() for tensor in (*adapters[::2], *adapters[1::2])]
-    sizes = [tensor.numel() for tensor in order]
-    flat = torch.empty(sum(sizes), dtype=layer.dtype, device=device)
-    copies = [piece.view(t.shape) for piece, t in zip(flat.split(sizes), order, strict=True)] if order else []
+    order = [*adapters[::2], *adapters[1::2]]
+    flat = torch.empty(sum(tensor.numel() for tensor in order), dtype=layer.dtype, device=device)
+    copies = torch._utils._unflatten_dense_tensors(flat, order) if order else ()
     if order:
         torch._foreach_copy_(copies, order)
     bs = iter(copies[len(order) // 2 :])
     start, groups = 0, []
-    for members in (parts[:3], parts[3:4], parts[4:6], parts[6:]):
+    for members in layer.groups:
         rank, width = sum(part.rank for part in members), members[0].in_features
-        stacked = flat[start : start + rank * width].view(rank, width) if rank else None
+        stacked = flat.as_strided((rank, width), (width, 1), start) if rank else None
         start += rank * width
         groups.append(Group(members, stacked, tuple(next(bs) if part.rank else None for part in members)))
     return groups[0], groups[1], groups[2], groups[3]
-
-
-def _heads(
-    projected: list[torch.Tensor], layer: Layer, cos: torch.Tensor, sin: torch.Tensor, batch: int, *, rotated: bool
-) -> _Heads:
-    """Queries and keys normed, where the layer does, and turned; ``rotated`` says that plain ones are already."""
-    q, k, v = (t.view(batch, -1, t.shape[1] // layer.head_dim, layer.head_dim) for t in projected)
-    rstd: list[torch.Tensor] = []
-    if layer.q_norm is not None and layer.k_norm is not None:
-        q, _, q_rstd = rms_norm.forward(q, layer.q_norm.weight, layer.q_norm.eps, layer.q_norm.form, dtype=q.dtype)
-        k, _, k_rstd = rms_norm.forward(k, layer.k_norm.weight, layer.k_norm.eps, layer.k_norm.form, dtype=k.dtype)
-        rstd, rotated = [q_rstd, k_rstd], False
-    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-    if not rotated:
-        rope.rotate(q, k, cos, sin, layer.layout, out=(q, k))
-    return _Heads(q, k, v, projected, rstd)
-
-
-def _heads_backward(
-    dheads: tuple[torch.Tensor, ...], heads: _Heads, layer: Layer, cos: torch.Tensor, sin: torch.Tensor
-) -> tuple[list[torch.Tensor], list[torch.Tensor | None]]:
-    """The gradients of what was projected, as rows, and of the weights of the inner norms."""
-    dq, dk = rope.rotate(dheads[0], dheads[1], cos, sin, layer.layout, backward=True)
-    rows = [_head_rows(t) for t in (dq, dk, dheads[2])]
-    dnorms: list[torch.Tensor | None] = []
-    if layer.q_norm is not None and layer.k_norm is not None:
-        for place, norm in enumerate((layer.q_norm, layer.k_norm)):
-            x = heads.projected[place]
-            narrow = (-1, layer.head_dim)
-            d, dnorm = rms_norm.backward(
-                rows[place].view(narrow), None, x.view(narrow), norm.weight, heads.rstd[place], norm.form,
-                weight_grad=norm.trained,
-            )  # fmt: skip
-            rows[place] = d.view(x.shape)
-            dnorms.append(dnorm)
-    return rows, dnorms
-
-
-def _head_rows(t: torch.Tensor) -> torch.Tensor:
-    """``[batch, heads, tokens, dim]`` as ``[batch · tokens, heads · dim]``; a view in the order attention works in."""
-    t = t.transpose(1, 2)
-    return t.reshape(t.shape[0] * t.shape[1], -1)

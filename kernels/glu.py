@@ -24,7 +24,7 @@ import triton
 import triton.language as tl
 from torch.autograd.function import once_differentiable
 
-from .launch import as_rows, on
+from .launch import as_rows, cdiv, launch
 
 Activation = Literal["silu", "gelu-tanh", "gelu-erf"]
 ACTIVATIONS: tuple[Activation, ...] = get_args(Activation)
@@ -90,12 +90,16 @@ def _backward(
         tl.store(h_ptr + row * h_stride + column, (value * up).to(h_ptr.dtype.element_ty), mask=inside)
 
 
-def _grid(tensors: list[torch.Tensor]) -> tuple[list[torch.Tensor], int, int]:
-    """The tensors as rows, or all as one long row if nothing but contiguous memory is involved; columns; programs."""
-    if all(tensor.is_contiguous() for tensor in tensors):
-        tensors = [tensor.view(1, -1) for tensor in tensors]
+def _launch(kernel: Any, tensors: list[torch.Tensor], constants: tuple[Any, ...]) -> None:
+    """On tensors as rows, or on all as one long row if nothing but contiguous memory is involved."""
     rows, columns = tensors[0].shape
-    return tensors, columns, rows * triton.cdiv(columns, _BLOCK)
+    if all(tensor.is_contiguous() for tensor in tensors):
+        rows, columns = 1, rows * columns
+        strides = (columns,) * len(tensors)
+    else:
+        strides = tuple(tensor.stride(0) for tensor in tensors)
+    blocks = cdiv(columns, _BLOCK)
+    launch(kernel, (rows * blocks,), tuple(tensors), (columns, blocks, *strides), (*constants, _BLOCK), num_warps=4)
 
 
 def forward(gate: torch.Tensor, up: torch.Tensor, activation: Activation) -> torch.Tensor:
@@ -104,12 +108,7 @@ def forward(gate: torch.Tensor, up: torch.Tensor, activation: Activation) -> tor
         raise ValueError("gate and up differ in shape or dtype")
     h = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
     if h.numel():
-        (g, u, out), columns, programs = _grid([as_rows(gate), as_rows(up), as_rows(h)])
-        with on(gate):
-            _forward[(programs,)](
-                g, u, out, columns, triton.cdiv(columns, _BLOCK), g.stride(0), u.stride(0), out.stride(0),
-                ACTIVATION=ACTIVATIONS.index(activation), BLOCK=_BLOCK, num_warps=4,
-            )  # fmt: skip
+        _launch(_forward, [as_rows(gate), as_rows(up), as_rows(h)], (ACTIVATIONS.index(activation),))
     return h
 
 
@@ -126,18 +125,14 @@ def backward(
         return
     with_h = h is not None
     written = (dgate, dup) if h is None else (dgate, dup, h)
-    outputs = [out.view(-1, out.shape[-1]) for out in written]  # a view or an error: a copy would lose the result
+    # A view or an error: a copy would lose the result.
+    outputs = [out if out.dim() == 2 else out.view(-1, out.shape[-1]) for out in written]
     if any(out.stride(-1) != 1 for out in outputs):
         raise ValueError("an output of the backward pass has scattered columns")
     if h is None:
         outputs.append(outputs[-1])
-    (d, g, u, dg, du, out), columns, programs = _grid([as_rows(dh), as_rows(gate), as_rows(up), *outputs])
-    with on(dh):
-        _backward[(programs,)](
-            d, g, u, dg, du, out, columns, triton.cdiv(columns, _BLOCK),
-            d.stride(0), g.stride(0), u.stride(0), dg.stride(0), du.stride(0), out.stride(0),
-            ACTIVATION=ACTIVATIONS.index(activation), WITH_H=with_h, BLOCK=_BLOCK, num_warps=4,
-        )  # fmt: skip
+    rows = [as_rows(dh), as_rows(gate), as_rows(up), *outputs]
+    _launch(_backward, rows, (ACTIVATIONS.index(activation), with_h))
 
 
 class _GLU(torch.autograd.Function):

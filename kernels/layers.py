@@ -1,14 +1,13 @@
 """Decoder layers of a loaded model, known by their parts: what makes one fit :mod:`.decoder_layer`, and its forward.
 
-A layer is taken over if it is norm, attention with rotary embedding, norm and gated MLP around two residual sums,
-whatever of it is trained. That it computes just this is found by running it: our function, the layer's
-own forward and a float64 composition are held against each other before the first layer of a kind is replaced.
+A layer is taken over if it is attention and a gated MLP around two residual sums, with norms before or after either,
+whatever of it is trained. That it computes just this is found by running it: our function, the layer's own forward and
+a float64 composition are held against each other (:mod:`.layerproof`) before the first layer of a kind is replaced.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,33 +18,57 @@ from torch.utils.checkpoint import checkpoint
 from . import adapters, faster, glu, lora_glu, recognise, rotary, selfcheck
 from . import decoder_layer as whole
 from .attention import Documents, takes_documents
-from .decoder_layer import Layer, Norm, Policy
-from .fp8 import FP8, fp8_state
+from .decoder_layer import Layer, Norms, Policy
+from .fp8 import fp8_state
 from .launch import unavailable
-from .nf4 import NF4, nf4_state
+from .nf4 import nf4_state
 from .projection import Projection
-from .rope import LAYOUTS
+from .residual import Norm
+from .rope import LAYOUTS, Layout
 
-_CHILDREN = {"input_layernorm", "self_attn", "post_attention_layernorm", "mlp"}
-_ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+#: The norms that layers have by the names of their parts, and where each stands (:class:`.decoder_layer.Norms`).
+_AROUND: tuple[dict[str, str], ...] = (
+    {"input_layernorm": "before_attention", "post_attention_layernorm": "before_mlp"},
+    {
+        "input_layernorm": "before_attention", "post_attention_layernorm": "after_attention",
+        "pre_feedforward_layernorm": "before_mlp", "post_feedforward_layernorm": "after_mlp",
+    },
+    {
+        "input_layernorm": "before_attention", "post_self_attn_layernorm": "after_attention",
+        "post_attention_layernorm": "before_mlp", "post_mlp_layernorm": "after_mlp",
+    },
+    {"post_attention_layernorm": "after_attention", "post_feedforward_layernorm": "after_mlp"},
+)  # fmt: skip
+_INNER: tuple[dict[str, str], ...] = (
+    {"q_norm": "queries", "k_norm": "keys"}, {"query_layernorm": "queries", "key_layernorm": "keys"},
+)  # fmt: skip
+_QKV = (("q_proj", "k_proj", "v_proj"), ("qkv_proj",))
 #: What a model may hand its layers that does not change what they compute.
 _IGNORED = {"position_ids", "cache_position", "num_items_in_batch", "output_attentions", "use_cache", "past_key_values"}
 
 
 @dataclass(frozen=True)
 class Found:
-    """What a layer is, without its tensors: the MLP's part names, the norms' forms and what its heads do."""
+    """What a layer is, without its tensors.
+
+    Args:
+        mlp: the names of its parts; qkv: the names of attention's.
+        norms: their forms, by where they stand.
+        layout: of the rotary embedding; None if the layer does not use its tables.
+        residual: what is added to the hidden states is multiplied by it.
+        rotates_first: queries and keys are normed after the rotary embedding.
+        last: no layer of the model runs after it.
+    """
 
     mlp: recognise.GatedMLP
-    norms: tuple[recognise.Norm, ...]
-    layout: Any
+    norms: dict[str, recognise.Norm]
+    qkv: tuple[str, ...]
+    layout: Layout | None
     policy: Policy
+    residual: float = 1.0
+    rotates_first: bool = False
     parks: bool = False
     last: bool = False
-
-    @property
-    def inner_norms(self) -> bool:
-        return len(self.norms) == 4
 
 
 def ends_with_ours(backbone: Any, state: str) -> bool:
@@ -67,62 +90,73 @@ def looks_like_layer(module: nn.Module) -> bool:
 
 
 def otherwise_built(module: nn.Module) -> str:
-    """Where a layer has other parts than two norms, attention with four projections and an MLP; empty if nowhere."""
-    children = dict(module.named_children())
-    if further := sorted(children.keys() - _CHILDREN):
-        return f"it has further parts ({', '.join(further)})"
-    if lacking := sorted(_CHILDREN - children.keys()):
-        return f"it has no {', '.join(lacking)}"
-    lacking = [name for name in _ATTENTION if not hasattr(children["self_attn"], name)]
-    return f"its attention has no {', '.join(lacking)}" if lacking else ""
+    """Where a layer has other parts than attention, a gated MLP and norms in known places; empty if nowhere."""
+    if not _around(module):
+        children, usual = set(_children(module)), {"self_attn", "mlp", *_AROUND[0]}
+        if further := sorted(children - usual):
+            return f"it has further parts ({', '.join(further)})"
+        return f"it has no {', '.join(sorted(usual - children))}"
+    own = [name for name, _ in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False))]
+    if own:
+        return f"it has tensors of its own ({', '.join(own)})"
+    attention: Any = module.self_attn
+    if not any(all(hasattr(attention, name) for name in (*names, "o_proj")) for names in _QKV):
+        lacking = [name for name in (*_QKV[0], "o_proj") if not hasattr(attention, name)]
+        return f"its attention has no {', '.join(lacking)}"
+    return ""
 
 
 def kind(module: Any) -> tuple[Any, ...]:
     """Layers of one kind have the same code and the same settings; what holds for one holds for all."""
     attention, mlp = module.self_attn, module.mlp
-    norms = _norm_modules(module)
     settings = (
         attention.head_dim, getattr(attention, "scaling", None), getattr(attention, "attention_dropout", 0.0),
-        *((type(m), m.weight.shape, m.weight.dtype, m.weight.requires_grad, *recognise.settings(m)) for m in norms),
+        *(
+            (place, type(m), m.weight.shape, m.weight.dtype, m.weight.requires_grad, *recognise.settings(m))
+            for place, m in norm_modules(module).items()
+        ),
         recognise.settings(module), recognise.settings(attention),
     )  # fmt: skip
-    linears = (*(getattr(attention, name) for name in _ATTENTION), *mlp.children())
+    linears = (*(getattr(attention, name) for name in (*qkv_names(attention), "o_proj")), *mlp.children())
     return (type(module), type(attention), type(mlp), settings, *(_signature(m) for m in linears))
 
 
 def found(module: Any, dtype: torch.dtype, policy: Policy, *, parks: bool = False) -> Found | str:
     """What the layer is made of, or why it is left as it is."""
-    attention = module.self_attn
-    extra = {name for name, _ in attention.named_children()} - {*_ATTENTION, "q_norm", "k_norm"}
+    attention, qkv = module.self_attn, qkv_names(module.self_attn)
+    extra = set(_children(attention)) - {*qkv, "o_proj", *(name for names in _INNER for name in names)}
     if extra or any(True for _ in attention.parameters(recurse=False)):
         return f"its attention has further parts ({', '.join(sorted(extra)) or 'parameters'})"
-    config = getattr(attention, "config", None)
-    implementation = getattr(config, "_attn_implementation", "sdpa")
+    if getattr(attention, "attn_logit_softcapping", None) is not None:
+        return "its attention caps its scores, which no fused attention of torch does"
+    implementation = getattr(getattr(attention, "config", None), "_attn_implementation", "sdpa")
     if implementation != "sdpa":
         return f"its attention is {implementation}, not sdpa"
     if not all(isinstance(getattr(attention, name, None), int | float) for name in ("head_dim", "scaling")):
         return "its attention has no head_dim and scaling"
-    if hasattr(attention, "q_norm") != hasattr(attention, "k_norm"):
+    inner = next((names for names in _INNER if any(hasattr(attention, name) for name in names)), {})
+    if not all(hasattr(attention, name) for name in inner):
         return "only one of queries and keys is normed"
     layout = rotary.layout(type(attention).forward)
     if layout not in LAYOUTS:
         return layout
-    norms = []
-    for norm in _norm_modules(module):
+    norms, modules = {}, norm_modules(module)
+    for place, norm in modules.items():
         if not recognise.looks_like_norm(norm):
             return f"its {type(norm).__name__} is no RMSNorm"
         what = recognise.norm(norm)
         if isinstance(what, str):
             return what
-        norms.append(what)
-    if any(norm.weight.shape[0] != attention.head_dim for norm in _norm_modules(module)[2:]):
-        return "its queries and keys are normed over all heads"
+        norms[place] = what
+    widths = dict(zip(("queries", "keys"), _widths(attention), strict=True))
+    for place in norms.keys() & widths.keys():
+        if modules[place].weight.shape[0] not in (attention.head_dim, widths[place]):
+            return f"its {place} are normed neither head by head nor all together"
     mlp = recognise.gated_mlp(module.mlp, dtype) if recognise.looks_like_gated_mlp(module.mlp) else "its MLP is no GLU"
     if isinstance(mlp, str):
         return mlp
-    if not mlp.up:
-        return "its gate and up projections are one layer"
-    return Found(mlp, tuple(norms), layout, policy, parks)
+    residual, first = getattr(module, "residual_multiplier", 1.0), _rotates_first(attention, inner)
+    return Found(mlp, norms, qkv, layout, policy, residual=residual, rotates_first=first, parks=parks)
 
 
 def build(module: Any, what: Found, x: torch.Tensor) -> tuple[Layer, list[torch.Tensor]] | str:
@@ -135,40 +169,49 @@ def build(module: Any, what: Found, x: torch.Tensor) -> tuple[Layer, list[torch.
     dtype = torch.get_autocast_dtype(x.device.type) if autocast else x.dtype
     if x.dtype != stream(module, dtype):
         return f"its input is {x.dtype} and computes in {dtype}"
-    modules = [getattr(attention, name) for name in _ATTENTION]
-    modules += [getattr(mlp, name) for name in (what.mlp.gate, what.mlp.up, what.mlp.down)]
-    norms = _norm_modules(module)
-    if adapters.hooked(attention, mlp, *modules, *norms):
+    gate_up = [getattr(mlp, name) for name in (what.mlp.gate, what.mlp.up) if name]
+    modules = [*(getattr(attention, name) for name in (*what.qkv, "o_proj")), *gate_up, getattr(mlp, what.mlp.down)]
+    norms = norm_modules(module)
+    if adapters.hooked(attention, mlp, *modules, *norms.values()):
         return "something listens to its parts"
     if module.training and getattr(attention, "attention_dropout", 0.0):
         return "its attention has dropout"
-    projections, trained = [], [norm.weight for norm in norms if norm.weight.requires_grad]
+    if module.training and any(child.p > 0 for child in module.children() if isinstance(child, nn.Dropout)):
+        return "what it adds has dropout"
+    projections, trained = [], [norm.weight for norm in norms.values() if norm.weight.requires_grad]
     for linear in modules:
         read = _projection(linear, x, dtype)
         if isinstance(read, str):
             return read
         projections.append(read[0])
         trained += read[1]
-    made = [
-        Norm(norm.weight, known.eps, known.form, norm.weight.requires_grad)
-        for norm, known in zip(norms, what.norms, strict=True)
-    ]
+    made = {
+        place: Norm(norm.weight, what.norms[place].eps, what.norms[place].form, norm.weight.requires_grad)
+        for place, norm in norms.items()
+    }
+    number = len(what.qkv)
+    pair = tuple(projections[number + 1 : -1])
     layer = Layer(
-        made[0], made[1], tuple(projections), int(attention.head_dim), float(attention.scaling), what.mlp.activation,
-        what.layout, dtype, q_norm=made[2] if what.inner_norms else None, k_norm=made[3] if what.inner_norms else None,
-        policy=what.policy, parks=what.parks and x.is_cuda,
-        fuses=_unit_pays(projections[4:6], dtype, x.device, what.mlp.activation),
+        Norms(**made), tuple(projections[:number]), projections[number], pair, projections[-1],
+        int(attention.head_dim), float(attention.scaling), what.mlp.activation, what.layout, dtype,
+        residual=what.residual, rotates_first=what.rotates_first, window=window(attention), policy=what.policy,
+        parks=what.parks and x.is_cuda,
+        fuses=_unit_pays(pair, dtype, x.device, what.mlp.activation),
     )  # fmt: skip
     return layer, trained
 
 
 def stream(module: Any, dtype: torch.dtype) -> torch.dtype:
     """The dtype of the hidden states between layers that compute in ``dtype``: fp32 if their weights are."""
-    weight = getattr(module.self_attn.q_proj, "weight", None)
+    weight = getattr(module.self_attn.o_proj, "weight", None)
     return torch.float32 if isinstance(weight, torch.Tensor) and weight.dtype == torch.float32 else dtype
 
 
-def _unit_pays(gate_up: list[Projection], dtype: torch.dtype, device: torch.device, activation: glu.Activation) -> bool:
+def _unit_pays(
+    gate_up: tuple[Projection, ...], dtype: torch.dtype, device: torch.device, activation: glu.Activation
+) -> bool:
+    if len(gate_up) == 1:
+        return False
     gate, up = gate_up
     if not 0 < gate.rank == up.rank <= lora_glu.MAX_RANK:
         return False
@@ -180,8 +223,8 @@ def forward(self: Any, what: Found, args: tuple[Any, ...], kwargs: dict[str, Any
     if len(args) != 1 or not isinstance(args[0], torch.Tensor) or args[0].dim() != 3:
         return "it was called with other than hidden states"
     x, mask, tables = args[0], kwargs.get("attention_mask"), kwargs.get("position_embeddings")
-    if not isinstance(tables, tuple) or len(tables) != 2 or tables[0].shape[-1] != self.self_attn.head_dim:
-        return "its rotary tables are not as wide as a head"
+    if not isinstance(tables, tuple) or len(tables) != 2 or tables[0].shape[-1] > self.self_attn.head_dim:
+        return "its rotary tables are wider than a head"
     if mask is not None and not (isinstance(mask, torch.Tensor) and mask.dim() == 4):
         return f"its mask is a {type(mask).__name__}"
     if kwargs.get("past_key_values") is not None or kwargs.get("use_cache") or kwargs.get("output_attentions"):
@@ -197,6 +240,8 @@ def forward(self: Any, what: Found, args: tuple[Any, ...], kwargs: dict[str, Any
     built = build(self, what, x)
     if isinstance(built, str):
         return built
+    if not _tables_serve(x.device, built[0].dtype, built[0].head_dim, tables[0].shape[-1], what.layout):
+        return "its rotary embedding did not pass its check"
     needed = kwargs.get("needed") if what.last else None
     return whole.decoder_layer(x, tables, mask, *built, documents=documents, needed=needed)
 
@@ -207,23 +252,43 @@ def told_by_mask(self: Any, x: torch.Tensor, kwargs: dict[str, Any]) -> torch.Te
     documents: Documents | None = kwargs.get("documents")
     if mask is not None or documents is None:
         return mask
-    return documents.mask(x.shape[0], x.shape[1], getattr(self.self_attn, "sliding_window", None))
+    return documents.mask(x.shape[0], x.shape[1], window(self.self_attn))
+
+
+def window(attention: Any) -> int | None:
+    """How many positions a query sees, its own and those before; None if all.
+
+    Some models keep the number with the layers that have a window, some with all layers, of which some say that they
+    do not slide or are said not to, and some in the config alone.
+    """
+    config, place = getattr(attention, "config", None), getattr(attention, "layer_idx", None)
+    kinds = getattr(config, "layer_types", None)
+    slides = kinds is None or place is None or kinds[place] == "sliding_attention"
+    if not slides or getattr(attention, "is_sliding", True) is False:
+        return None
+    of_all = getattr(config, "sliding_window", None)
+    own: int | None = getattr(attention, "sliding_window", of_all)
+    return own
 
 
 def _documents_serve(self: Any, x: torch.Tensor, documents: Documents) -> bool:
-    attention, dim = self.self_attn, int(self.self_attn.head_dim)
-    window = getattr(attention, "sliding_window", None)
-    if window is not None and documents.longest > window:
-        return False
+    attention, dim, seen = self.self_attn, int(self.self_attn.head_dim), window(self.self_attn)
     if sum(documents.lengths) != x.shape[0] * x.shape[1] or not takes_documents(x, dim):
         return False
-    groups = attention.q_proj.out_features // attention.k_proj.out_features
-    return _documents_proven(x.device, x.dtype, dim, groups)
+    queries, keys = _widths(attention)
+    narrow = seen is not None and documents.longest > seen
+    return _documents_proven(x.device, x.dtype, dim, queries // keys, narrow)
 
 
 @functools.cache
-def _documents_proven(device: torch.device, dtype: torch.dtype, dim: int, groups: int) -> bool:
-    return selfcheck.prove_documents(device, dtype, dim, groups).ok
+def _documents_proven(device: torch.device, dtype: torch.dtype, dim: int, groups: int, narrow: bool) -> bool:
+    return selfcheck.prove_documents(device, dtype, dim, groups, windowed=narrow).ok
+
+
+@functools.cache
+def _tables_serve(device: torch.device, dtype: torch.dtype, dim: int, width: int, layout: Layout | None) -> bool:
+    """The layer's own proof was of tables as wide as a head."""
+    return layout is None or width == dim or selfcheck.prove_rope(device, dtype, dim, width, layout).ok
 
 
 def own_forward(self: Any, what: Found, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -234,53 +299,40 @@ def own_forward(self: Any, what: Found, args: tuple[Any, ...], kwargs: dict[str,
     return checkpoint(function, self, *args, use_reentrant=False, **kwargs)
 
 
-def reference(
-    x: torch.Tensor, tables: tuple[torch.Tensor, torch.Tensor], layer: Layer, trained: Sequence[torch.Tensor]
-) -> torch.Tensor:
-    """The layer in plain PyTorch, without a mask; float64 in gives float64 arithmetic. ``trained`` as in ours."""
-    from .glu import glu_reference
-    from .rms_norm import rms_norm_reference
-    from .rope import rope_reference
-
-    layer = layer.filled(trained)
-    left = list(trained)[sum(norm.trained for norm in layer.norms) :]
-
-    def linear(x: torch.Tensor, part: Projection) -> torch.Tensor:
-        from . import fp8, nf4
-
-        weight = part.weight
-        if isinstance(weight, NF4):
-            weight = nf4.dequantise(weight)
-        elif isinstance(weight, FP8):
-            weight = fp8.dequantise(weight)
-        bias = part.bias.to(x.dtype) if part.bias is not None else None
-        y = nn.functional.linear(x, weight.to(x.dtype), bias)
-        mine = [left.pop(0).to(x.dtype) for _ in range(part.tensors)]
-        if part.rank:
-            a, b = mine
-            y = y + nn.functional.linear(nn.functional.linear(x, a), b) * part.scaling
-        return y
-
-    def normed(x: torch.Tensor, norm: Norm) -> torch.Tensor:
-        return rms_norm_reference(x, norm.weight.to(x.dtype), norm.eps, norm.form)
-
-    parts = layer.projections
-    n1 = normed(x, layer.norm1)
-    q, k, v = (linear(n1, part).unflatten(-1, (-1, layer.head_dim)).transpose(1, 2) for part in parts[:3])
-    if layer.q_norm is not None and layer.k_norm is not None:
-        q, k = normed(q, layer.q_norm), normed(k, layer.k_norm)
-    cos, sin = (table.to(x.dtype) for table in tables)
-    q, k = rope_reference(q, k, cos, sin, layer.layout)
-    k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], dim=1) for t in (k, v))
-    o = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=layer.scale)
-    s = x + linear(o.transpose(1, 2).flatten(2), parts[3])
-    n2 = normed(s, layer.norm2)
-    return s + linear(glu_reference(linear(n2, parts[4]), linear(n2, parts[5]), layer.activation), parts[6])
+def norm_modules(module: Any) -> dict[str, Any]:
+    """The norms of a layer by where they stand, in the order of :class:`.decoder_layer.Norms`."""
+    attention = module.self_attn
+    inner = next((names for names in _INNER if all(hasattr(attention, name) for name in names)), {})
+    modules = {place: getattr(module, name) for name, place in _around(module).items()}
+    return modules | {place: getattr(attention, name) for name, place in inner.items()}
 
 
-def _norm_modules(module: Any) -> list[Any]:
-    inner = [getattr(module.self_attn, name) for name in ("q_norm", "k_norm") if hasattr(module.self_attn, name)]
-    return [module.input_layernorm, module.post_attention_layernorm, *inner]
+def _children(module: nn.Module) -> list[str]:
+    """The parts of a module that do something in every case."""
+    return [name for name, child in module.named_children() if not isinstance(child, nn.Dropout)]
+
+
+def _around(module: nn.Module) -> dict[str, str]:
+    """The places of a layer's norms by their names; empty if these are not known."""
+    names = set(_children(module)) - {"self_attn", "mlp"}
+    return next((around for around in _AROUND if around.keys() == names), {})
+
+
+def _rotates_first(attention: nn.Module, norms: dict[str, str]) -> bool:
+    """Whether the code of an attention names the rotary embedding before it names its norms."""
+    order = type(attention).forward.__code__.co_names
+    return any(name in order and order.index(rotary._NAME) < order.index(name) for name in norms)
+
+
+def qkv_names(attention: Any) -> tuple[str, ...]:
+    """Of the projections to queries, keys and values, or of the one that makes all three."""
+    return next(names for names in _QKV if all(hasattr(attention, name) for name in names))
+
+
+def _widths(attention: Any) -> tuple[int, int]:
+    """Of all queries and of all keys of a position."""
+    queries, made = int(attention.o_proj.in_features), [getattr(attention, name) for name in qkv_names(attention)]
+    return queries, int(made[1].out_features if made[1:] else (made[0].out_features - queries) // 2)
 
 
 def _projection(module: Any, x: torch.Tensor, dtype: torch.dtype) -> tuple[Projection, list[torch.Tensor]] | str:

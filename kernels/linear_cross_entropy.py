@@ -1,10 +1,10 @@
 """The output projection and the cross-entropy loss in one, without the logits of the whole batch in memory.
 
     z_v = c(a · h·W_v)        a: logit scale;  c(x) = k·tanh(x/k) if there is a soft cap k
-    l   = logsumexp(z) − z_label + β · logsumexp(z)²          per labelled row; β: z-loss
+    l   = w · (logsumexp(z) − z_label) + β · logsumexp(z)²    per labelled row; β: z-loss; w: :mod:`.token_weights`
     loss = Σ l / N            N: the number of labelled rows, or what the caller normalises by
 
-    ∂l/∂z_v = p_v · (1 + 2β·logsumexp(z)) − [v = label]       p = softmax(z)
+    ∂l/∂z_v = p_v · (w + 2β·logsumexp(z)) − w · [v = label]   p = softmax(z)
     ∂l/∂(h·W_v) = a · c'(·) · ∂l/∂z_v,   c' = 1 − (z_v/k)²
 
 Only rows with a label are computed. They go through the head in chunks: cuBLAS makes the logits of a chunk, one kernel
@@ -33,6 +33,7 @@ import triton.language as tl
 from torch.autograd.function import once_differentiable
 
 from .launch import as_rows, next_power_of_2, on
+from .token_weights import Weighting, token_weights, top_entropy
 from .wide import add_mm_fp32, mm_fp32
 
 #: Rows of one chunk: enough for the head's product to run at full speed, 263 MB of bf16 logits at 128,256 words.
@@ -40,6 +41,7 @@ CHUNK_ROWS = 1024
 #: Of 28 ways to go through a row of 128,256 words on an H200 the fastest; it is read twice, from memory and from cache.
 _BLOCK, _WARPS = 16384, 32
 _LANE = 8  # values of a block that lie with one thread
+_WEIGHTINGS: dict[Weighting, int] = {"nll": 0, "dft": 1, "eaft": 2}
 
 
 @triton.jit
@@ -66,10 +68,13 @@ def _logits(base, column, n_columns, scale, cap, CAPPED: tl.constexpr):
 
 @triton.jit
 def _rows_kernel(
-    logits_ptr, label_ptr, loss_ptr, right_ptr, stride, n_columns, scale, cap, z_weight,
-    CAPPED: tl.constexpr, GRADIENT: tl.constexpr, BLOCK: tl.constexpr, LANE: tl.constexpr,
+    logits_ptr, label_ptr, loss_ptr, right_ptr, weight_ptr, stride, n_columns, scale, cap, z_weight,
+    CAPPED: tl.constexpr, GRADIENT: tl.constexpr, WEIGHTING: tl.constexpr, BLOCK: tl.constexpr, LANE: tl.constexpr,
 ):  # fmt: skip
-    """Loss of one row, and its gradient written over its logits. A row labelled -1 has neither."""
+    """Loss of one row, and its gradient written over its logits. A row labelled -1 has neither.
+
+    WEIGHTING: the row counts 0 once, 1 by the probability of its label, 2 as much as ``weight_ptr`` says.
+    """
     row = tl.program_id(0).to(tl.int64)
     label = tl.load(label_ptr + row)
     base = logits_ptr + row * stride
@@ -98,17 +103,23 @@ def _rows_kernel(
 
         known = (label >= 0) & (label < n_columns)
         target, _ = _logits(base, tl.where(known, label, n_columns), n_columns, scale, cap, CAPPED)
-        loss = lse - target * 0.6931471805599453 + z_weight * lse * lse
+        weight = 1.0
+        if WEIGHTING == 1:
+            weight = tl.exp2(target - lse2)
+        if WEIGHTING == 2:
+            weight = tl.load(weight_ptr + row)
+        loss = weight * (lse - target * 0.6931471805599453) + z_weight * lse * lse
         # A label outside the vocabulary must not pass unseen, nor read foreign memory.
         tl.store(loss_ptr + row, tl.where(known, loss, float("nan")))
         tl.store(right_ptr + row, (known & (target >= top)).to(tl.int32))
 
         if GRADIENT:
-            factor = (1.0 + 2.0 * z_weight * lse) * scale
+            factor = (weight + 2.0 * z_weight * lse) * scale
+            drop = weight * scale
             for step in range(0, n_columns, BLOCK):
                 start = (tl.cdiv(n_columns, BLOCK) - 1) * BLOCK - step  # what was read last is still in the cache
                 z, slope = _logits(base, start + column, n_columns, scale, cap, CAPPED)
-                dz = tl.exp2(z - lse2) * factor - tl.where(start + column == label, scale, 0.0)
+                dz = tl.exp2(z - lse2) * factor - tl.where(start + column == label, drop, 0.0)
                 inside = start + column < n_columns
                 tl.store(base + start + column, (dz * slope).to(logits_ptr.dtype.element_ty), mask=inside)
 
@@ -145,19 +156,21 @@ def shift_labels(labels: torch.Tensor, ignore_index: int = -100) -> torch.Tensor
 def linear_cross_entropy(
     hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, *,
     num_items: int | torch.Tensor | None = None, labelled: int | None = None, ignore_index: int = -100,
-    softcap: float | None = None, logit_scale: float = 1.0, z_loss: float = 0.0, chunk_rows: int = CHUNK_ROWS,
+    softcap: float | None = None, logit_scale: float = 1.0, z_loss: float = 0.0, weighting: Weighting = "nll",
+    chunk_rows: int = CHUNK_ROWS,
 ) -> torch.Tensor:  # fmt: skip
     """Cross-entropy of ``hidden @ weight.T`` against ``labels``; a scalar in fp32. Arguments as in :func:`scored`."""
     return scored(
         hidden, weight, labels, num_items=num_items, labelled=labelled, ignore_index=ignore_index, softcap=softcap,
-        logit_scale=logit_scale, z_loss=z_loss, chunk_rows=chunk_rows,
+        logit_scale=logit_scale, z_loss=z_loss, weighting=weighting, chunk_rows=chunk_rows,
     )[0]  # fmt: skip
 
 
 def scored(
     hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, *,
     num_items: int | torch.Tensor | None = None, labelled: int | None = None, ignore_index: int = -100,
-    softcap: float | None = None, logit_scale: float = 1.0, z_loss: float = 0.0, chunk_rows: int = CHUNK_ROWS,
+    softcap: float | None = None, logit_scale: float = 1.0, z_loss: float = 0.0, weighting: Weighting = "nll",
+    chunk_rows: int = CHUNK_ROWS,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     """The loss, a scalar in fp32, and how many labels have the largest logit of their row (ties count).
 
@@ -170,6 +183,7 @@ def scored(
             the number of labelled rows.
         labelled: the number of labelled rows, or a bound on it, if the caller knows it on the host. Without it the
             count is fetched, and the host waits for the GPU once. Too small a number makes the loss NaN.
+        weighting: how much each labelled row counts; the sum is divided by their number all the same.
 
     A batch without a label gives loss 0 and zero gradients.
 
@@ -183,7 +197,7 @@ def scored(
     device = hidden.device.type
     if torch.is_autocast_enabled(device):
         hidden = hidden.to(torch.get_autocast_dtype(device))
-    settings = (ignore_index, softcap, logit_scale, z_loss, chunk_rows, labelled, torch.is_grad_enabled())
+    settings = (ignore_index, softcap, logit_scale, z_loss, weighting, chunk_rows, labelled, torch.is_grad_enabled())
     with torch.autocast(device, enabled=False):
         return _LinearCrossEntropy.apply(hidden, weight, labels, num_items, settings)
 
@@ -194,7 +208,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor,
         num_items: int | torch.Tensor | None, settings: tuple[Any, ...],
     ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
-        ignore_index, softcap, logit_scale, z_loss, chunk_rows, labelled, gradient = settings
+        ignore_index, softcap, logit_scale, z_loss, weighting, chunk_rows, labelled, gradient = settings
         h_grad, w_grad = (gradient and needed for needed in ctx.needs_input_grad[:2])
         h, w, flat = as_rows(hidden), weight.to(hidden.dtype), labels.reshape(-1)
         rows, targets, count = _select(flat, ignore_index, labelled)
@@ -224,11 +238,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 logits, among = buffer[start : index.numel()][:chunk_rows], slice(first + start, None)
                 mine = part[start : start + chunk_rows]
                 torch.mm(mine, w.t(), out=logits)
+                weights = top_entropy(logits, logit_scale, softcap) if weighting == "eaft" else losses
                 with on(h):
                     _rows_kernel[(mine.shape[0],)](
-                        logits, targets[among], losses[among], right[among], logits.stride(0), words,
+                        logits, targets[among], losses[among], right[among], weights, logits.stride(0), words,
                         float(logit_scale), float(softcap or 1.0), float(z_loss),
-                        CAPPED=softcap is not None, GRADIENT=h_grad or w_grad,
+                        CAPPED=softcap is not None, GRADIENT=h_grad or w_grad, WEIGHTING=_WEIGHTINGS[weighting],
                         BLOCK=block, LANE=_LANE, num_warps=max(1, min(_WARPS, block // (32 * _LANE))),
                     )  # fmt: skip
                 if dh is not None:
@@ -317,7 +332,7 @@ def _place(source: torch.Tensor, rows: torch.Tensor, factor: torch.Tensor, out: 
 def linear_cross_entropy_reference(
     hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, *,
     num_items: int | torch.Tensor | None = None, ignore_index: int = -100,
-    softcap: float | None = None, logit_scale: float = 1.0, z_loss: float = 0.0,
+    softcap: float | None = None, logit_scale: float = 1.0, z_loss: float = 0.0, weighting: Weighting = "nll",
 ) -> torch.Tensor:  # fmt: skip
     """The same in plain PyTorch, as models write it; float64 in gives float64 arithmetic."""
     logits = torch.nn.functional.linear(hidden, weight.to(hidden.dtype)).flatten(0, -2) * logit_scale
@@ -326,6 +341,7 @@ def linear_cross_entropy_reference(
     logits = logits if logits.dtype == torch.float64 else logits.float()
     labels = labels.reshape(-1)
     keep = labels != ignore_index
-    total = torch.nn.functional.cross_entropy(logits, labels, ignore_index=ignore_index, reduction="sum")
+    losses = torch.nn.functional.cross_entropy(logits, labels, ignore_index=ignore_index, reduction="none")
+    total = (token_weights(weighting, logits, losses) * losses).sum()
     total = total + z_loss * (logits.logsumexp(-1).square() * keep).sum()
     return total / (keep.sum().clamp_min(1) if num_items is None else num_items)

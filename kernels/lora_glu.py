@@ -23,7 +23,7 @@ import triton
 import triton.language as tl
 
 from .glu import ACTIVATIONS, Activation, _activate
-from .launch import INTERPRETED, next_power_of_2, on, processors
+from .launch import INTERPRETED, cdiv, launch, next_power_of_2, processors
 
 #: The largest rank whose factors fit beside the tiles.
 MAX_RANK = 64
@@ -161,12 +161,12 @@ def forward(
     (n_rows, n_columns), rank = g.shape, _rank(xa, b)
     rows, columns, warps = (16, 32, 4) if INTERPRETED else _FORWARD
     h = torch.empty(g.shape, dtype=g.dtype, device=g.device)
-    with on(g):
-        _forward[(triton.cdiv(n_rows, rows) * triton.cdiv(n_columns, columns),)](
-            g, u, *xa, *b, h, n_rows, n_columns, rank, g.stride(0), u.stride(0), xa[0].stride(0), h.stride(0),
-            *scalings, ACTIVATION=ACTIVATIONS.index(activation), WIDE=INTERPRETED or g.dtype == torch.float32,
-            RANK=_padded(rank), ROWS=rows, COLUMNS=columns, num_warps=warps,
-        )  # fmt: skip
+    launch(
+        _forward, (cdiv(n_rows, rows) * cdiv(n_columns, columns),), (g, u, *xa, *b, h),
+        (n_rows, n_columns, rank, g.stride(0), u.stride(0), xa[0].stride(0), h.stride(0), *scalings),
+        (ACTIVATIONS.index(activation), _padded(rank), INTERPRETED or g.dtype == torch.float32, rows, columns),
+        num_warps=warps,
+    )  # fmt: skip
     return h
 
 
@@ -184,24 +184,22 @@ def backward(
     assert dha is None or dha.shape[1] == rank
     padded = _padded(rank)
     rows, columns, warps = (16, 32, 4) if INTERPRETED else _BACKWARD
-    blocks = triton.cdiv(n_columns, columns)
-    pieces = min(triton.cdiv(n_rows, rows), max(1, _WAVES * processors(g.device) // blocks))
-    length = triton.cdiv(triton.cdiv(n_rows, pieces), rows) * rows
-    pieces = triton.cdiv(n_rows, length)
+    blocks = cdiv(n_columns, columns)
+    pieces = min(cdiv(n_rows, rows), max(1, _WAVES * processors(g.device) // blocks))
+    length = cdiv(cdiv(n_rows, pieces), rows) * rows
+    pieces = cdiv(n_rows, length)
     sums = torch.empty(pieces, 3, padded, n_columns, dtype=torch.float32, device=g.device)
     db = torch.empty(2, n_columns, rank, dtype=torch.float32, device=g.device)
     down = dh if dha is None else dha
-    with on(g):
-        _backward[(blocks, pieces)](
-            dh, g, u, *xa, *b, down, sums, n_rows, n_columns, rank, length,
-            dh.stride(0), g.stride(0), u.stride(0), xa[0].stride(0), down.stride(0), *scalings,
-            ACTIVATION=ACTIVATIONS.index(activation), DOWN=dha is not None, RANK=padded,
-            WIDE=INTERPRETED or g.dtype == torch.float32, ROWS=rows, COLUMNS=columns,
-            num_warps=warps, num_stages=_STAGES,
-        )  # fmt: skip
-        _add_kernel[(triton.cdiv(n_columns, 64), 2)](
-            sums, db, n_columns, rank, pieces, RANK=padded, COLUMNS=64, num_warps=4
-        )
+    strides = dh.stride(0), g.stride(0), u.stride(0), xa[0].stride(0), down.stride(0)
+    wide = INTERPRETED or g.dtype == torch.float32
+    launch(
+        _backward, (blocks, pieces), (dh, g, u, *xa, *b, down, sums),
+        (n_rows, n_columns, rank, length, *strides, *scalings),
+        (ACTIVATIONS.index(activation), dha is not None, padded, wide, rows, columns),
+        num_warps=warps, num_stages=_STAGES,
+    )  # fmt: skip
+    launch(_add_kernel, (cdiv(n_columns, 64), 2), (sums, db), (n_columns, rank, pieces), (padded, 64), num_warps=4)
     return Gradients(db[0], db[1], torch.sum(sums[:, 2, :rank], dim=0) if dha is not None else None)
 
 

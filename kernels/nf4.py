@@ -22,7 +22,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .launch import INTERPRETED, on
+from .launch import INTERPRETED, cdiv, launch
 
 _TILE_BYTES = 1024  # of packed weights per program: 2048 weights, 90% of a copy on an H200 where 4096 bytes reach 88%
 _WARPS = 4
@@ -127,13 +127,13 @@ def dequantise(state: NF4, out: torch.Tensor | None = None) -> torch.Tensor:
     n_blocks = n // state.blocksize
     nested = state.nested or (state.absmax, state.code, 1, state.code)
     blocks = max(1, _TILE_BYTES * 2 // state.blocksize)
-    with on(out):
-        _kernel[(triton.cdiv(n_blocks, blocks),)](
-            state.packed.view(torch.int32), state.absmax, state.code, nested[0], nested[1], nested[3], out,
-            n_blocks, out.shape[-1], out.stride(0), NESTED=state.nested is not None, INNER=nested[2],
-            STRIDED=strided, BLOCKS=blocks, WORDS=state.blocksize // 8,
-            num_warps=_WARPS, **({} if INTERPRETED else {"enable_fp_fusion": False}),
-        )  # fmt: skip
+    launch(
+        _kernel, (cdiv(n_blocks, blocks),),
+        (state.packed.view(torch.int32), state.absmax, state.code, nested[0], nested[1], nested[3], out),
+        (n_blocks, out.shape[-1], out.stride(0)),
+        (state.nested is not None, nested[2], strided, blocks, state.blocksize // 8),
+        num_warps=_WARPS, **({} if INTERPRETED else {"enable_fp_fusion": False}),
+    )  # fmt: skip
     return out
 
 

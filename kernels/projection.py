@@ -15,6 +15,7 @@ needs the input (:func:`shrink_gradients`), the second does without (:func:`expa
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ from typing import Any
 
 import torch
 
-from . import fp8, fp8_projection
+from . import faster, fp8, fp8_projection, lora_add
 from .fp8 import FP8
 from .nf4 import NF4, dequantise, scratch
 from .weight_gradient import bias_gradient, weight_gradient
@@ -72,7 +73,7 @@ class Group:
     a: torch.Tensor | None
     b: tuple[torch.Tensor | None, ...]
 
-    @property
+    @functools.cached_property
     def ranks(self) -> list[int]:
         return [part.rank for part in self.parts]
 
@@ -83,6 +84,9 @@ def dense(weights: Sequence[torch.Tensor | NF4 | FP8], dtype: torch.dtype) -> li
     If all are in e4m3, and products in 8 bits serve, they stay as they are: :func:`project` and
     :func:`input_gradient` take them so.
     """
+    plain = [w.to(dtype) for w in weights if isinstance(w, torch.Tensor)]
+    if len(plain) == len(weights):
+        return plain
     if all(isinstance(w, FP8) and fp8.serves(w, dtype) for w in weights):
         return list(weights)
     sizes = [math.prod(w.shape) if isinstance(w, NF4 | FP8) else 0 for w in weights]
@@ -117,12 +121,18 @@ def columns(xa: torch.Tensor | None, group: Group) -> list[torch.Tensor | None]:
     """Each adapter's share of ``xa``."""
     if xa is None:
         return [None] * len(group.parts)
-    return [share if share.shape[1] else None for share in xa.split(group.ranks, dim=1)]
+    if len(group.parts) == 1:
+        return [xa]
+    shares = torch.split_with_sizes(xa, group.ranks, 1)
+    return [share if rank else None for share, rank in zip(shares, group.ranks, strict=True)]
 
 
 def rows_of(da: torch.Tensor, group: Group) -> list[torch.Tensor | None]:
     """Each adapter's rows of the stacked ``da``, ``[Σ rank, in]``."""
-    return [rows if rows.shape[0] else None for rows in da.split(group.ranks)]
+    if len(group.parts) == 1:
+        return [da]
+    pieces = torch.split_with_sizes(da, group.ranks)
+    return [rows if rank else None for rows, rank in zip(pieces, group.ranks, strict=True)]
 
 
 def expand(
@@ -137,21 +147,39 @@ def expand(
     """
     if add is not None and add.dtype != x.dtype:
         return torch.add(add, expand(x, xa, weight, b, part), out=out)
-    if out is None:
-        out = torch.empty(x.shape[0], part.out_features, dtype=x.dtype, device=x.device)
+    if xa is not None and b is not None and add is not None and add is not out and _summed_first(x, part):
+        out = torch.empty_like(add) if out is None else out
+        bias = None if part.bias is None else part.bias.to(x.dtype)
+        lora_add.add_to(out, add, bias, xa, b, part.scaling, keep=False)
+        return out.addmm_(x, weight.t())
     base = add
     if part.bias is not None:
-        bias = part.bias.to(x.dtype)
-        base = bias if add is None else torch.add(add, bias, out=out)
+        base = part.bias.to(x.dtype)
+        if add is not None:
+            base = out = torch.add(add, base, out=out)
     if xa is not None and b is not None:
-        if base is None:
-            torch.addmm(out, xa, b.t(), beta=0, alpha=part.scaling, out=out)
+        if base is not None:
+            out = _plus(base, xa, b.t(), part.scaling, out)
         else:
-            torch.addmm(base, xa, b.t(), alpha=part.scaling, out=out)
+            if out is None:
+                out = torch.empty(x.shape[0], part.out_features, dtype=x.dtype, device=x.device)
+            torch.addmm(out, xa, b.t(), beta=0, alpha=part.scaling, out=out)
         base = out
-    if base is None:
-        return torch.mm(x, weight.t(), out=out)
-    return torch.addmm(base, x, weight.t(), out=out)
+    return torch.mm(x, weight.t(), out=out) if base is None else _plus(base, x, weight.t(), 1.0, out)
+
+
+def _summed_first(x: torch.Tensor, part: Projection) -> bool:
+    """Residual, bias and adapter are added up by a kernel of ours; a product would copy the residual first."""
+    return part.rank <= lora_add.MAX_RANK and faster.sum_first(x.device, x.dtype, part.out_features, part.rank).ok
+
+
+def _plus(
+    base: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scaling: float, out: torch.Tensor | None
+) -> torch.Tensor:
+    """base + s·a·b in ``out``; without a copy of base first if they are one."""
+    if base is out:
+        return base.addmm_(a, b, alpha=scaling)
+    return torch.addmm(base, a, b, alpha=scaling, out=out)
 
 
 def project(
@@ -176,7 +204,7 @@ def adapter_gradients(
 ) -> torch.Tensor:
     """dB in fp32, and dXA written into ``dxa``; s is applied to the sums, not to copies."""
     torch.addmm(dxa, dy, b, beta=0, alpha=part.scaling, out=dxa)
-    return mm_fp32(dy.t(), xa).mul_(part.scaling)
+    return mm_fp32(dy.t(), xa, part.scaling)
 
 
 def input_gradient(
@@ -186,20 +214,13 @@ def input_gradient(
     """dx of a group, ``[rows, in]``."""
     if isinstance(weights[0], FP8):
         return fp8_projection.inputs_gradient(dys, weights, dxa, group.a, out)
-    first = dys[0]
-    if out is None:
-        out = torch.empty(first.shape[0], group.parts[0].in_features, dtype=first.dtype, device=first.device)
-    filled = False
+    terms = [*zip(dys, weights, strict=True)]
     if dxa is not None and group.a is not None:
-        torch.mm(dxa, group.a, out=out)
-        filled = True
-    for dy, weight in zip(dys, weights, strict=True):
-        if filled:
-            torch.addmm(out, dy, weight, out=out)
-        else:
-            torch.mm(dy, weight, out=out)
-            filled = True
-    return out
+        terms.insert(0, (dxa, group.a))
+    dx = torch.mm(*terms[0], out=out)
+    for dy, weight in terms[1:]:
+        dx.addmm_(dy, weight)
+    return dx
 
 
 def expand_gradients(

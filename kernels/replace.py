@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from . import adapters, glu, layerproof, layers, lora_linear, recognise, rms_norm, rope, rotary, selfcheck
-from .decoder_layer import Keeping, Policy
+from .decoder_layer import Keeping
 from .launch import unavailable
 from .replacement import STATE, Replacement
 
@@ -42,7 +42,7 @@ def find_layers(model: nn.Module, dtype: torch.dtype, keeping: Keeping | None = 
             policy, parks = keeping.of(place, len(modules))
             kind = (layers.kind(module), policy, parks)
             if kind not in known:
-                known[kind] = _proven_layer(module, dtype, policy, parks)
+                known[kind] = layerproof.recognise(module, dtype, policy, parks=parks)
             found = known[kind]
         if isinstance(found, layers.Found):
             found = replace(found, last=place == len(modules) - 1)
@@ -50,14 +50,6 @@ def find_layers(model: nn.Module, dtype: torch.dtype, keeping: Keeping | None = 
             yield Replacement(path, "decoder_layer", True, found.policy + (", parked" if found.parks else ""))
         else:
             yield Replacement(path, "decoder_layer", False, found)
-
-
-def _proven_layer(module: nn.Module, dtype: torch.dtype, policy: Policy, parks: bool) -> layers.Found | str:
-    found = layers.found(module, dtype, policy, parks=parks)
-    if isinstance(found, str):
-        return found
-    verdict = layerproof.prove(module, found, dtype)
-    return found if verdict.ok else verdict.why
 
 
 def _loras(model: nn.Module, dtype: torch.dtype) -> Iterator[Replacement]:
@@ -170,7 +162,8 @@ def _install(module: nn.Module, patch: Patch, forward: Callable[..., torch.Tenso
 
 
 def _stock(module: nn.Module, why: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    getattr(module, STATE).fallback = why
+    if torch.is_grad_enabled():  # what is only looked at, as the base below its adapters is, may take any way
+        getattr(module, STATE).fallback = why
     return type(module).forward(module, *args, **kwargs)
 
 

@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 from torch.autograd.function import once_differentiable
 
-from .launch import as_rows, on, processors, row_tile
+from .launch import as_rows, cdiv, launch, processors, row_tile
 
 #: Where the model's own code rounds. ``cast-first``: n to x's dtype, then times w (Llama, Mistral, Qwen);
 #: ``cast-last``: n·w in fp32, then to x's dtype (OLMo 2, torch.nn.RMSNorm); ``one-plus``: n·(1 + w) in fp32, then to
@@ -139,19 +139,19 @@ def forward(
     rows = as_rows(x)
     other = as_rows(residual) if residual is not None else rows
     n_rows = rows.shape[0]
-    y_dtype = torch.promote_types(x.dtype, weight.dtype) if form == "cast-first" else x.dtype
-    y = torch.empty(rows.shape, dtype=dtype or y_dtype, device=x.device)
+    if dtype is None:
+        dtype = torch.promote_types(x.dtype, weight.dtype) if form == "cast-first" else x.dtype
+    y = torch.empty(rows.shape, dtype=dtype, device=x.device)
     total = torch.empty(rows.shape, dtype=x.dtype, device=x.device) if residual is not None else rows
     rstd = torch.empty(n_rows, dtype=torch.float32, device=x.device)
     tile_rows, block, warps = row_tile(columns)
     if n_rows:
-        with on(x):
-            _forward[(triton.cdiv(n_rows, tile_rows),)](
-                rows, other, weight, y, total, rstd,
-                n_rows, columns, rows.stride(0), other.stride(0), eps,
-                FORM=FORMS.index(form), ADD=residual is not None, ROWS=tile_rows, BLOCK=block, num_warps=warps,
-            )  # fmt: skip
-    return y.view(x.shape), total, rstd
+        launch(
+            _forward, (cdiv(n_rows, tile_rows),), (rows, other, weight, y, total, rstd),
+            (n_rows, columns, rows.stride(0), other.stride(0), float(eps)),
+            (FORMS.index(form), residual is not None, tile_rows, block), num_warps=warps,
+        )  # fmt: skip
+    return y if rows is x else y.view(x.shape), total, rstd
 
 
 def backward(
@@ -165,24 +165,23 @@ def backward(
     n_rows = x.shape[0]
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     tile_rows, block, warps = row_tile(columns)
-    tiles = triton.cdiv(n_rows, tile_rows)
+    tiles = cdiv(n_rows, tile_rows)
     programs = min(tiles, _PROGRAMS * processors(x.device)) if weight_grad else tiles
     # Partial sums are added in a fixed order afterwards, so that the weight's gradient is repeatable.
-    partial = torch.empty((programs, columns) if weight_grad else (1,), dtype=torch.float32, device=x.device)
+    partial = torch.empty((programs, columns), dtype=torch.float32, device=x.device) if weight_grad else rstd
     if n_rows:
-        with on(x):
-            _backward[(programs,)](
-                dy_rows, dsum_rows, x, weight, rstd, dx, partial,
-                n_rows, columns, dy_rows.stride(0), dsum_rows.stride(0), x.stride(0),
-                FORM=FORMS.index(form), ADD=dsum is not None, WEIGHT_GRAD=weight_grad,
-                ROWS=tile_rows, BLOCK=block, num_warps=warps,
-            )  # fmt: skip
+        launch(
+            _backward, (programs,), (dy_rows, dsum_rows, x, weight, rstd, dx, partial),
+            (n_rows, columns, dy_rows.stride(0), dsum_rows.stride(0), x.stride(0)),
+            (FORMS.index(form), dsum is not None, weight_grad, tile_rows, block), num_warps=warps,
+        )  # fmt: skip
+    if dy_rows is not dy:
+        dx = dx.view(dy.shape)
     if not weight_grad:
-        return dx.view(dy.shape), None
+        return dx, None
     dweight = torch.empty(columns, dtype=weight.dtype, device=x.device)
-    with on(x):
-        _sum_rows[(triton.cdiv(columns, 32),)](partial, dweight, programs, columns, ROWS=64, COLUMNS=32, num_warps=4)
-    return dx.view(dy.shape), dweight
+    launch(_sum_rows, (cdiv(columns, 32),), (partial, dweight), (programs, columns), (64, 32), num_warps=4)
+    return dx, dweight
 
 
 class _RMSNorm(torch.autograd.Function):

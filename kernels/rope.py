@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from torch.autograd.function import once_differentiable
 
-from .launch import next_power_of_2, on
+from .launch import launch, next_power_of_2
 
 #: Which places of a head are a pair, and where their angles stand in the tables. ``half``: (i, i + R/2) in both;
 #: ``interleaved``: (2i, 2i + 1) in both; ``interleaved-shared``: (2i, 2i + 1), whose one angle stands at i (GLM).
@@ -128,17 +128,28 @@ def rotate(
     k_heads, rotary = k.shape[1], cos.shape[-1]
     if not q.numel() or not k.numel():
         return q_out, k_out
-    tables = [table.expand(batch, length, rotary) for table in (cos, sin)]
+    shape = batch, length, rotary
     q_block, pairs_block = next_power_of_2(q_heads), next_power_of_2(rotary // 2)
-    with on(q):
-        _kernel[(batch * length,)](
-            q, k, q_out, k_out, *tables, length, q_heads, k_heads, dim, rotary // 2,
-            *q.stride(), *k.stride(), *q_out.stride(), *k_out.stride(), *tables[0].stride(), *tables[1].stride(),
-            STEP=1 if layout == "half" else 2, TABLE_SHARED=layout == "interleaved-shared", PARTIAL=rotary < dim,
-            BACKWARD=backward, Q_HEADS=q_block, K_HEADS=next_power_of_2(k_heads), PAIRS=pairs_block,
-            REST=next_power_of_2(max(1, dim - rotary)), num_warps=min(16, max(2, q_block * pairs_block // 512)),
-        )  # fmt: skip
+    launch(
+        _kernel, (batch * length,), (q, k, q_out, k_out, cos, sin),
+        (
+            length, q_heads, k_heads, dim, rotary // 2,
+            *q.stride(), *k.stride(), *q_out.stride(), *k_out.stride(), *_steps(cos, shape), *_steps(sin, shape),
+        ),
+        (
+            1 if layout == "half" else 2, layout == "interleaved-shared", rotary < dim, backward,
+            q_block, next_power_of_2(k_heads), pairs_block, next_power_of_2(max(1, dim - rotary)),
+        ),
+        num_warps=min(16, max(2, q_block * pairs_block // 512)),
+    )  # fmt: skip
     return q_out, k_out
+
+
+def _steps(table: torch.Tensor, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Strides of a table as if it were expanded to ``[batch, tokens, rotary]``."""
+    if any(mine not in (1, size) for mine, size in zip(table.shape, shape, strict=True)):
+        raise ValueError(f"a table of shape {tuple(table.shape)} does not fit {shape}")
+    return tuple([0 if mine == 1 else step for mine, step in zip(table.shape, table.stride(), strict=True)])
 
 
 class _RoPE(torch.autograd.Function):

@@ -15,6 +15,7 @@ import functools
 import hashlib
 import json
 import os
+import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -224,8 +225,14 @@ def prove_rope(device: torch.device, dtype: torch.dtype, dim: int, rotary: int, 
     return proven("rope", rope.__file__, device, f"{layout} {dtype} [{rotary} of {dim}]", trial)
 
 
-def prove_documents(device: torch.device, dtype: torch.dtype, dim: int, groups: int) -> Verdict:
-    """Attention within documents, for heads of one size of which ``groups`` share a key head."""
+def prove_documents(
+    device: torch.device, dtype: torch.dtype, dim: int, groups: int, *, windowed: bool = False
+) -> Verdict:
+    """Attention within documents, for heads of one size of which ``groups`` share a key head.
+
+    Args:
+        windowed: with a window that is narrower than some documents.
+    """
 
     def trial() -> Verdict:
         lengths = (40, 24, 64) if not launch.INTERPRETED else (3, 1, 4)
@@ -235,14 +242,14 @@ def prove_documents(device: torch.device, dtype: torch.dtype, dim: int, groups: 
             for seed, heads in enumerate((2 * groups, 2, 2))
         ]
         dout = _random((1, total, 2 * groups, dim), dtype, device, seed=9).transpose(1, 2)
-        owner = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths)).to(device)
-        mask = (owner[:, None] == owner[None, :]).tril()[None, None]
+        window = None if not windowed else 3 if launch.INTERPRETED else 33
         starts = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32).to(device)
         documents = attention.Documents(lengths, starts)
+        mask = documents.mask(1, total, window)
 
         def run(documents: attention.Documents | None, dtype: torch.dtype) -> list[torch.Tensor]:
             q, k, v = (t.to(dtype) for t in inputs)
-            out, attended = attention.attend(q, k, v, mask, dim**-0.5, documents)
+            out, attended = attention.attend(q, k, v, mask, dim**-0.5, documents, window)
             return [out, *attention.gradients(attended, q, k, v, out, dout.to(dtype))]
 
         worst = 0.0
@@ -256,7 +263,7 @@ def prove_documents(device: torch.device, dtype: torch.dtype, dim: int, groups: 
             worst = max(worst, error / max(stock, FLOOR[dtype]))
         return Verdict(True, worst=worst)
 
-    shape = f"{dtype} [{dim}] {groups} per key head"
+    shape = f"{dtype} [{dim}] {groups} per key head{' in a window' if windowed else ''}"
     return proven("documents", attention.__file__, device, shape, trial)
 
 
@@ -288,11 +295,31 @@ def _relative_error(value: torch.Tensor, truth: torch.Tensor) -> float:
     return error if error == error else float("inf")
 
 
+def origins(module: torch.nn.Module) -> tuple[str, ...]:
+    """Whose code a module and its parts are: packages with their versions, or files with their hashes.
+
+    A verdict on such code is one on that version of it: a newer one of the same name may compute something else.
+    """
+    found = set()
+    for name in {type(part).__module__ for part in module.modules()}:
+        package = name.partition(".")[0]
+        version = getattr(sys.modules.get(package), "__version__", "")
+        file = getattr(sys.modules.get(name), "__file__", None)
+        if not version and file:
+            package, version = name, _hash(file)
+        found.add(f"{package} {version}")
+    return tuple(sorted(found))
+
+
+@functools.cache
+def _hash(*files: str) -> str:
+    return hashlib.sha256(b"".join(Path(file).read_bytes() for file in files)).hexdigest()[:16]
+
+
 @functools.cache
 def _fingerprint(source: str | tuple[str, ...]) -> str:
     sources = (source,) if isinstance(source, str) else source
-    files = (*sources, launch.__file__, __file__)  # the judge is part of the judgement
-    return hashlib.sha256(b"".join(Path(file).read_bytes() for file in files)).hexdigest()[:16]
+    return _hash(*sources, str(launch.__file__), __file__)  # the judge is part of the judgement
 
 
 def _read() -> dict[str, object]:

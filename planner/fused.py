@@ -9,6 +9,9 @@ Bytes per token and layer for 16-bit values, with H hidden, I MLP width, Q and K
 
 and 2 per rank for each of the seven modules with an adapter; trained weights keep nothing more, since the inputs of
 their products are among these or elementwise. The attention's log-sums, 4 per head, stay wherever its output does.
+
+A norm after the MLP (Gemma 3, OLMo 2) needs what it normed: 2 H more under ``none``, and the down projection is
+computed again under the others. One after attention costs nothing: what it normed is kept in place of the sum.
 """
 
 from __future__ import annotations
@@ -23,8 +26,25 @@ from .layer import Layer, Linear
 from .settings import Settings
 from .stacks import Stack
 
-#: Families whose layers the kernels recognise (``kernels/layers.py``): RMSNorm, attention, RMSNorm, gated MLP, sums.
-FAMILIES = frozenset({"ernie4_5", "gemma", "helium", "llama", "ministral", "mistral", "qwen2", "qwen3"})
+
+@dataclass(frozen=True)
+class Built:
+    """What lies around attention and MLP: norms before them, norms after them, a factor on what they add."""
+
+    before: bool = True
+    after: bool = False
+    scaled: bool = False
+
+
+_PRE, _SANDWICH, _POST = Built(), Built(after=True), Built(before=False, after=True)
+#: Families whose layers the kernels recognise (``kernels/layers.py``): RMSNorms, attention, gated MLP, sums.
+FAMILIES = {
+    **dict.fromkeys(("ernie4_5", "gemma", "glm", "helium", "hunyuan_v1_dense", "llama", "ministral", "mistral"), _PRE),
+    **dict.fromkeys(("phi3", "qwen2", "qwen3", "smollm3"), _PRE),
+    **dict.fromkeys(("gemma3_text", "glm4"), _SANDWICH),
+    **dict.fromkeys(("exaone4", "olmo2", "olmo3"), _POST),
+    "granite": Built(scaled=True),
+}
 #: Rows of the MLP that go through at once (``kernels/decoder_mlp.py``).
 _PIECE = 4096
 
@@ -108,30 +128,45 @@ def layer_bytes(
     """
     hidden, q, kv = architecture.hidden, architecture.query_width, architecture.kv_width
     inner, c, w = max(layer.inner for layer in architecture.layers), float(width), float(stream)
-    small, sums = c * rank * adapters, 4.0 * architecture.heads
+    built = FAMILIES.get(architecture.model_type, _PRE)
+    small, sums = c * rank * adapters + 4.0 * built.after, 4.0 * architecture.heads
     # Normed queries and keys are new tensors beside the projected ones.
-    normed = c * max(layer.norm_width - 2 * hidden for layer in architecture.layers)
-    heads, cast = c * (q + 2 * kv), c if w != c else 0.0
+    normed = c * max(_inner_norms(architecture, layer) for layer in architecture.layers)
+    heads, cast = c * (q + 2 * kv), c if w != c or built.after or built.scaled else 0.0
+    n = c if built.before or w != c else 0.0  # of a normed input, which is the input itself without a norm
+    # What is kept beside the input and the attention's output: the sum, or what is normed and added to the input.
+    joined, again_sum = (c, w) if built.after else (w, 0.0)
     # Gradients of the layer's output and of the sum after attention, and the normed input; the gradients of the
     # attention's output, of its queries, keys and values, and its kernel's own.
-    attention = (2 * w + c) * hidden + c * q + normed + heads + 4 * q + (2 * c * q if kv < q else 0)
+    attention = (2 * w + n) * hidden + c * q + normed + heads + 4 * q + (2 * c * q if kv < q else 0)
     if checkpointing == "none":
-        # Gradients of output and activation, and the normed input; then gate and up are gone, and the sum is.
-        mlp = (w + cast + c) * hidden + c * inner
-        kept = 2 * w * hidden + c * q + heads + 2 * c * inner + small + sums
-        return LayerBytes(kept, max(mlp, attention - w * hidden - 2 * c * inner))
+        # Gradients of output and activation, the normed input, and the sum where it is made again; then gate and up
+        # are gone, and the sum is, with what was normed and added to it.
+        last = c * hidden if built.after else 0.0
+        mlp = (w + cast + n + again_sum) * hidden + c * inner - last
+        kept = (w + joined) * hidden + c * q + heads + 2 * c * inner + last + small + sums
+        return LayerBytes(kept, max(mlp, attention - joined * hidden - last - 2 * c * inner))
     part = min(1.0, _PIECE / tokens) if tokens else 1.0
     # Gradients of the output and, piece by piece, of the sum; of a piece its normed input, gate, up and activation.
-    mlp = w * hidden + (w * hidden if part < 1 else 0) + part * ((c + cast) * hidden + 3 * c * inner)
+    mlp = w * hidden + (w * hidden if part < 1 else 0) + part * ((n + cast) * hidden + 3 * c * inner)
     if checkpointing == "offload":
         # What one layer parked is on the device at each crest: its sum in use and the rest on its way in, then that in
         # use and the next sum on its way in. The normed input is let go meanwhile. In forward its input is in use too.
-        parked = 2 * w * hidden + c * q
-        forward = 2 * w * hidden + part * (c * hidden + 3 * c * inner)
-        return LayerBytes(small + sums, max(mlp, forward, attention + heads - c * hidden), parked, parked)
-    # Made again before either: the normed input, queries, keys, values, the attention's output and the sum after it.
-    again = (c + w) * hidden + heads + normed + c * q + sums
+        # A sum that is made again comes on top, or else the input, which then is on its way with what is added to it.
+        parked = (w + joined) * hidden + c * q
+        forward = 2 * w * hidden + part * (n * hidden + 3 * c * inner)
+        work = max(mlp + again_sum * hidden, forward, attention + heads + (again_sum - n) * hidden)
+        return LayerBytes(small + sums, work, parked, parked)
+    # Made again before either: the normed input, queries, keys, values, the attention's output, the sum after it, and
+    # what was added to that where a norm stands between.
+    again = (n + w + (c if built.after else 0)) * hidden + heads + normed + c * q + sums
     return LayerBytes(w * hidden + small, max(again + mlp, attention + heads + c * q + sums))
+
+
+def _inner_norms(architecture: Architecture, layer: Layer) -> int:
+    """Features that the norms of queries and keys see."""
+    built = FAMILIES.get(architecture.model_type, _PRE)
+    return layer.norm_width - 2 * (built.before + built.after) * architecture.hidden
 
 
 def cast_bytes(architecture: Architecture, settings: Settings) -> float:
@@ -147,16 +182,19 @@ def layer_traffic(
 ) -> LayerTraffic:
     """What one layer moves beside its large products, in forward, in backward and to compute again.
 
-    A norm reads and writes its feature, and its backward reads two gradients and the input and writes one; rotary
-    embedding and activation work in place. An adapter reads its input once per group of one input, and writes its
-    share of the output, to which the large product adds; backward reads the gradient of the output twice and the
+    A norm reads and writes its feature, and its backward reads two gradients and the input and writes one; one after a
+    sublayer reads the sum's input too, and its backward one gradient less, and what it normed is added up once more.
+    Rotary embedding and activation work in place. An adapter reads its input once per group of one input, and writes
+    its share of the output, to which the large product adds; backward reads the gradient of the output twice and the
     input once, and writes its share of the input's gradient. Of gate, up and down all of that but one look at the
     gradients is done with the activation (``kernels/lora_glu.py``). A step of a 1B model spent 5.3 ms of an H200 on
     these products and 8.7 ms on norms, embeddings and activations, where this makes 4.4 and 8.0.
     """
     hidden, q, kv = architecture.hidden, architecture.query_width, architecture.kv_width
-    normed = layer.norm_width - 2 * hidden
-    rotary, norms = 4.0 * (q + kv), 8.0 * hidden + 4 * normed
+    normed, built = _inner_norms(architecture, layer), FAMILIES.get(architecture.model_type, _PRE)
+    # Twice a norm of 4, or a sum of 6 bytes per value: forward, once more in backward, and the gradients of either.
+    before, after = 8.0 * hidden * built.before, 12.0 * hidden * (built.after or built.scaled)
+    rotary, norms = 4.0 * (q + kv), before + 4 * normed
     names = {module.name for module in modules}
     groups = (layer.attention[:-1], layer.attention[-1:], layer.mlp[:-1], layer.mlp[-1:])
     inputs = [group[0].d_in if names & {module.name for module in group} else 0 for group in groups]
@@ -167,9 +205,10 @@ def layer_traffic(
         made = layer.attention[:-1] if checkpointing == "offload" else layer.attention
         again = rotary + 4 * normed + 2.0 * sum(module.d_out for module in made if module.name in names)
     return LayerTraffic(
-        forward=norms + rotary + 6 * layer.inner + 2 * sum(inputs) + 2 * outside,
+        forward=norms + after + rotary + 6 * layer.inner + 2 * sum(inputs) + 2 * outside,
         backward=norms
-        + 16 * hidden
+        + 2 * (before if built.before else 6.0 * hidden)
+        + (1.5 * after if built.after else after / 1.5)
         + 8 * normed
         + rotary
         + 12 * layer.inner
@@ -180,12 +219,13 @@ def layer_traffic(
     )
 
 
-def recomputed_weights(layer: Layer, checkpointing: str) -> int:
+def recomputed_weights(architecture: Architecture, layer: Layer, checkpointing: str) -> int:
     """Weights of the products that one layer's backward makes again."""
     if checkpointing == "none":
         return 0
     attention = layer.attention[:-1] if checkpointing == "offload" else layer.attention
-    return sum(module.weight for module in (*attention, *layer.mlp[:-1]))
+    mlp = layer.mlp if FAMILIES.get(architecture.model_type, _PRE).after else layer.mlp[:-1]
+    return sum(module.weight for module in (*attention, *mlp))
 
 
 def parked_bytes(architecture: Architecture, settings: Settings, stack: Stack) -> float:

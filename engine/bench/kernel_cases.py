@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from ...kernels import adamw, fp8, fp8_projection, glu, linear_cross_entropy, nf4, rms_norm, rope
+from ...kernels import adamw, fp8, glu, linear_cross_entropy, lora_add, nf4, rms_norm, rope
 from .kernel_checks import (
     BF16,
     DEVICE,
@@ -230,9 +230,15 @@ def time_fp8(tokens: int) -> Iterator[Case]:
     y, residual = randn(tokens, HIDDEN), randn(tokens, HIDDEN)
     yield Case(
         "fp8 add adapter and residual to a product",
-        lambda: fp8_projection.add_to(y, residual, None, xa, b, 2.0),
+        lambda: lora_add.add_to(y, residual, None, xa, b, 2.0),
         lambda: torch.addmm(y, xa, b.t(), out=y).add_(residual),
         bytes=6 * size,
+    )
+    yield Case(
+        "adapter and residual before a product",
+        lambda: lora_add.add_to(y, residual, None, xa, b, 2.0, keep=False),
+        lambda: torch.addmm(residual, xa, b.t(), alpha=2.0, out=y),
+        bytes=4 * size,
     )
     flops = 2.0 * tokens * dense.numel()
     yield Case(

@@ -37,7 +37,9 @@ _INDEXED = frozenset(
 #: Functions between an operation and this: dispatch, and what torch.compile puts around it.
 _PLUMBING = frozenset({"_accumulates", "__torch_dispatch__", "inner", "_fn"})
 
-_ATTENTION_BACKWARD = frozenset({torch.ops.aten._scaled_dot_product_flash_attention_backward.default})
+_ATTENTION_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_backward.default
+#: The same for sequences end to end.
+_DOCUMENTS_BACKWARD = torch.ops.aten._flash_attention_backward.default
 
 
 @dataclass
@@ -83,8 +85,13 @@ class Ledger(TorchDispatchMode):
         for tensor in tree_iter(out):
             if isinstance(tensor, torch.Tensor):
                 self.enter(tensor)
-        if func in _ATTENTION_BACKWARD:
-            self._look(_attention_workspace(args[1], args[2]))
+        if func is _ATTENTION_BACKWARD:
+            (rows, heads, length, _), key_heads = args[1].shape, args[2].shape[1]
+            places = rows * -(-length // 128) * 128
+            self._look(_attention_workspace(args[1], heads, key_heads, places))
+        elif func is _DOCUMENTS_BACKWARD:
+            (length, heads, _), key_heads, documents = args[1].shape, args[2].shape[1], args[6].numel() - 1
+            self._look(_attention_workspace(args[1], heads, key_heads, length + 128 * documents))
         return out
 
     def enter(self, tensor: torch.Tensor, term: str | None = None) -> None:
@@ -169,14 +176,12 @@ def _asker() -> str:
     return frame.f_code.co_name
 
 
-def _attention_workspace(query: torch.Tensor, key: torch.Tensor) -> int:
+def _attention_workspace(query: torch.Tensor, heads: int, key_heads: int, places: int) -> int:
     """Bytes that attention's backward takes for itself: the gradient of the queries in fp32 and a row sum, both for
     rows rounded up to 128; where heads are shared, the gradients of keys and values of each query head too
-    (``mha_bwd`` in flash_api.cpp of FlashAttention-2, as torch carries it)."""
-    rows, heads, length, width = query.shape
-    places = rows * heads * -(-length // 128) * 128
-    shared = 2 * rows * heads * key.shape[2] * width * query.element_size() if key.shape[1] != heads else 0
-    return 4 * places * (-(-width // 32) * 32 + 1) + shared
+    (``mha_bwd`` and ``mha_varlen_bwd`` in flash_api.cpp of FlashAttention-2, as torch carries it)."""
+    shared = 2 * query.numel() * query.element_size() if key_heads != heads else 0
+    return 4 * heads * places * (-(-query.shape[-1] // 32) * 32 + 1) + shared
 
 
 def _places(index: torch.Tensor | None) -> list[torch.Tensor | None]:

@@ -77,7 +77,7 @@ def follow(
     text = text_config(config, name, resolved.attention)
     notes: list[str] = []
     small = twin(text) if framework == "finetui" and resolved.kernels != "off" else None
-    model = on_meta(text, numerics.weights, name)
+    model = on_meta(text, numerics.weights, name).eval()  # as from_pretrained gives it
     counted = sum(p.numel() for p in model.parameters())
     if resolved.quantization != "none":
         quantise(model, resolved.quantization, numerics)
@@ -154,8 +154,8 @@ class _Step:
         self.notes = notes
         make_fake(model, ledger, adapted=not resolved.trains_base)
         self.model = model
-        whole = patched and patch_kernels(model, resolved, torch.device("cuda"), lambda _: None)
-        if not whole:
+        self.whole = patched and patch_kernels(model, resolved, torch.device("cuda"), lambda _: None)
+        if not self.whole:
             if resolved.checkpointing == "offload":
                 do = "Use checkpointing: full or selective, or plan without --exact."
                 raise RecipeError(
@@ -164,6 +164,8 @@ class _Step:
             checkpoint_layers(model, resolved, lambda _: None)
         self.trained = [p for p in self.model.parameters() if p.requires_grad]
         self.causal = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
+        if framework == "finetui":
+            flat.shorten_walks(self.model, self.trained)
         self.model.train()
 
     def run(self, counted: int) -> Followed:
@@ -245,14 +247,18 @@ class _Step:
     def _token_loss(self, batch: dict[str, Any]) -> torch.Tensor:
         from ...kernels.attention import Documents
         from ..trainers.head import Wanted
+        from ..trainers.unasked import no_masks, told
 
         inputs = {name: tensor for name, tensor in batch.items() if name != "attention_mask"}
         rows, length = batch["input_ids"].shape
+        spared = False  # of packed rows the one mask is counted that the planner has for them
         if self.resolved.packing:
             lengths = (length // 2, length - length // 2) * rows
             inputs["documents"] = Documents(lengths, torch.zeros(len(lengths) + 1, dtype=torch.int32))
+        elif self.whole:
+            inputs, spared = told(inputs, self.causal.config.get_text_config())
         wanted = Wanted(torch.ones(()), rows * (length - 1))
-        with self._autocast():
+        with self._autocast(), no_masks() if spared else contextlib.nullcontext():
             out = self.model(**inputs, use_cache=False, token_loss=wanted)
         loss: torch.Tensor = out.loss
         return loss

@@ -52,6 +52,10 @@ OWN = (
     "Qwen/Qwen3-8B",
     "mistralai/Mistral-7B-v0.1",
     "google/gemma-3-12b-pt",
+    "microsoft/Phi-3-mini-4k-instruct",
+    "allenai/OLMo-2-1124-7B",
+    "ibm-granite/granite-3.3-8b-base",
+    "zai-org/GLM-4-9B-0414",
 )
 
 

@@ -70,16 +70,20 @@ def main() -> None:
     from finetui.kernels import (
         adamw,
         fp8,
-        fp8_projection,
         glu,
         linear_cross_entropy,
+        lora_add,
         lora_glu,
         nf4,
+        residual,
         rms_norm,
         rope,
     )
 
     for form in rms_norm.FORMS:
+        how = residual.Join(residual.Norm(torch.empty(4096, dtype=BF16), 1e-6, form))
+        for x in (torch.empty(8, 4096), torch.empty(8, 4096, dtype=BF16)):
+            residual.join_again(x, torch.empty(8, 4096, dtype=BF16), how)
         rms_norm.rms_norm(empty(8, 4096), empty(4096), 1e-5, form).backward(torch.empty(8, 4096, dtype=BF16))
     rms_norm.rms_norm(empty(64, 128), empty(128).detach(), 1e-5).backward(torch.empty(64, 128, dtype=BF16))
     torch.autograd.backward(
@@ -104,6 +108,8 @@ def main() -> None:
     hidden, weight, labels = empty(8, 512), empty(4096, 512), torch.zeros(8, dtype=torch.int64)
     linear_cross_entropy.linear_cross_entropy(hidden, weight, labels)
     linear_cross_entropy.linear_cross_entropy(hidden, weight, labels, softcap=30.0, z_loss=0.1)
+    linear_cross_entropy.linear_cross_entropy(hidden, weight, labels, weighting="dft")
+    linear_cross_entropy.linear_cross_entropy(hidden, weight, labels, weighting="eaft")
     fp8.multiplies = lambda device: True
     weight = fp8.FP8(torch.empty(4096, 4096, dtype=torch.uint8), torch.empty(4096), BF16)
     fp8.dequantise(weight)
@@ -115,7 +121,8 @@ def main() -> None:
     fp8.quantise(torch.empty(8, 28672, dtype=BF16), torch.empty(28672))
     y, xa, b = torch.empty(64, 4096, dtype=BF16), torch.empty(64, 16, dtype=BF16), torch.empty(4096, 16, dtype=BF16)
     for add, bias, share in ((None, None, xa), (y, None, xa), (y, y[0], None)):
-        fp8_projection.add_to(y, add, bias, share, b, 2.0)
+        for keep in {True, add is None}:
+            lora_add.add_to(y, add, bias, share, b, 2.0, keep=keep)
     adamw.unavailable = lambda device: ""
     for dtype in (BF16, torch.float32):
         for states in adamw.STATES:

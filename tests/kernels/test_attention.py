@@ -7,6 +7,7 @@ import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from finetui.kernels.attention import Documents, _end_to_end, _is_view, attend, gradients
+from finetui.kernels.selfcheck import prove_documents
 
 
 def heads(device, dtype, key_heads, batch=2):
@@ -71,3 +72,21 @@ def test_views_of_heads_are_known_as_such():
         assert not _is_view(head.clone(), head)
         assert not _is_view(head.transpose(1, 2), head)
         assert not _is_view(rows.view(6, 8, 4), head)
+
+
+@pytest.mark.parametrize("key_heads", [4, 1])
+def test_a_window_within_documents_is_the_mask_that_says_the_same(device, key_heads):
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    q, k, v, dout = heads(device, dtype, key_heads)
+    starts = torch.tensor([0, 5, 6, 12], dtype=torch.int32, device=device)
+    documents = Documents((5, 1, 6), starts)
+    mask = documents.mask(2, 6, 3)
+    assert int(mask.sum()) == 12 + 1 + 15  # three positions for each query, but for the first two of a document
+    results = []
+    for how in ({"mask": None, "documents": documents, "window": 3}, {"mask": mask}):
+        out, attended = attend(q, k, v, scale=0.3, **how)
+        results.append((out, *gradients(attended, q, k, v, out, dout)))
+    limit = 2e-2 if dtype == torch.bfloat16 else 1e-5
+    for mine, stock in zip(*results, strict=True):
+        assert (mine - stock).norm() <= limit * stock.norm()
+    assert prove_documents(device, dtype, 8, 4 // key_heads, windowed=True).ok

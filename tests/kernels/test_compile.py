@@ -19,7 +19,7 @@ def test_every_kernel_compiles_with_wide_accesses_and_no_spills(tmp_path):
     assert result.returncode == 0, result.stderr[-3000:]
     lines = [json.loads(line) for line in result.stdout.splitlines()]
     assert {line["kernel"].split(".")[0] for line in lines} == {
-        "rms_norm", "glu", "lora_glu", "rope", "linear_cross_entropy", "nf4", "adamw", "fp8", "fp8_projection",
+        "rms_norm", "glu", "lora_glu", "rope", "linear_cross_entropy", "nf4", "adamw", "fp8", "lora_add", "residual",
     }  # fmt: skip
     assert {line["target"] for line in lines} == {80, 89, 90}
     assert not [line for line in lines if line["spills"]]

@@ -7,7 +7,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
-from finetui.kernels import decoder_layer, decoder_mlp, layers, linear_cross_entropy
+from finetui.kernels import decoder_layer, decoder_mlp, layers, linear_cross_entropy, selfcheck
 from finetui.kernels.attention import Documents, takes_documents
 from finetui.kernels.decoder_layer import Keeping
 from finetui.kernels.patch import fallbacks, patch_model, unpatch
@@ -60,6 +60,18 @@ def test_losses_and_gradients_are_those_of_the_architecture(device, architecture
     same(gradients(adapted), stock)
     assert fallbacks(adapted) == []
     assert unpatch(adapted) == 2
+
+
+def test_a_layer_of_another_transformers_is_proven_again(device, monkeypatch):
+    judged = []
+    compare = selfcheck.compare
+    monkeypatch.setattr(selfcheck, "compare", lambda *args, **more: judged.append(1) or compare(*args, **more))
+    patch_model(model(device), only=["decoder_layer"])
+    patch_model(model(device), only=["decoder_layer"])
+    assert len(judged) == 1
+    monkeypatch.setattr("transformers.__version__", "99")
+    patch_model(model(device), only=["decoder_layer"])
+    assert len(judged) == 2
 
 
 @pytest.mark.parametrize("targets", [["q_proj", "v_proj"], ["gate_proj", "down_proj"], ["o_proj"]])

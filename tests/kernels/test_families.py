@@ -24,30 +24,33 @@ FAMILIES = [
     ("llama", {}, WHOLE, ""),
     ("gemma", {}, WHOLE, ""),
     ("granite", {}, WHOLE, ""),
-    ("granite", {"residual_multiplier": 0.3}, SINGLE, "something else than a plain decoder layer"),
+    ("granite", {"residual_multiplier": 0.3}, WHOLE, ""),
     ("smollm3", {}, WHOLE, ""),
+    ("smollm3", {"no_rope_layers": [0]}, WHOLE, ""),
     ("helium", {}, WHOLE, ""),
     ("ernie4_5", {}, WHOLE, ""),
     *((family, {}, WHOLE, "") for family in ("ministral", "mistral", "qwen2", "qwen3")),
-    ("gemma2", {"attn_implementation": "eager"}, SINGLE, "further parts (post_feedforward_layernorm, pre_"),
-    ("gemma3_text", {}, SINGLE, "further parts (post_feedforward_layernorm, pre_"),
-    ("phi3", {}, SINGLE, "further parts (resid_attn_dropout, resid_mlp_dropout)"),
-    ("olmo2", {}, SINGLE, "further parts (post_feedforward_layernorm)"),
-    ("exaone4", {}, SINGLE, "further parts (post_feedforward_layernorm)"),
+    ("gemma2", {"attn_implementation": "eager"}, SINGLE, "caps its scores"),
+    ("gemma3_text", {"sliding_window": 3}, WHOLE, ""),
+    ("gemma4_text", {"hidden_size_per_layer_input": 0}, SINGLE - {"rope"}, "tensors of its own (layer_scalar)"),
+    ("phi3", {}, WHOLE, ""),
+    ("olmo2", {}, WHOLE, ""),
+    ("olmo3", {"sliding_window": 3}, WHOLE, ""),
+    ("exaone4", {}, WHOLE, ""),
+    ("exaone4", {"sliding_window": 3, "layer_types": ["full_attention"]}, WHOLE, ""),
     ("cohere", {}, SINGLE - {"rms_norm"}, "it has no post_attention_layernorm"),
-    ("glm", {}, SINGLE, "gate and up projections are one layer"),
+    ("glm", {}, WHOLE, ""),
+    ("glm4", {}, WHOLE, ""),
     ("starcoder2", {}, {"lora", "rope"}, "its LayerNorm is no RMSNorm"),
     ("arcee", {}, {"lora", "rope", "rms_norm"}, "its MLP is no GLU"),
-    ("hunyuan_v1_dense", {}, SINGLE, "further parts (key_layernorm, query_layernorm)"),
+    ("hunyuan_v1_dense", {}, WHOLE, ""),
     ("mixtral", EXPERTS, {"lora", "rope", "rms_norm"}, "its MLP is no GLU"),
     ("qwen3_moe", EXPERTS, {"lora", "rope", "rms_norm"}, "its MLP is no GLU"),
 ]
 
 
 def test_the_planner_counts_on_whole_layers_where_they_are_recognised():
-    recognised = {family for family, changes, kernels, _ in FAMILIES if kernels == WHOLE and not changes}
-    # Of smollm3 every fourth layer has no rotary embedding, and granite's checkpoints scale what is added.
-    assert recognised - {"smollm3", "granite"} == planner_families
+    assert {family for family, _, kernels, _ in FAMILIES if kernels == WHOLE} == set(planner_families)
 
 
 @pytest.mark.parametrize(

@@ -40,12 +40,42 @@ def verdict(hidden, weight, labels, own_options=None, **options):
         {"logit_scale": 0.25},
         {"z_loss": 1e-2},
         {"softcap": 30.0, "logit_scale": 2.0, "z_loss": 0.1},
+        {"weighting": "dft"},
+        {"weighting": "eaft"},
+        {"weighting": "dft", "softcap": 30.0, "logit_scale": 2.0, "z_loss": 0.1},
+        {"weighting": "eaft", "softcap": 30.0, "logit_scale": 0.5, "z_loss": 0.1},
     ],
     ids=str,
 )
 @pytest.mark.parametrize("chunk", [4, 1024])
 def test_loss_and_gradients_are_as_close_to_float64_as_stock(device, dtype, options, chunk):
     result = verdict(*batch(device, dtype), {"chunk_rows": chunk}, **options)
+    assert result.ok, result.why
+
+
+def test_weights_are_those_of_the_papers(device):
+    """Written out row by row in float64; a constant, so that its gradient is that of the plain loss, weighed."""
+    hidden, weight, labels = batch(device)
+    rows = (labels != -100).nonzero().flatten()
+    table = (hidden.double() @ weight.double().T)[rows].log_softmax(-1)
+    plain = -table[torch.arange(len(rows)), labels[rows]]
+    among = table.topk(20).values.softmax(-1)
+    expected = {"dft": (-plain).exp(), "eaft": -(among * among.log()).sum(-1) / torch.log(torch.tensor(20.0))}
+    for weighting, weights in expected.items():
+        assert 0 < weights.min() < weights.max() < 1
+        h = hidden.clone().requires_grad_()
+        loss = lce.linear_cross_entropy(h, weight, labels, weighting=weighting, num_items=1)
+        loss.backward()
+        assert loss.item() == pytest.approx(float((weights * plain).sum()), rel=1e-5)
+        again = hidden.double().requires_grad_()
+        logs = torch.nn.functional.cross_entropy((again @ weight.double().T)[rows], labels[rows], reduction="none")
+        (weights * logs).sum().backward()
+        torch.testing.assert_close(h.grad.double(), again.grad, rtol=1e-4, atol=1e-6)
+
+
+def test_few_words_have_an_entropy_too(device):
+    hidden, weight, labels = batch(device, words=7)
+    result = verdict(hidden, weight, labels, weighting="eaft")
     assert result.ok, result.why
 
 

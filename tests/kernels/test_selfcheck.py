@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 
 import pytest
@@ -97,6 +98,24 @@ def test_a_changed_kernel_is_proven_again(tmp_path):
         (tmp_path / f"{text}.py").write_text(text)
     ask(lambda: Verdict(False, "wrong"), source=str(tmp_path / "one.py"))
     assert ask(lambda: Verdict(True), source=str(tmp_path / "two.py")).ok
+
+
+def test_whose_code_a_module_is_is_known_by_version_or_by_hash(monkeypatch, tmp_path):
+    from peft import LoraConfig, get_peft_model
+
+    adapted = get_peft_model(torch.nn.Sequential(torch.nn.Linear(4, 4)), LoraConfig(target_modules=["0"]))
+    known = selfcheck.origins(adapted)
+    assert [origin.partition(" ")[0] for origin in known] == ["peft", "torch"]
+    monkeypatch.setattr("peft.__version__", "99")
+    assert "peft 99" in selfcheck.origins(adapted)
+
+    def written(name, text):
+        (tmp_path / f"{name}.py").write_text(f"import torch\nclass Own(torch.nn.Module):\n    {text}\n")
+        monkeypatch.syspath_prepend(tmp_path)
+        return selfcheck.origins(importlib.import_module(name).Own())
+
+    one, other = written("code_a", "size = 1"), written("code_b", "size = 2")
+    assert one[0].partition(" ")[2] != other[0].partition(" ")[2]
 
 
 def test_an_error_is_a_failed_verdict_that_is_not_stored():

@@ -8,7 +8,16 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Config
 
-from finetui.kernels import decoder_layer, decoder_mlp, layers, linear_cross_entropy, projection, rope, weight_gradient
+from finetui.kernels import (
+    decoder_layer,
+    decoder_mlp,
+    layerproof,
+    layers,
+    linear_cross_entropy,
+    projection,
+    rope,
+    weight_gradient,
+)
 from finetui.kernels.decoder_layer import Keeping
 from finetui.kernels.launch import INTERPRETED
 from finetui.kernels.patch import fallbacks, patch_model, unpatch
@@ -283,7 +292,7 @@ def test_real_shapes(device, policy):
     built, own = layers.build(layer, what, x)
     leaves = {id(p): p.detach().double().requires_grad_() for p in own}
     wide = x.double().requires_grad_()
-    layers.reference(wide, tuple(t.double() for t in tables), built, [*leaves.values()]).backward(dy.double())
+    layerproof.reference(wide, tuple(t.double() for t in tables), built, [*leaves.values()]).backward(dy.double())
     exact = [wide.grad, *(2 * leaves[id(p)].grad for p in layer.parameters())]
     stock = run()
     assert patch(trained, policy, dtype=torch.bfloat16) == [(True, policy)]

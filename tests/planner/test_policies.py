@@ -23,7 +23,7 @@ from finetui.planner.speed import step_speed
 from finetui.planner.stacks import STACKS
 
 LLAMA = Architecture.from_config(find_config("meta-llama/Llama-3.1-8B")[1], "Llama-3.1-8B")
-GEMMA = Architecture.from_config(find_config("google/gemma-3-4b-pt")[1], "gemma-3-4b")
+GEMMA = Architecture.from_config(find_config("google/gemma-2-9b")[1], "gemma-2-9b")
 OURS, TRL, H200 = STACKS["finetui"], STACKS["trl"], find_gpu("H200")
 BASE = Settings("lora", 2048, micro_batch=4, optimizer="adamw-8bit")
 

@@ -1,0 +1,68 @@
+"""What an adapter, a bias and a residual add to a product: the sum itself, and what it is not to look at."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from finetui.kernels import faster, launch, lora_add, projection, selfcheck
+
+
+def given(device, rows=5, columns=37, rank=3):
+    torch.manual_seed(0)
+    y, add, xa, b = (
+        torch.randn(*shape, device=device) for shape in ((rows, columns),) * 2 + ((rows, rank), (columns, rank))
+    )
+    return y, add, torch.randn(columns, device=device), xa, b
+
+
+@pytest.mark.parametrize("keep", [True, False])
+@pytest.mark.parametrize("biased", [True, False])
+@pytest.mark.parametrize("rank", [3, lora_add.MAX_RANK + 1])
+def test_it_is_the_sum(device, keep, biased, rank):
+    y, add, bias, xa, b = given(device, rank=rank)
+    expected = add + 0.7 * xa @ b.t() + (bias if biased else 0) + (y if keep else 0)
+    lora_add.add_to(y, add, bias if biased else None, xa, b, 0.7, keep=keep)
+    torch.testing.assert_close(y, expected)
+
+
+def test_what_was_there_is_not_looked_at(device):
+    y, add, _, xa, b = given(device)
+    y.fill_(float("nan"))
+    lora_add.add_to(y, add, None, xa, b, 1.0, keep=False)
+    torch.testing.assert_close(y, add + xa @ b.t())
+
+
+@pytest.mark.parametrize("biased", [True, False])
+@pytest.mark.parametrize("place", ["new", "given", "the residual", "its memory"])
+def test_a_projection_adds_the_same_either_way(device, monkeypatch, biased, place):
+    torch.manual_seed(0)
+    x, weight, bias = (torch.randn(*shape, device=device) for shape in ((6, 8), (10, 8), (10,)))
+    xa, b, add = (torch.randn(*shape, device=device) for shape in ((6, 4), (10, 4), (6, 10)))
+    part = projection.Projection(weight, bias if biased else None, 4, 0.5)
+    expected = add + x @ weight.t() + 0.5 * xa @ b.t() + (bias if biased else 0)
+    calls, stock = [], lora_add.add_to
+    monkeypatch.setattr(lora_add, "add_to", lambda *a, **k: calls.append(1) or stock(*a, **k))
+    for first in (True, False):
+        monkeypatch.setattr(faster, "sum_first", lambda *_, ok=first: selfcheck.Verdict(ok, "slower"))
+        mine = add.clone()
+        empty = torch.full_like(add, float("nan"))
+        out = {"new": None, "given": empty, "the residual": mine, "its memory": mine[:]}[place]
+        got = projection.expand(x, xa, weight, b, part, add=mine, out=out)
+        torch.testing.assert_close(got, expected)
+        assert out is None or got.data_ptr() == out.data_ptr()
+        if place in ("new", "given"):
+            assert torch.equal(mine, add)
+    assert len(calls) == (place != "the residual")  # where they are one, there is nothing to copy
+
+
+@pytest.mark.parametrize(("times", "ok"), [([1.0, 2.0], True), ([2.0, 1.0], False), ([0.99, 1.0], False)])
+def test_it_is_used_where_it_is_clearly_faster(monkeypatch, times, ok):
+    left = list(times)
+    monkeypatch.setattr(launch, "INTERPRETED", False)
+    monkeypatch.setattr(faster, "_milliseconds", lambda run, device: left.pop(0))
+    faster._sum_first.cache_clear()
+    verdict = faster.sum_first(torch.device("cpu"), torch.float32, 64, 4)
+    faster._sum_first.cache_clear()
+    assert verdict.ok is ok
+    assert verdict.why == f"{times[0]:.3f} ms fused, {times[1]:.3f} ms as separate operations"
