@@ -15,6 +15,7 @@ from typing import Any, Self
 from .config_json import read_config
 from .errors import ModelError, RecipeError
 from .layer import Layer, Linear
+from .packed import Packed, packed_weights
 
 
 @dataclass(frozen=True, eq=False)  # compared by identity: it is the key of caches, and hashing every shape is slow
@@ -48,6 +49,8 @@ class Architecture:
     note: str = ""
     activation: str = "silu"
     """Of the MLP, as the config names it."""
+    packed: Packed | None = None
+    """How the weights are stored, where that is not as plain numbers."""
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any], name: str = "model") -> Self:
@@ -61,7 +64,7 @@ class Architecture:
             ModelError: it is no decoder-only language model, or a shape is missing or not a whole number above 0.
         """
         try:
-            return cls(**read_config(config, name))
+            return cls(**read_config(config, name), packed=packed_weights(config))
         except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError) as error:
             # Some hundred keys of fifty families are read there, and any may hold anything.
             what = f"a value is of another kind than it should be ({str(error)[:120]})"

@@ -9,7 +9,7 @@ from typing import Any
 from . import hybrid
 from .errors import ModelError
 from .families import FAMILIES
-from .family import ALIASES, Config, Family
+from .family import ALIASES, Config, Family, MoE
 from .layer import Layer, Linear
 
 #: Text towers whose config may leave out its own model_type.
@@ -31,6 +31,8 @@ _NOT_DECODERS = {
     "pegasus", "roberta", "siglip", "speecht5", "switch_transformers", "t5", "umt5", "vit", "wav2vec2", "whisper",
     "xlm-roberta", "xlm-roberta-xl",
 }  # fmt: skip
+#: Keys for how many experts see every token.
+_SHARED = ("n_shared_experts", "num_shared_experts", "moe_num_shared_experts")
 _NEEDED = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
 
 
@@ -78,7 +80,7 @@ def read_config(config: Mapping[str, Any], name: str) -> dict[str, Any]:
         "tied": bool(tied),
         "layers": _layers(c, hidden, heads, kv_heads, head_dim, norm),
         "position_parameters": table + own,
-        "final_norm": norm + own_norm,
+        "final_norm": norm * (1 + c.family.embedding_norm) + own_norm,
         "outside": outside,
         "head_bias": vocab if c.flag(c.family.head_bias) else 0,
         "window": window,
@@ -94,11 +96,18 @@ def read_config(config: Mapping[str, Any], name: str) -> dict[str, Any]:
     }
 
 
+#: Where a config names none.
+_ACTIVATIONS = {
+    "gpt2": "gelu_new", "gptj": "gelu_new", "phi": "gelu_new", "gpt_neo": "gelu_new", "codegen": "gelu_new",
+    "bloom": "gelu",
+}  # fmt: skip
+
+
 def _activation(config: Mapping[str, Any], model_type: str) -> str:
     """The MLP's activation by the names that configs have for it; else the default of its config class."""
     keys = ("hidden_activation", "hidden_act", "activation_function", "activation")
     named = next((config[key] for key in keys if isinstance(config.get(key), str)), "")
-    return named or {"gpt2": "gelu_new", "gptj": "gelu_new", "phi": "gelu_new"}.get(model_type, "silu")
+    return named or _ACTIVATIONS.get(model_type, "silu")
 
 
 def _refuse(config: Mapping[str, Any], outer: Mapping[str, Any], model_type: str, name: str) -> None:
@@ -126,7 +135,15 @@ def _guess(config: Mapping[str, Any]) -> Family:
     activation = str(config.get("hidden_act") or config.get("activation_function") or "silu")
     plain = activation.startswith(("gelu", "relu")) and "intermediate_size" not in config
     mlp = ("up_proj", "down_proj") if plain else FAMILIES["llama"].mlp
-    moe = FAMILIES["qwen3_moe"].moe if config.get("num_experts") or config.get("num_local_experts") else None
+    counts = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+    moe = None
+    if any(config.get(key) for key in counts):
+        shared = next((key for key in _SHARED if config.get(key)), "")
+        dense = any(config.get(key) for key in ALIASES["first_k_dense_replace"])
+        moe = MoE(
+            count=counts, sparse="first_dense" if dense else "step", shared="count" if shared else "",
+            shared_count=shared,
+        )  # fmt: skip
     return Family(
         "unknown", mlp=mlp, qkv_bias="attention_bias", out_bias="attention_bias", mlp_bias="mlp_bias", moe=moe
     )
@@ -164,6 +181,7 @@ def _layers(c: Config, hidden: int, heads: int, kv_heads: int, head_dim: int, no
     if family.qk_norm and c.flag(family.qk_norm_if or True):
         width += (heads + kv_heads) * head_dim
     inner = c.whole("intermediate_size") if c.get("intermediate_size") else 4 * hidden
+    inner //= 1 + family.halved_inner
     if family.moe and family.moe.dense_width:
         inner = c.whole(family.moe.dense_width)
     recurrent = hybrid.recurrent_layers(c, total) if family.delta_net else [False] * total
@@ -261,7 +279,7 @@ def _moe_layer(c: Config, count: int, attention: tuple[Linear, ...], norms: tupl
     assert moe is not None
     experts = next((c.whole(key) for key in moe.count if c.get(key) is not None), 0)
     width = next((c.whole(key) for key in moe.width if c.get(key) is not None), 0) or c.whole("intermediate_size")
-    active = min(int(c.get("num_experts_per_tok") or c.get("num_experts_per_token") or 2), experts)
+    active = min(int(c.get("num_experts_per_tok") or 2), experts)
     each = 3 * hidden * width + (2 * width + hidden if moe.bias else 0)
     shared: tuple[Linear, ...] = ()
     inner = active * width

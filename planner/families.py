@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 from .families_recent import RECENT
+from .families_remote import REMOTE
 from .family import Family, MoE
 from .family import shape_defaults as _shape
 
@@ -338,4 +339,5 @@ FAMILIES: dict[str, Family] = {
         window_every=4,
     ),
     **RECENT,
+    **REMOTE,
 }  # fmt: skip

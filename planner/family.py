@@ -14,14 +14,19 @@ from .errors import ModelError
 
 #: Keys that hold the same figure under the names that different families gave it.
 ALIASES: dict[str, tuple[str, ...]] = {
-    "vocab_size": ("vocab_size",),
-    "hidden_size": ("hidden_size", "n_embd", "d_model"),
+    "vocab_size": ("vocab_size", "padded_vocab_size"),
+    "hidden_size": ("hidden_size", "n_embd", "n_embed", "d_model"),
     "num_hidden_layers": ("num_hidden_layers", "n_layer", "n_layers", "num_layers"),
-    "num_attention_heads": ("num_attention_heads", "n_head", "n_heads"),
-    "num_key_value_heads": ("num_key_value_heads", "num_kv_heads", "n_head_kv"),
+    "num_attention_heads": ("num_attention_heads", "n_head", "n_heads", "num_heads"),
+    "num_key_value_heads": ("num_key_value_heads", "num_kv_heads", "n_head_kv", "multi_query_group_num"),
     "intermediate_size": ("intermediate_size", "n_inner", "ffn_dim", "ffn_hidden_size"),
-    "max_position_embeddings": ("max_position_embeddings", "n_positions", "max_seq_len", "max_sequence_length"),
-}
+    "max_position_embeddings": (
+        "max_position_embeddings", "n_positions", "max_seq_len", "max_sequence_length", "seq_length",
+    ),
+    "head_dim": ("head_dim", "kv_channels"),
+    "first_k_dense_replace": ("first_k_dense_replace", "num_dense_layers", "moe_layer_start_index"),
+    "num_experts_per_tok": ("num_experts_per_tok", "num_experts_per_token", "moe_k"),
+}  # fmt: skip
 #: A fixed answer, or the config key that holds it.
 Flag = bool | str
 
@@ -81,6 +86,10 @@ class Family:
     """Norms on queries and keys: one head wide, the whole projection wide, or one per head."""
     qk_norm_if: str = ""
     """The config key that turns ``qk_norm`` on; empty: always."""
+    embedding_norm: bool = False
+    """What the embedding gives is normed too."""
+    halved_inner: bool = False
+    """``intermediate_size`` counts gate and up projection together."""
     sinks: bool = False
     activation_parameters: int = 0
     """Trained numbers of the activation of one MLP."""

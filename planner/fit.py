@@ -9,6 +9,7 @@ from .architecture import Architecture
 from .cost import cheapest_offers
 from .hardware import Gpu, Offer, load_catalog
 from .memory import peak_memory
+from .packed import trainable_as
 from .plan import Memory
 from .policies import most_layers
 from .settings import Settings
@@ -57,8 +58,14 @@ def fit_table(
 ) -> list[Fit]:
     """One row per GPU, tuning and sequence length: the fastest way that fits, or the smallest that doesn't.
 
-    Lengths beyond what the model was made for are left out, unless all are.
+    Lengths beyond what the model was made for are left out, unless all are; so are tunings that its weights, packed as
+    they are, can't be trained with.
+
+    Raises:
+        ModelError: that is each of them.
     """
+    if framework == "finetui":
+        tunings = trainable_as(architecture.packed, tunings, architecture.name)
     stack = find_stack(framework)
     limit = architecture.max_positions
     lengths = [length for length in sequence_lengths if not limit or length <= limit] or [min(sequence_lengths)]

@@ -118,6 +118,16 @@ def _suggest(model: str) -> str:
     return "Give a checkpoint folder, a config.json, or a hub id such as Qwen/Qwen3-8B."
 
 
+def remote_config(model: str) -> dict[str, Any]:
+    """The config.json that the Hub has for a model, whatever shape is shipped under its name.
+
+    Raises:
+        HubError: the Hub is unreachable, or does not give the file.
+        ModelError: it can't be read.
+    """
+    return _read(Path(_fetch(model, "config.json")))
+
+
 def _fetch(model: str, filename: str) -> str:
     """The path of one small file of a hub model in huggingface_hub's cache."""
     from huggingface_hub import hf_hub_download, try_to_load_from_cache

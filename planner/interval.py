@@ -20,6 +20,7 @@ FLOOR = 0.15 * 2**30
 UNKNOWN: dict[str, tuple[float, float]] = {
     "stack": (0.05, 0.35),  # what the framework keeps was taken from its documentation
     "length": (0.0, 0.35),  # only a bound on the longest row is known
+    "checkpointing": (0.0, 0.4),  # whether layers compute again is what the program does unless told otherwise
     "metric": (0.03, 0.15),  # allocated, reserved or device: the figure's source does not say
     "compiled": (0.0, 0.25),  # a compiler decides what is kept and what is computed again
     "experts": (0.1, 0.3),  # how experts that are no nn.Linear are packed differs between versions
@@ -27,13 +28,15 @@ UNKNOWN: dict[str, tuple[float, float]] = {
     "shapes": (0.03, 0.1),  # the architecture was read by its shapes alone
     "packed": (0.05, 0.35),  # what old 4-bit products keep of their inputs, and how often
     "sharding": (0.05, 0.3),  # order and size of gathers differ between versions
+    "strategy": (0.25, 0.3),  # how several devices share is taken for what the program does unless told otherwise
 }
 
 #: How far a prediction leans towards more where something is unknown, as a share of what that may change: too little
 #: memory ends a run, too much of it costs a few percent of a card.
 LEAN = 0.15
-#: Unknowns that need no leaning: a bound on the length is taken for the length, and a kernel that falls back is told.
-_UPRIGHT = frozenset({"length", "kernels"})
+#: Unknowns that need no leaning: a bound on the length is taken for it, a kernel that falls back is told, and of
+#: all ways to share, each device with a copy of its own needs most.
+_UPRIGHT = frozenset({"length", "kernels", "strategy"})
 
 
 def lean(*, stored: float, moving: float, unknown: tuple[str, ...] = ()) -> float:

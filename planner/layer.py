@@ -58,6 +58,12 @@ class Layer:
         return sum(module.weight for module in self.linears)
 
     @cached_property
+    def every_other(self) -> tuple[Linear, ...]:
+        """Every second product of a forward pass, from the first on: those that torchtitan's selective checkpointing
+        of operations keeps the outputs of (``_apply_ac_to_transformer_block``)."""
+        return self.linears[::2]
+
+    @cached_property
     def parameters(self) -> int:
         """Parameters of one such layer."""
         linear = sum(module.parameters for module in self.linears)

@@ -14,14 +14,19 @@ from .storage import QUANTIZED_BYTES
 _LINK_SHARE = 0.78
 #: The same over PCIe, between cards that reach each other's memory, and through the host's.
 _PCIE_SHARE, _STAGED_SHARE = 0.6, 0.2
+#: Devices of one machine, and GB/s of one network card: InfiniBand of a DGX A100 (200 Gb/s) and of later ones (400).
+_NODE, _NETWORK_GB_S = 8, {"7": 12.5, "8": 25.0}
 #: Share of the bus that one copy from or to pinned memory gets (55.3 of 63 GB/s on PCIe 5).
 _COPY_SHARE = 0.87
 #: Seconds in which the host launches one layer: 1B-sized layers of 2.0 ms took 3.9 ms where they had to wait for it.
 _LAYER_S = 1.8e-3
 #: Share of the ring's speed that ZeRO-3's gathers reach: weights are copied into and out of its buffers.
 _LIVE_SHARE = 0.5
-#: Share of compute that communication hides behind, and the share of itself that never hides.
-_OVERLAP, _EXPOSED = 0.7, 0.1
+#: Share of compute that communication hides behind, and the share of itself that never hides: of the gathers and
+#: reductions of every layer half, as they take bandwidth and units from what they hide behind (torchtitan's and
+#: fms-fsdp's Llama 2 and 3 on 64 and 128 A100: 0.04 to 1 of them, the more they are against the arithmetic, 0.5 at the
+#: middle); of DDP's buckets little.
+_OVERLAP, _EXPOSED, _EXPOSED_ONCE = 0.7, 0.5, 0.1
 #: Host memory bandwidth that a CPU Adam gets, in bytes per second.
 _HOST_BYTES_S = 60e9
 
@@ -49,19 +54,24 @@ def communication_s(
         packed = architecture.linear_weights
         weights = QUANTIZED_BYTES[settings.quantization] * packed + width * (architecture.parameters - packed)
     each, once = sent_bytes(how, world, weights=weights, gradients=gradients)
-    link = _link(gpu)
+    link = _link(gpu, world)
     each /= _LIVE_SHARE if how.gathers == "live" else 1.0
     # Gathers run ahead of both passes, reductions behind backward; DDP's only behind the last micro-batch's.
     waits = max(_EXPOSED * each / link, each / link - _OVERLAP * compute_s) * settings.accumulation
-    return waits + max(_EXPOSED * once / link, once / link - _OVERLAP * backward_s)
+    return waits + max(_EXPOSED_ONCE * once / link, once / link - _OVERLAP * backward_s)
 
 
-def _link(gpu: Gpu) -> float:
-    """Bytes per second that a ring of all devices moves through each."""
+def _link(gpu: Gpu, world: int) -> float:
+    """Bytes per second that a ring of all devices moves through each.
+
+    Between nodes all that a ring moves goes through the network cards of a node, one for each GPU.
+    """
     if gpu.kind == "cpu":
         return 2e9
     if gpu.link_gb_s:
-        return gpu.link_gb_s * 1e9 * _LINK_SHARE
+        inside = gpu.link_gb_s * 1e9 * _LINK_SHARE
+        card = _NETWORK_GB_S.get(gpu.compute_capability[:1], 50.0) * 1e9 * _LINK_SHARE
+        return inside if world <= _NODE else min(inside, _NODE * card)
     # Consumer cards can't reach each other's memory: each byte is written to host memory and read again.
     staged = gpu.name.startswith(("RTX-30", "RTX-40", "RTX-50"))
     return gpu.pcie_gb_s * 1e9 * (_STAGED_SHARE if staged else _PCIE_SHARE)
@@ -77,7 +87,7 @@ def offload_s(architecture: Architecture, settings: Settings, gpu: Gpu) -> float
     if settings.offload == "optimizer":
         return adam
     moved = 2.0 * settings.compute_bytes * architecture.parameters / settings.world_size / bus
-    return adam + max(_EXPOSED * moved, 0.5 * moved) * settings.accumulation
+    return adam + 0.5 * moved * settings.accumulation
 
 
 def parking_s(architecture: Architecture, settings: Settings, stack: Stack, gpu: Gpu, forward_s: float) -> float:

@@ -25,7 +25,7 @@ def loss_bytes(
     architecture: Architecture, settings: Settings, stack: Stack, fixed: Fixed, *, cpu: bool = False
 ) -> tuple[float, float, float]:
     """Bytes of the loss in forward, in backward, and of the head's gradient while it is made."""
-    vocab, hidden, tokens = architecture.vocab, architecture.hidden, settings.tokens
+    vocab, hidden, tokens = architecture.vocab, architecture.hidden, settings.graded
     c = settings.compute_bytes
     if METHODS[settings.method].scalar_head:
         return 0.0, 0.0, 0.0

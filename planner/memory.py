@@ -32,6 +32,8 @@ from .stacks import Stack
 from .storage import Fixed
 
 Moment = Literal["loss", "backward", "optimizer", "rollout"]
+#: A term that is a smaller share of the peak is not worth naming as what to lower.
+_WORTH = 0.06
 
 
 def peak_memory(
@@ -91,7 +93,7 @@ def _peak_memory(
         margins={name: size / GIB for name, size in off.items()},
         terms={name: size / GIB for name, size in parts.items()},
         moment=moment,
-        lever=_lever(moment, parts, settings),
+        lever=_lever(moment, parts, settings, cpu=gpu.kind == "cpu", packs=_packs(architecture, stack)),
     )
 
 
@@ -198,7 +200,7 @@ def stages_of(
             moving += need.moving * tokens + (5 * scores if not moving else 0.0)
             continue
         kinds, work = activation_bytes(
-            architecture, settings.tuning, settings.rank, settings.dropout, settings.targets, settings.precision,
+            architecture, settings.tuning, settings.rank, settings.dropout, settings.targets, settings.between,
             settings.adapter_bytes(stack), eager, share > 0, stack,
             settings.sequence_length if eager else 0, settings.quantized, settings.dora, settings.kind,
         )  # fmt: skip
@@ -209,13 +211,22 @@ def stages_of(
             kept = mean * tokens + share * masks + sparse * merged + changed
             stages.append(Stage(count, kept, grow * tokens + 0.4 * merged))
             continue
-        residual = 4 if settings.weight_bytes == 4 or (settings.quantized and stack.kbit_upcast) else 2
+        wide = settings.weight_bytes == 4 and settings.between != "bf16"
+        residual = 4 if wide or (settings.quantized and stack.kbit_upcast) else 2
         parked = stack.offloads_checkpoints or policy == "offload"
         boundary = float(residual * architecture.hidden * tokens)
         kept = 0.0 if parked else boundary
+        kept += _outputs(architecture) * tokens if settings.keeps_outputs else 0.0
         moving += 2 * boundary if parked else 0.0  # one on its way, one at work
         stages.append(Stage(count, kept, work * tokens + masks + 1.4 * merged + changed))
     return stages, moving
+
+
+def _outputs(architecture: Architecture) -> float:
+    """Bytes per token and layer, on average, of what is kept of layers that compute the rest again, in 16 bits."""
+    attended = architecture.heads * architecture.value_dim
+    wide = sum(layer.count * sum(module.d_out for module in layer.every_other) for layer in architecture.layers)
+    return 2.0 * (wide / max(architecture.num_layers, 1) + attended)
 
 
 def _weight_changes(architecture: Architecture, settings: Settings) -> float:
@@ -310,17 +321,35 @@ def context_bytes(gpu: Gpu, world_size: int) -> float:
     return (0.6 if hopper else 0.5) * GIB + (1.5 * GIB if world_size > 1 else 0.0)
 
 
-def _lever(moment: str, parts: dict[str, float], settings: Settings) -> str:
-    """The setting that lowers the peak most, in words."""
+def _packs(architecture: Architecture, stack: Stack) -> bool:
+    """Whether 4 bits would take in most weights: experts are no linear layers."""
+    packed = architecture.linear_weights + (architecture.expert_weights if stack.quantizes_experts else 0)
+    return 2 * packed > architecture.parameters
+
+
+def _lever(moment: str, parts: dict[str, float], settings: Settings, *, cpu: bool, packs: bool) -> str:
+    """The setting that lowers the peak most, in words: that of the largest term that any setting lowers."""
     if moment == "rollout" and parts["buffers"] > parts["weights"]:
         return "a smaller batch_size: its answers are generated together"
-    largest = max(("weights", "gradients", "optimizer", "activations", "logits"), key=lambda name: parts[name])
-    if largest == "activations" and settings.checkpointing in ("none", "selective"):
-        return "hardware.checkpointing: full"
-    if largest in ("activations", "logits"):
+    terms = ("weights", "adapter", "gradients", "optimizer", "activations", "logits")
+    total = sum(parts.values())
+    for name in sorted(terms, key=lambda name: -parts[name]):
+        found = _lowers(name, settings, cpu=cpu, packs=packs)
+        if found and parts[name] >= _WORTH * total:
+            return found
+    return "a smaller model"
+
+
+def _lowers(name: str, settings: Settings, *, cpu: bool, packs: bool) -> str:
+    """What lowers a term of memory; empty where nothing is left to set."""
+    if name in ("activations", "logits"):
+        if name == "activations" and settings.checkpointing in ("none", "selective"):
+            return "hardware.checkpointing: full"
         return "micro_batch: 1" if settings.micro_batch > 1 else "a shorter sequence_length"
+    if name == "optimizer" and not cpu and settings.optimizer == "adamw":
+        return "optimizer.name: adamw-8bit"
     if settings.tuning == "full":
-        return "tuning: lora" if largest != "optimizer" else "optimizer.name: adamw-8bit"
-    if settings.quantization == "none":
-        return "tuning: qlora"
-    return "a shorter sequence_length" if moment != "optimizer" else "a smaller model"
+        return "tuning: lora"
+    if name != "weights":
+        return "a smaller tuning.rank"
+    return "tuning: qlora" if settings.quantization == "none" and packs else ""

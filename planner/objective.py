@@ -25,7 +25,7 @@ DpoLoss = Literal[
     "sigmoid", "sigmoid_norm", "hinge", "ipo", "robust", "exo_pair", "nca_pair", "bco_pair", "sppo_hard", "aot",
     "aot_unpaired", "apo_zero", "apo_down", "discopop", "sft",
 ]  # fmt: skip
-Loss = DpoLoss | Literal["kto", "apo_zero_unpaired"]
+Loss = DpoLoss | Literal["kto", "apo_zero_unpaired", "bco"]
 
 #: The losses of each method, its own first; orpo, ipo and simpo have but one.
 LOSSES: dict[str, tuple[str, ...]] = {
@@ -34,7 +34,7 @@ LOSSES: dict[str, tuple[str, ...]] = {
         "aot_unpaired", "apo_zero", "apo_down", "discopop", "sft",
     ),
     "ipo": ("ipo",),
-    "kto": ("kto", "apo_zero_unpaired"),
+    "kto": ("kto", "apo_zero_unpaired", "bco"),
     "orpo": ("orpo",),
     "cpo": ("sigmoid", "hinge", "ipo"),
     "simpo": ("simpo",),
@@ -60,7 +60,8 @@ class Preference(Section):
     """What a preference method optimises."""
 
     loss: Auto | Loss | dict[str, float] = "auto"
-    """Form of the loss; ``auto`` is the method's own. For dpo also several by weight: ``{sigmoid: 1, sft: 0.5}``."""
+    """Form of the loss; ``auto`` is the method's own. For dpo also several by weight: ``{sigmoid: 1, sft: 0.5}``. For
+    kto also ``bco``, a classifier of good and bad answers (arXiv:2404.04656), and ``apo_zero_unpaired``."""
     beta: Auto | float = "auto"
     """How strongly the policy is held to its reference, or the scale of the rewards where there is none."""
     label_smoothing: float = Field(0.0, ge=0.0, lt=0.5)
@@ -175,7 +176,7 @@ def check_objective(recipe: Recipe) -> None:
             raise ValueError(
                 "kto can't precompute its reference: each batch pairs prompts with other answers||Remove reference."
             )
-        if recipe.micro_batch == 1:
+        if recipe.micro_batch == 1 and asked.loss in ("auto", "kto"):
             raise ValueError(
                 "kto needs a micro_batch of 2 or more: it measures KL on another row's answer||Set micro_batch: 2."
             )

@@ -13,6 +13,7 @@ from .section import Auto, Section
 OptimizerName = Literal[
     "auto", "adamw", "adamw-8bit", "paged-adamw", "paged-adamw-8bit", "sgd", "adafactor", "lion", "lion-8bit",
     "paged-lion-8bit", "muon", "galore", "apollo", "apollo-mini", "schedule-free",
+    "adopt", "came",
 ]  # fmt: skip
 Schedule = Literal["cosine", "linear", "constant", "wsd", "inverse-sqrt", "cosine-restarts"]
 
@@ -20,7 +21,7 @@ _ADAM = {"adamw", "adamw-8bit", "paged-adamw", "paged-adamw-8bit", "galore", "ap
 _LION = {"lion", "lion-8bit", "paged-lion-8bit"}
 #: Key to the optimisers on which it has an effect. ``auto`` is always an AdamW.
 _WORKS_ON: dict[str, set[str]] = {
-    "betas": {"auto", "muon", *_ADAM, *_LION},
+    "betas": {"auto", "muon", "adopt", "came", *_ADAM, *_LION},
     "epsilon": {"auto", *_ADAM},
     "momentum": {"sgd", "muon"},
     "projection_rank": {"galore", "apollo"},
@@ -41,7 +42,8 @@ class Optimizer(Section):
     name: OptimizerName = "auto"
     """``auto`` is AdamW, in 8 bits where memory is short. ``paged-`` states move to host memory when the GPU is full.
     ``muon`` (for matrices; AdamW for the rest), ``galore``, ``apollo`` and ``adafactor`` keep smaller states;
-    ``schedule-free`` averages weights instead of lowering the rate."""
+    ``schedule-free`` averages weights instead of lowering the rate. ``adopt`` is an AdamW that converges with any
+    betas (arXiv:2411.02853), ``came`` an adafactor that trusts steady updates more (arXiv:2307.02047)."""
     learning_rate: float | Auto = Field("auto")
     """Peak learning rate. ``auto`` is 2e-4 for adapters, 1e-5 for full fine-tuning."""
     schedule: Schedule = "cosine"
@@ -53,7 +55,8 @@ class Optimizer(Section):
     max_grad_norm: float = Field(1.0, ge=0.0)
     """Gradients are scaled down to this norm; 0 leaves them as they are."""
     betas: Auto | Annotated[list[Annotated[float, Field(ge=0.0, lt=1.0)]], Field(min_length=2, max_length=2)] = "auto"
-    """Decay rates of the two running means. ``auto`` is 0.9 and 0.999; of lion 0.9 and 0.99."""
+    """Decay rates of the two running means. ``auto`` is 0.9 and 0.999; of lion 0.9 and 0.99; of adopt 0.9 and
+    0.9999."""
     epsilon: float = Field(1e-8, gt=0.0)
     """Added to the root of the second moment."""
     momentum: Auto | Annotated[float, Field(ge=0.0, lt=1.0)] = "auto"

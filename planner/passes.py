@@ -55,6 +55,9 @@ def passes_of(recipe: Recipe, sequence_length: int) -> Passes:
         return Passes(forwards=float(terms.forwards))
     from .objective import objective
 
-    reference = objective(recipe).reference
-    once = reference == "precomputed"
-    return Passes(reference == "copy", 0.0 if once else float(terms.forwards), once=once)
+    wanted = objective(recipe)
+    once = wanted.reference == "precomputed"
+    forwards = float(terms.forwards)
+    if recipe.method == "kto" and "kto" not in wanted.losses:  # nothing is paired with other prompts' answers
+        forwards = 1.0
+    return Passes(wanted.reference == "copy", 0.0 if once else forwards, once=once)

@@ -43,7 +43,7 @@ SETTINGS: tuple[Setting, ...] = (
     Setting("refresh_hz", "How often Monitor and Runs look again, per second", "number", low=0.1, high=4.0),
     Setting("mouse", "Whether the app listens to the mouse", "flag", environment="FINETUI_MOUSE"),
     Setting("bell", "Ring the terminal when a run ends, fails or loses a GPU", "flag"),
-    Setting("alert_command", "A shell command run at the same moments; empty runs none", "text"),
+    Setting("alert_command", "A command to run when a run ends, fails or loses a GPU", "text"),
     Setting("prices", "The prices that GPUs and finetui gpus begin with", "choice", ("on-demand", "spot")),
     Setting("providers", "Only offers of these providers; none named is all", "names"),
     Setting("runs", "The folder for new runs; empty is ./runs", "text", environment="FINETUI_RUNS"),

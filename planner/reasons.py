@@ -5,18 +5,24 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
+from .architecture import Architecture
 from .candidate import Candidate
-from .hardware import Gpu
+from .hardware import GIB, Gpu
 from .plan import Reason
+from .settings import Settings
+from .stacks import Stack
 
 if TYPE_CHECKING:
     from .recipe import Recipe
 
 
+#: Predictions of speed that differ by less are taken as equal.
+EQUALLY_FAST = 0.02
+
 _ORDER = (
-    "basis", "workload", "gpus", "strategy", "sequence_length", "packing", "row_tokens", "batch_size", "micro_batch",
-    "checkpointing", "precision", "optimizer", "learning_rate", "train_on", "eval_every", "checkpoint_every",
-    "kernels", "price",
+    "basis", "workload", "gpus", "strategy", "rollout", "sequence_length", "packing", "row_tokens", "batch_size",
+    "micro_batch", "checkpointing", "quantization", "precision", "optimizer", "learning_rate", "train_on",
+    "eval_every", "checkpoint_every", "kernels", "price",
 )  # fmt: skip
 
 
@@ -42,6 +48,16 @@ def explain_choice(recipe: Recipe, best: Candidate, tried: Sequence[Candidate], 
         why = "each device holds the whole model and takes its share of the batch"
         reasons.append(Reason("strategy", "ddp", why))
     return reasons
+
+
+def explain_experts(architecture: Architecture, settings: Settings, stack: Stack) -> list[Reason]:
+    """What 4 and 8 bits leave out of a model with experts, since it may be most of it."""
+    experts = architecture.expert_weights
+    if not settings.quantized or not experts or stack.quantizes_experts:
+        return []
+    size = settings.compute_bytes * experts / GIB
+    why = f"linear layers alone: experts are fused tensors that bitsandbytes leaves in 16 bits, {size:.1f} GiB"
+    return [Reason("quantization", settings.quantization, why)]
 
 
 def in_order(reasons: Sequence[Reason]) -> list[Reason]:
@@ -73,20 +89,19 @@ def _against(best: Candidate, other: Candidate, limit: float) -> str:
     if not other.fits(limit, safely=True):
         return f"might not fit (up to {other.memory.high_gib:.1f} of {limit:.1f} GiB)"
     ratio = other.speed.tokens_per_s / best.speed.tokens_per_s - 1
-    word = "faster" if ratio > 0 else "slower"
-    return (
-        f"would be {abs(ratio):.0%} {word} at {other.memory.device_gib:.1f} GiB"
-        if abs(ratio) >= 0.005
-        else (f"would be no faster, at {other.memory.device_gib:.1f} GiB")
-    )
+    if abs(ratio) < EQUALLY_FAST:
+        return f"would be as fast, at {other.memory.device_gib:.1f} GiB"
+    return f"would be {abs(ratio):.0%} {'faster' if ratio > 0 else 'slower'} at {other.memory.device_gib:.1f} GiB"
 
 
 def _micro_batch(best: Candidate, tried: Sequence[Candidate], limit: float) -> str:
-    same = _like(best, tried, "checkpointing", "precision", "optimizer")
+    same = _like(best, tried, "checkpointing", "precision", "optimizer") or _like(best, tried, "precision", "optimizer")
+    same = [candidate for candidate in same if candidate.settings.micro_batch != best.settings.micro_batch]
     other = _runner_up(same, lambda c: -abs(c.settings.micro_batch - 2 * best.settings.micro_batch))
     if other is None:
         return "nothing else divides the batch"
-    return f"the fastest that fits; {other.settings.micro_batch} {_against(best, other, limit)}"
+    head = "the fastest that fits" if best.fits(limit) else "what needs least, and that does not fit"
+    return f"{head}; {other.settings.micro_batch} {_against(best, other, limit)}"
 
 
 def _checkpointing(best: Candidate, tried: Sequence[Candidate], limit: float) -> str:

@@ -83,6 +83,10 @@ class Recipe(Section):
     train_on: Literal["auto", "answers", "last-answer", "all"] = "auto"
     """Which tokens count for the loss; ``last-answer`` is what follows the last question of a conversation. ``auto``
     is answers for sft and all for pretrain."""
+    loss: Literal["nll", "dft", "eaft"] = "nll"
+    """sft, pretrain: how much each trained token counts. ``nll``: all the same. ``dft``: by its probability, so that
+    what is unlikely pulls less (arXiv:2508.05629). ``eaft``: by how unsure the model is there, so that it is not turned
+    round where it is sure (arXiv:2601.02151). Held-out loss is nll with each."""
     chat_template: str = "auto"
     """``auto`` is the tokenizer's own, or ChatML if it has none; else a .jinja file, or a family's name (llama3,
     qwen2_5, gemma, phi3 ...)."""
@@ -122,6 +126,12 @@ class Recipe(Section):
         if self.train_on in ("last-answer", "all") and self.method not in PACKABLE_METHODS:
             what = f"train_on: {self.train_on} has no meaning for method {self.method}, which compares whole answers"
             raise ValueError(f"{what}||Leave it out.")
+        if self.loss != "nll" and self.method not in PACKABLE_METHODS:
+            what = f"loss: {self.loss} weighs single tokens, and method {self.method} learns from whole answers"
+            raise ValueError(f"{what}||Remove it.")
+        if self.loss == "eaft" and self.hardware.kernels == "off" and self.hardware.device != "cpu":
+            what = "loss: eaft needs finetui's own output head on a GPU, which kernels: off takes away"
+            raise ValueError(f"{what}||Set hardware.kernels: auto, or loss: dft.")
         if self.method == "pretrain" and self.train_on in ("answers", "last-answer"):
             raise ValueError("pretrain has no answers: it trains on all tokens||Set train_on: all, or method: sft.")
         if self.sequence_length != "auto" and self.sequence_length < 8:

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .architecture import Architecture
 from .cost import cheapest_offers
 from .hardware import Gpu, Node, load_catalog
 from .memory import peak_memory
+from .options import TuningOptions
 from .settings import Settings
 from .speed import step_speed
 from .stacks import Stack
+
+if TYPE_CHECKING:
+    from .recipe import Recipe
 
 
 @dataclass(frozen=True)
@@ -41,22 +45,31 @@ class Remedy:
 
 
 def nearest_changes(
-    architecture: Architecture, settings: Settings, stack: Stack, node: Node, limit: float, tokens: float
-) -> list[Remedy]:
+    architecture: Architecture, settings: Settings, stack: Stack, node: Node, limit: float, tokens: float,
+    said: frozenset[str] = frozenset(), aside: Callable[[Gpu], float] = lambda gpu: 0.0,
+) -> list[Remedy]:  # fmt: skip
     """Up to three changes, the smallest first.
 
     Args:
         limit: GiB that one device has.
         tokens: useful tokens of the whole run.
+        said: fields of the settings that the recipe sets, so that a change of them has to be told; all others follow
+            by themselves.
+        aside: GiB of a GPU that are not for training.
     """
     offer = cheapest_offers().get((node.gpu.name, 1)) if not node.local else None
     price = offer.usd_per_h * settings.world_size if offer and offer.usd_per_h else None
     found: list[Remedy] = []
+    if aside(node.gpu):
+        change = "rollout.engine: transformers"
+        remedy = _remedy(change, architecture, settings, stack, node.gpu, node.gpu.memory_gib, tokens)
+        found += [remedy] if remedy else []
     shorter = False
     for change, changes in _ways(settings, node.gpu):
         if change.startswith("sequence_length") and shorter:
             continue
-        remedy = _remedy(change, architecture, replace(settings, **changes), stack, node.gpu, limit, tokens)
+        told = _told(change, changes, settings, said)
+        remedy = _remedy(told, architecture, replace(settings, **changes), stack, node.gpu, limit, tokens)
         if remedy is None:
             continue
         shorter |= change.startswith("sequence_length")
@@ -64,24 +77,62 @@ def nearest_changes(
         found.append(replace(remedy, usd=usd, usd_per_h=price, provider=offer.provider if offer else ""))
         if len(found) == 3:
             return found
-    return found + _larger_gpus(architecture, settings, stack, node, tokens)[: 3 - len(found)]
+    return found + _larger_gpus(architecture, settings, stack, node, tokens, said, aside)[: 3 - len(found)]
+
+
+#: Fields of the settings by the keys of a recipe that set them.
+_KEYS = {
+    "checkpointing": "hardware.checkpointing", "micro_batch": "micro_batch", "precision": "hardware.precision",
+    "optimizer": "optimizer.name", "world_size": "hardware.gpus",
+}  # fmt: skip
+
+
+def said_in(recipe: Recipe) -> frozenset[str]:
+    """The fields that a recipe sets and that a way out may change."""
+    hardware = recipe.hardware
+    fields = {
+        "checkpointing": hardware.checkpointing, "micro_batch": recipe.micro_batch, "precision": hardware.precision,
+        "optimizer": recipe.optimizer.name, "world_size": hardware.gpus,
+    }  # fmt: skip
+    return frozenset(name for name, value in fields.items() if value != "auto")
+
+
+def _told(change: str, changes: dict[str, Any], settings: Settings, said: frozenset[str]) -> str:
+    """A change with those beside it that the recipe has to make too."""
+    more = [
+        f"{key}: {changes[name]}"
+        for name, key in _KEYS.items()
+        if name in said and changes.get(name, getattr(settings, name)) != getattr(settings, name) and key not in change
+    ]
+    return change if not more else f"{change} with {' and '.join(more)}"
+
+
+def _fewest(settings: Settings) -> int:
+    """The smallest micro-batch that the method can learn from: kto measures KL on another row's answer."""
+    return min(settings.micro_batch, 2 if settings.method == "kto" else 1)
 
 
 def _ways(settings: Settings, gpu: Gpu) -> Iterator[tuple[str, dict[str, Any]]]:
     """What could be changed, the smallest change to what is learned first."""
-    small = {"micro_batch": 1, "accumulation": settings.accumulation * settings.micro_batch, "checkpointing": "full"}
+    fewest = _fewest(settings)
+    again = settings.accumulation * settings.micro_batch // fewest
+    small: dict[str, Any] = {"micro_batch": fewest, "accumulation": again, "checkpointing": "full"}
     lean = {**small, "precision": "bf16" if gpu.bf16 else settings.precision}
     if settings.checkpointing in ("none", "selective"):
         yield "hardware.checkpointing: full", {"checkpointing": "full"}
-    if settings.micro_batch > 1:
-        yield "micro_batch: 1 with checkpointing", dict(small)
+    if settings.micro_batch > fewest:
+        yield f"micro_batch: {fewest}", dict(small)
     for length in (4096, 2048, 1024, 512):
         if length < settings.sequence_length:
             yield f"sequence_length: {length}", {**small, "sequence_length": length}
-    adapters = {**lean, "rank": settings.rank or 16}
+    held = settings.passes and replace(settings.passes, copy=False)  # a frozen base is its own reference
+    adapters = {
+        **lean, "rank": settings.rank or 16, "kind": "", "dora": False, "trained": 0, "options": TuningOptions(),
+        "passes": held,
+    }  # fmt: skip
     if settings.tuning == "full":
         if settings.optimizer == "adamw" and gpu.kind == "cuda":
-            yield "optimizer.name: adamw-8bit in bf16", {**lean, "optimizer": "adamw-8bit"}
+            yield "optimizer.name: adamw-8bit", {**lean, "optimizer": "adamw-8bit"}
         yield "tuning: lora", {**adapters, "tuning": "lora", "quantization": "none"}
     if settings.tuning != "qlora":
         yield "tuning: qlora", {**adapters, "tuning": "qlora", "quantization": "nf4"}
@@ -98,17 +149,21 @@ def _remedy(
 
 
 def _larger_gpus(
-    architecture: Architecture, settings: Settings, stack: Stack, node: Node, tokens: float
-) -> list[Remedy]:
+    architecture: Architecture, settings: Settings, stack: Stack, node: Node, tokens: float, said: frozenset[str],
+    aside: Callable[[Gpu], float],
+) -> list[Remedy]:  # fmt: skip
     """Larger single GPUs on which it fits, the cheapest run first."""
-    accumulation = settings.accumulation * settings.micro_batch * settings.world_size
-    alone = replace(settings, micro_batch=1, accumulation=accumulation, checkpointing="full", world_size=1)
+    fewest = _fewest(settings)
+    accumulation = settings.accumulation * settings.micro_batch * settings.world_size // fewest
+    changes: dict[str, Any] = {"micro_batch": fewest, "checkpointing": "full", "world_size": 1}
+    alone = replace(settings, accumulation=accumulation, **changes)
     offers = cheapest_offers()
     fitting = []
     for gpu in load_catalog().values():
         if gpu.memory_gib <= node.gpu.memory_gib or (settings.precision.startswith("bf16") and not gpu.bf16):
             continue
-        remedy = _remedy(f"hardware.gpu: {gpu.name}", architecture, alone, stack, gpu, gpu.memory_gib, tokens)
+        change = _told(f"hardware.gpu: {gpu.name}", changes, settings, said)
+        remedy = _remedy(change, architecture, alone, stack, gpu, gpu.memory_gib - aside(gpu), tokens)
         offer = offers.get((gpu.name, 1))
         if remedy and offer and offer.usd_per_h:
             usd = offer.usd_per_h * remedy.hours

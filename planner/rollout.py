@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
 
+from .policy_loss import PolicyLossName, check_policy_loss
 from .section import Auto, Section
 
 if TYPE_CHECKING:
@@ -41,9 +42,13 @@ _ACTS_ON: dict[str, frozenset[str]] = {
     "value_learning_rate": frozenset({"ppo"}),
     "kl_target": frozenset({"ppo"}),
     "epsilon_high": frozenset({"grpo", "rloo"}),
-    "importance": frozenset({"grpo"}),
+    **dict.fromkeys(
+        ("importance", "delta", "sapo_temperatures", "vespo_weights", "top_entropy", "entropy_bonus",
+         "off_policy_limit", "unbiased_kl", "separate_rewards"),
+        frozenset({"grpo"}),
+    ),
     "server": frozenset({"grpo", "rloo"}),
-}
+}  # fmt: skip
 
 
 class Reward(Section):
@@ -55,7 +60,7 @@ class Reward(Section):
     """Its share in the sum of all rewards."""
     column: str | None = None
     """Column of the data to compare with; by default ``answer``, of json-schema ``schema``, of python-tests
-    ``tests``."""
+    ``tests``. To exact-answer and numeric it gives one right answer, or a list of which any will do."""
     pattern: str | None = None
     """Regular expression that regex looks for."""
     json_schema: dict[str, Any] | None = None
@@ -103,15 +108,39 @@ class Rollout(Section):
     """How far an update may move the probability of a word, as a share."""
     epsilon_high: Auto | Annotated[float, Field(gt=0.0)] = "auto"
     """grpo, rloo: the same upwards alone, so that rare words may grow: DAPO takes 0.28 (arXiv:2503.14476). ``auto`` is
-    epsilon."""
-    importance: Literal["token", "sequence"] = "token"
-    """grpo: compare new and old probability word by word, or of the whole completion (GSPO, arXiv:2507.18071)."""
+    epsilon. Of cispo the largest ratio of new to old probability itself; ``auto`` is then 5 (arXiv:2510.13786)."""
+    delta: float | None = Field(None, gt=1.0)
+    """grpo: largest ratio of new to old probability that counts against a bad completion, so that no word can blow up
+    an update (two-sided clipping, arXiv:2505.07291). Above 1 + epsilon_high."""
+    importance: Auto | Literal["token", "sequence"] = "auto"
+    """grpo: compare new and old probability word by word, or of the whole completion (GSPO, arXiv:2507.18071, with
+    epsilon 3e-4 and epsilon_high 4e-4). ``auto`` is token, for luspo sequence."""
     num_iterations: Auto | int = "auto"
     """Updates per batch of completions; ``auto`` is 1, for ppo 4."""
-    loss: Literal["grpo", "dapo", "dr_grpo", "bnpo", "cispo"] = "dapo"
-    """How grpo averages over tokens and completions (TRL's loss_type)."""
+    loss: Auto | PolicyLossName = "auto"
+    """What grpo minimises (TRL's loss_type): how it bounds an update, and how it averages over words and completions.
+    ``auto`` is dapo (arXiv:2503.14476), or grpo (arXiv:2402.03300) with importance: sequence. dr_grpo
+    (arXiv:2503.20783) and bnpo average otherwise; cispo (arXiv:2506.13585), sapo (arXiv:2511.20347), luspo
+    (arXiv:2602.05261) and vespo (arXiv:2602.10693) also bound otherwise."""
+    sapo_temperatures: list[Annotated[float, Field(gt=0.0)]] = Field([1.0, 1.05], min_length=2, max_length=2)
+    """sapo: how fast a word stops counting as its probability moves, of good and of bad completions."""
+    vespo_weights: list[Annotated[float, Field(ge=0.0)]] = Field([2.0, 3.0, 3.0, 2.0], min_length=4, max_length=4)
+    """vespo: exponent and decay of the weight of good completions, and of bad ones."""
+    top_entropy: float = Field(1.0, gt=0.0, le=1.0)
+    """grpo: train on this share of the words alone, those where the model was least sure; 0.2 in arXiv:2506.01939."""
+    entropy_bonus: float = Field(0.0, ge=0.0)
+    """grpo: weight of the mean entropy of the trained words, which is subtracted from the loss so that answers stay
+    diverse."""
+    off_policy_limit: Annotated[float, Field(gt=0.0)] | None = None
+    """grpo: leave out bad completions that have become less likely by more than so much (the mean over words of the
+    logarithm of old over new probability, arXiv:2512.02556)."""
+    unbiased_kl: bool = False
+    """grpo: weigh the KL of each word by the ratio of new to old probability (arXiv:2512.02556)."""
     scale_rewards: Literal["group", "batch", "none"] = "group"
     """What grpo divides advantages by: the spread within a prompt's completions, within the batch, or nothing."""
+    separate_rewards: bool = False
+    """grpo: normalise each reward over a prompt's completions before they are summed, so that none drowns the others
+    (GDPO, arXiv:2601.05242)."""
     mask_truncated: bool = False
     """Leave completions that were cut off out of the loss."""
     engine: Literal["auto", "transformers", "vllm"] = "auto"
@@ -217,6 +246,8 @@ def check_rollout(recipe: Recipe) -> None:
         raise ValueError(f"{method} compares completions of one prompt||Set rollout.num_generations to 2 or more.")
     if settled.num_iterations < 1 or settled.max_completion_length < 1:
         raise ValueError("rollout.num_iterations and max_completion_length are at least 1||Use 1 or more.")
+    if method == "grpo":
+        check_policy_loss(asked, settled.beta, settled.num_iterations)
     if recipe.batch_size != "auto" and recipe.batch_size % settled.num_generations:
         what = f"batch_size {recipe.batch_size} is no multiple of the {settled.num_generations} completions per prompt"
         near = max(recipe.batch_size // settled.num_generations, 1) * settled.num_generations

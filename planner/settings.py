@@ -41,6 +41,9 @@ class Settings:
     checkpointing: Checkpointing = "full"
     kept_layers: int = 0
     """How many of the last layers keep everything under ``selective`` checkpointing."""
+    keeps_outputs: bool = False
+    """Layers that compute again keep what attention and every other product gave (torchtitan's ``selective`` of
+    operations)."""
     attention: Literal["sdpa", "eager", "flash"] = "sdpa"
     """``flash``: FlashAttention-2 by its own package, which other programs use; it is handed no masks."""
     world_size: int = 1
@@ -80,6 +83,12 @@ class Settings:
         return self.rows * self.sequence_length
 
     @property
+    def graded(self) -> int:
+        """Tokens of one micro-batch whose logits are made: of what was generated, the completions alone."""
+        completion = self.beside.completion
+        return self.rows * min(completion, self.sequence_length) if completion else self.tokens
+
+    @property
     def weight_bytes(self) -> int:
         """Bytes per stored weight: mixed precision trains fp32 masters, a frozen base is stored as it computes."""
         if self.precision != "fp32" and self.sharing.masters:
@@ -87,6 +96,12 @@ class Settings:
         if self.precision == "bf16" or (self.precision == "fp16" and self.tuning != "full"):
             return 2
         return 4
+
+    @property
+    def between(self) -> str:
+        """The precision of what passes from layer to layer: sharded mixed precision computes as pure 16 bits do."""
+        mixed = self.precision == "bf16-mixed" and self.tuning == "full" and self.sharing.lowers
+        return "bf16" if mixed else self.precision
 
     def kept(self, layers: int) -> int:
         """How many of so many layers compute nothing again in backward."""

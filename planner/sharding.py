@@ -37,6 +37,9 @@ class Strategy:
     """Gradients are held once more while they are reduced."""
     gathers: str = ""
     """``layers``: whole layers, one ahead; ``live``: up to LIVE_ELEMENTS."""
+    lowers: bool = False
+    """Layers are handed 16-bit weights whatever is stored, so what passes between them is in 16 bits, where autocast
+    over fp32 weights leaves it in fp32."""
 
     def share(self, what: str, world: int) -> float:
         """The part of ``weights``, ``gradients`` or ``optimizer`` that one of ``world`` devices holds."""
@@ -48,11 +51,11 @@ STRATEGIES: dict[str, Strategy] = {
     for strategy in (
         Strategy("single", "one device"),
         Strategy("ddp", "DDP", buckets=True),
-        Strategy("zero1", "ZeRO-1", optimizer=True, masters=True, buckets=True),
-        Strategy("zero2", "ZeRO-2", gradients=True, optimizer=True, masters=True),
-        Strategy("zero3", "ZeRO-3", weights=True, gradients=True, optimizer=True, masters=True, gathers="live"),
-        Strategy("shard-grad-op", "FSDP SHARD_GRAD_OP", gradients=True, optimizer=True),
-        Strategy("fsdp", "FSDP2", weights=True, gradients=True, optimizer=True, gathers="layers"),
+        Strategy("zero1", "ZeRO-1", optimizer=True, masters=True, buckets=True, lowers=True),
+        Strategy("zero2", "ZeRO-2", gradients=True, optimizer=True, masters=True, lowers=True),
+        Strategy("zero3", "ZeRO-3", True, True, True, masters=True, gathers="live", lowers=True),
+        Strategy("shard-grad-op", "FSDP SHARD_GRAD_OP", gradients=True, optimizer=True, lowers=True),
+        Strategy("fsdp", "FSDP2", True, True, True, gathers="layers", lowers=True),
     )
 }
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Self, get_args
 
 from .architecture import Architecture
@@ -21,14 +22,16 @@ from .hardware import Node, Offer
 from .memory import peak_memory
 from .methods import METHODS
 from .options import CUDA_ONLY, NOT_RECOMPUTED, TUNING_KEYS
+from .packed import check_packed
 from .passes import passes_of
 from .plan import Checkpointing, Cost, HardwareSummary, ModelSummary, Plan, Resolved, Workload
 from .policies import ways_to_checkpoint
-from .reasons import explain_choice, in_order
+from .reasons import EQUALLY_FAST, explain_choice, explain_experts, in_order
 from .settings import Settings
 from .speed import LAYER_SHARE, step_speed
 from .stacks import Stack, find_stack
 from .trained import trained_parameters
+from .vllm import set_aside_gib
 
 if TYPE_CHECKING:
     from .calibration import Correction, Finished
@@ -36,8 +39,6 @@ if TYPE_CHECKING:
 
 #: The largest micro-batch that is looked at, and how much larger than the one before each is.
 _LARGEST_MICRO_BATCH, _NEXT_MICRO_BATCH = 64, 1.3
-#: Predictions of speed that differ by less are taken as equal.
-_EQUALLY_FAST = 0.02
 
 
 def make_plan(
@@ -65,7 +66,10 @@ def make_plan(
     Raises:
         RecipeError: the method is not supported yet, or a combination can't work.
         HardwareError: more devices than there are, or a batch that they can't share.
+        ModelError: the checkpoint's weights are packed in a way that this can't be trained on.
     """
+    if framework == "finetui":
+        check_packed(recipe, architecture.packed, architecture.name)
     return Solver.of(recipe, architecture, node, workload, framework, finished).plan(offers)
 
 
@@ -91,6 +95,11 @@ class Solver:
         self.correction = _correction(finished, architecture, node, recipe.tuning.type, stack.name)
         self.because, self.warnings = self.frame.because, self.frame.warnings
         self.passes = passes_of(recipe, self.frame.row_tokens()) if stack.name == "finetui" else None
+        aside = set_aside_gib(recipe, architecture, node.gpu)
+        if aside:
+            self.because("rollout", "vllm", f"{aside:.1f} GiB of the GPU are left to vLLM's copy of the model")
+        # Processes share the host's memory.
+        self.limit = (node.gpu.memory_gib - aside) / (len(self.frame.gpus) if self.frame.cpu else 1)
 
     @classmethod
     def of(
@@ -190,8 +199,7 @@ class Solver:
         return Candidate(settings, memory, speed)
 
     def search(self) -> tuple[Candidate, list[Candidate]]:
-        limit = self.node.gpu.memory_gib
-        share = 1.0 / len(self.frame.gpus) if self.frame.cpu else 1.0  # processes share the host's memory
+        limit = self.limit
         hardware = self.recipe.hardware
         policy: Checkpointing | None = None if hardware.checkpointing == "auto" else hardware.checkpointing
         if policy is None and self.recipe.tuning.type in NOT_RECOMPUTED:
@@ -208,16 +216,16 @@ class Solver:
                     self._settings(micro, storage),
                     self.stack,
                     self.node,
-                    limit * share,
+                    limit,
                     policy,
                     kept,
                 )
             ]
             tried += found
-            safe = _fastest([candidate for candidate in found if candidate.fits(limit * share, safely=True)])
+            safe = _fastest([candidate for candidate in found if candidate.fits(limit, safely=True)])
             if safe:
                 return safe, tried
-            unsure = unsure or _fastest([candidate for candidate in found if candidate.fits(limit * share)])
+            unsure = unsure or _fastest([candidate for candidate in found if candidate.fits(limit)])
         return unsure or min(tried, key=lambda candidate: candidate.memory.device_gib), tried
 
     def beside(self, best: Candidate, resolved: Resolved) -> Overhead:
@@ -238,7 +246,7 @@ class Solver:
 
     def plan(self, offers: Iterable[Offer] | None) -> Plan:
         best, tried = self.search()
-        limit = self.node.gpu.memory_gib / (len(self.frame.gpus) if self.frame.cpu else 1)
+        limit = self.limit
         fits = best.fits(limit)
         self._explain(best, tried, limit)
         if self.correction:
@@ -260,6 +268,9 @@ class Solver:
         self._hold_against_limits(time_s, cost)
         if not self.architecture.exact:
             self.warnings.append(f"{self.architecture.note}. Figures are less certain.")
+        if self.architecture.packed is not None and self.architecture.packed.opened:
+            stored = f"the checkpoint's {self.architecture.packed.title} is opened as it is read, to be trained on"
+            self.because("weights", "16 bits", stored)
         if not fits:
             self.warnings += self._ways_out(best, limit, resolved)
         gpu = self.node.gpu
@@ -296,12 +307,15 @@ class Solver:
             self.warnings.append(f"{price}: limits.cost_usd ends it at {limits.cost_usd:.2f}. {elsewhere}")
 
     def _ways_out(self, best: Candidate, limit: float, resolved: Resolved) -> list[str]:
-        from .remedies import nearest_changes
+        from .remedies import nearest_changes, said_in
 
         tokens = self.frame.workload.tokens * self.recipe.epochs
         if self.recipe.max_steps:
             tokens = min(tokens, self.recipe.max_steps * resolved.batch_size * self.frame.mean())
-        ways = nearest_changes(self.architecture, best.settings, self.stack, self.node, limit, tokens)
+        ways = nearest_changes(
+            self.architecture, best.settings, self.stack, self.node, limit, tokens, said_in(self.recipe),
+            partial(set_aside_gib, self.recipe, self.architecture),
+        )  # fmt: skip
         return [str(way) for way in ways] or ["No single change makes it fit: use a smaller model."]
 
     def _explain(self, best: Candidate, tried: list[Candidate], limit: float) -> None:
@@ -309,6 +323,7 @@ class Solver:
         if row < 0.75 * length:
             twice = "twice the longest estimate" if self.frame.workload.basis == "estimated" else "the longest example"
             self.because("row_tokens", row, f"memory is for padded rows of {twice}; the limit of {length} cuts later")
+        self.frame.reasons += explain_experts(self.architecture, best.settings, self.stack)
         self.frame.reasons += explain_choice(self.recipe, best, tried, self.node.gpu, limit)
 
     def _resolve(self, best: Candidate) -> Resolved:
@@ -321,7 +336,7 @@ class Solver:
         rate = recipe.optimizer.learning_rate
         if rate == "auto":
             rate = METHODS[recipe.method].rate[0 if full else 1]
-            kind = "full fine-tuning" if full else "adapters"
+            kind = "all weights" if full else "adapters"
             self.because("learning_rate", rate, f"the usual start for {METHODS[recipe.method].title} of {kind}")
         train_on = recipe.train_on
         if train_on == "auto":
@@ -423,7 +438,7 @@ def _fastest(candidates: list[Candidate]) -> Candidate | None:
     """The fastest; of those as fast, the one that computes least again, and then the largest micro-batch: it launches
     fewest kernels, which on small models counts for more than is predicted."""
     best = max((candidate.speed.tokens_per_s for candidate in candidates), default=0.0)
-    like = [c for c in candidates if c.speed.tokens_per_s >= (1 - _EQUALLY_FAST) * best]
+    like = [c for c in candidates if c.speed.tokens_per_s >= (1 - EQUALLY_FAST) * best]
     order = get_args(Checkpointing)
     return min(like, key=lambda c: (order.index(c.settings.checkpointing), -c.settings.micro_batch), default=None)
 

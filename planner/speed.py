@@ -37,8 +37,14 @@ FP8_GAIN = 1.85
 _HALF_TOKENS = 160.0
 #: Share of peak bandwidth that elementwise kernels see.
 BANDWIDTH_SHARE = 0.8
-#: Seconds from one kernel to the next under PyTorch eager on a usual host.
-_LAUNCH_S = 7e-6
+#: FLOPs of exponentials and rescaling per FLOP of attention's products, at the peak of ordinary units.
+_BESIDE = 0.0291
+#: Where attention's instructions don't reach the matrix units' peak: what they reach over the peak of ordinary units.
+_ISSUED = {"9": 5.88, "cudnn": 10.4, "10": 12.3}
+#: Seconds from one kernel to the next under PyTorch eager where Python starts it: 25.5 tokens/s of a 7B model on an
+#: A100, whose 32 layers of 38 operations each waited for the host
+#: (pytorch.org/blog/accelerating-generative-ai-2); and where autograd does, from C++.
+_LAUNCH_S, _LAUNCH_BACKWARD_S = 32e-6, 12e-6
 #: The same of a layer that runs as one function, whose kernels Python starts one by one: 76 ms for a micro-batch of
 #: 1,344 on an H200's host (``tests/bench/packed_runs.py``, rows of 200 tokens).
 _LAUNCH_WHOLE_S = 5e-5
@@ -85,9 +91,11 @@ def step_speed(
         span, attention = settings.sequence_length, 2 * attention_flops(architecture, settings.sequence_length)
     # What is parked on the host has the attention's output with it, where layers run as one function.
     again = settings.recomputed(architecture.num_layers)
-    passes = 3.5 + (0.0 if stack.whole_layers and settings.checkpointing == "offload" else again)
+    attended = settings.keeps_outputs or (stack.whole_layers and settings.checkpointing == "offload")
+    passes = 3.5 + (0.0 if attended else again)
     recent = stack.recent_attention and not within
-    attention_rate = peak * _attention_share(gpu, span, architecture.head_dim, recent=recent) * stack.attention_speed
+    attention_rate = _attention_rate(gpu, span, architecture.head_dim, recent=recent) * stack.attention_speed
+    attention_rate *= 1.0 if settings.compute_bytes == 2 else gpu.fp32_tflops / gpu.bf16_tflops
     terms = {
         "forward": tokens * shortened(forward, architecture, gain) / rate,
         "backward": tokens * shortened(backward, architecture, gain) / rate,
@@ -99,17 +107,20 @@ def step_speed(
     }
     if settings.beside.forwards:  # over the same tokens, without gradients
         terms["reference"] = settings.beside.forwards * (terms["forward"] + terms["attention"] / passes)
-    started = launches(architecture, settings, stack)
+    ahead, behind = launches(architecture, settings, stack)
     if gpu.kind == "cpu":  # nothing is launched ahead: each operation waits for the one before
-        terms["launch"] = started * _LAUNCH_CPU_S
+        terms["launch"] = (ahead + behind) * _LAUNCH_CPU_S
     else:
-        started = 0.0 if settings.graphs else started  # replayed, they are one
-        each = _LAUNCH_WHOLE_S if stack.whole_layers else _LAUNCH_S
-        terms["launch"] = max(0.0, started * each - sum(terms.values()))
+        host_s = ahead * _LAUNCH_S + behind * _LAUNCH_BACKWARD_S
+        if stack.whole_layers:  # Python starts backward's too
+            host_s = (ahead + behind) * _LAUNCH_WHOLE_S
+        host_s = 0.0 if settings.graphs else host_s  # replayed, they are one
+        terms["launch"] = max(0.0, host_s - sum(terms.values()))
     if settings.checkpointing == "offload":
         forward_s = (sum(terms.values()) - terms["recompute"]) / 3
         terms["parking"] = parking_s(architecture, settings, stack, gpu, forward_s)
-    compute_s, backward_s = sum(terms.values()), terms["backward"]
+    # What is sent behind backward goes on while the device waits for the host.
+    compute_s, backward_s = sum(terms.values()), terms["backward"] + terms["launch"]
     terms = {name: seconds * settings.accumulation for name, seconds in terms.items()}
     states = 1.0 if settings.offload == "none" else 0.0
     share = settings.sharing.share("optimizer", settings.world_size)
@@ -134,22 +145,30 @@ def step_speed(
     )
 
 
-def _attention_share(gpu: Gpu, span: float, head_dim: int, *, recent: bool) -> float:
-    """Share of the peak that attention over ``span`` tokens reaches over both passes.
+def _attention_rate(gpu: Gpu, span: float, head_dim: int, *, recent: bool) -> float:
+    """FLOP/s that attention over ``span`` tokens reaches over both passes.
 
-    FlashAttention-2 on an A100 (arXiv:2307.08691, causal, 128 wide): 133 TFLOP/s at 1k tokens, 157 at 2k, 188 at 16k
-    of 312. On Hopper it does not use the asynchronous units (arXiv:2407.08608: a third of the peak); cuDNN, which torch
+    Its products run on the matrix units, its exponentials and rescaling on the ordinary ones, one after the other for
+    the most part: FlashAttention-2 on an A100 (arXiv:2307.08691, causal, 128 wide) reaches 133 TFLOP/s at 1k tokens,
+    157 at 2k, 188 at 16k, where products alone reach 271 of 312. Consumer cards and the H20 have as many ordinary units
+    beside matrix units of a fraction of the speed, so attention comes near to what products reach there. On Hopper
+    FlashAttention-2 does not use the asynchronous units (arXiv:2407.08608: a third of the peak); cuDNN, which torch
     takes there from 2.9 on, does: 401 TFLOP/s at 2k tokens and 492 at 8k on an H200 (measured). Narrower heads do as
     much beside their products for fewer FLOPs: at 64, cuDNN reached 306 (16 layers of 8k tokens in 12.6 ms, measured),
     FlashAttention-2 nine tenths.
     """
+    peak, narrow = gpu.bf16_tflops, min(head_dim / 128, 1.0)
     if gpu.kind == "cpu":
-        return 0.4
-    generation = gpu.compute_capability[:1]
-    narrow = min(head_dim / 128, 1.0)
-    if generation == "9" and recent:
-        return 0.54 * span / (span + 670) * narrow**0.4
-    return narrow**0.15 * {"8": 0.62, "9": 0.34, "1": 0.3}.get(generation, 0.45) * span / (span + 470)
+        return 0.4 * gpu.bf16_tflops * 1e12
+    major = gpu.compute_capability.partition(".")[0]
+    products = gpu.achievable * peak
+    cudnn = major == "9" and recent
+    if major in _ISSUED:
+        products = min(products, _ISSUED["cudnn" if cudnn else major] * gpu.fp32_tflops)
+    elif major not in ("8", "12"):  # older than FlashAttention-2, or another maker's
+        return narrow**0.15 * 0.45 * peak * 1e12 * span / (span + 470)
+    rate = 1 / (1 / products + _BESIDE / gpu.fp32_tflops)
+    return rate * 1e12 * (narrow**0.4 * span / (span + 670) if cudnn else narrow**0.15 * span / (span + 470))
 
 
 def has_fp8(gpu: Gpu) -> bool:
@@ -190,9 +209,13 @@ def matmul_flops(architecture: Architecture, settings: Settings, stack: Stack) -
     head = 2.0 * architecture.vocab * architecture.hidden
     share = settings.recomputed(architecture.num_layers)
     again = share * (forward - head)
+    if settings.keeps_outputs and again:
+        spared = sum(layer.count * module.weight for layer in architecture.layers for module in layer.every_other)
+        again -= share * 2.0 * spared
     if stack.whole_layers and again:  # a layer's gradients don't need its output, nor some products their own again
         policy = "offload" if settings.checkpointing == "offload" else "full"
-        again = share * 2.0 * sum(layer.count * recomputed_weights(layer, policy) for layer in architecture.layers)
+        made_again = (layer.count * recomputed_weights(architecture, layer, policy) for layer in architecture.layers)
+        again = share * 2.0 * sum(made_again)
     if stack.loss == "rows":  # its gradient is made with the loss
         head = 0.0
     return forward, backward, head + again

@@ -112,7 +112,7 @@ def speed_parts(
     for name, words in _WORDS.items():
         if name not in total.terms:
             continue
-        how = f"{launches(architecture, settings, stack):,.0f} kernels a micro-batch" if name == "launch" else ""
+        how = f"{sum(launches(architecture, settings, stack)):,.0f} kernels a micro-batch" if name == "launch" else ""
         if name == "reference":
             how = f"{settings.beside.forwards:g} further forward passes{again}"
         found[name] = (words, "", [(name, how, total.terms[name])])

@@ -219,8 +219,9 @@ STACKS: dict[str, Stack] = {
             loss="logits",
             logit_forward=10.0,
             logit_backward=14.0,
+            adapter_bytes_4bit=4,
             certain=False,
-            source="transformers' ForCausalLMLoss under its Seq2SeqTrainer; scripts of examples/train",
+            source="transformers' ForCausalLMLoss and PEFT's dtypes under Seq2SeqTrainer; scripts of examples/train",
         ),
         Stack(
             "llama-factory",
@@ -229,8 +230,10 @@ STACKS: dict[str, Stack] = {
             loss="logits",
             logit_forward=10.0,
             logit_backward=14.0,
+            adapter_bytes_4bit=4,
             certain=False,
-            source="transformers' ForCausalLMLoss under its Seq2SeqTrainer; adapters upcast to fp32",
+            source="transformers' ForCausalLMLoss under its Seq2SeqTrainer; all that is trained upcast to fp32 "
+            "(model/adapter.py), on 4-bit weights too",
         ),
         # The loss is cut in chunks, but the logits of all chunks stay for backward, in fp32, since Fabric turns what a
         # model answers to it (``convert_output``), and so do their log-softmax and the logits of the step before. Where

@@ -144,12 +144,18 @@ def optimizer_bytes(name: str, width: int) -> tuple[float, float]:
         return 2.0 * width, 0.0
     if name == "adamw-8bit":
         return ADAM8_BYTES, 0.0
+    if name == "adamw-4bit":  # two halves of a byte and two fp32 scales per 128 (torchao ``optim``, arXiv:2309.01507)
+        return 1 + 8 / 128, 0.0
     if name.startswith("paged-"):
         return 0.0, 0.0
     if name == "lion-8bit":
         return 1 + 4 / 256, 0.0
     if name == "schedule-free":  # where averaging stands, and the second moment
         return 2.0 * width, 2.0 * width
+    if name == "adopt":  # both moments in fp32, whatever the weights
+        return 8.0, 16.0 if width == 2 else 4.0
+    if name == "came":  # the first moment in fp32; the second, and that of residuals, by rows and columns
+        return 4.01, 16.0 if width == 2 else 12.0
     if name == "adafactor":
         return 0.004, 20.0 if width == 2 else 12.0
     if name == "lion":

@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any, Literal, Self, get_args
 
-from pydantic import Field, model_validator
+from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from .methods import METHODS
 from .options import (
@@ -100,6 +100,11 @@ class Tuning(Section):
             tree = _with_short(name, tree)
         usual = _USUAL.get(tree.get("type", ""), {}) if isinstance(tree.get("type"), str) else {}
         return {**usual, **tree}
+
+    @model_serializer(mode="wrap")
+    def _with_what_is_usual(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Written down without defaults, a number that a type would take another of must stay."""
+        return {**write(self), **{key: getattr(self, key) for key in _USUAL.get(self.type, {})}}
 
     @model_validator(mode="after")
     def _possible(self) -> Self:

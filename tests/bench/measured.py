@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import math
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from finetui.planner.adapters import ELSEWHERE
 from finetui.planner.architecture import Architecture
 from finetui.planner.hardware import Gpu, find_gpu
+from finetui.planner.memory import peak_memory
+from finetui.planner.methods import METHODS
 from finetui.planner.options import TuningOptions
+from finetui.planner.passes import Passes, usual
 from finetui.planner.settings import Settings
 from finetui.planner.stacks import Stack
 
-from .measured_names import architecture_of, gpu_of
-from .measured_stacks import is_compiled, stack_of, usual_strategy
+from .measured_names import architecture_of, gpu_of, memory_of
+from .measured_stacks import is_compiled, stack_of, usual_checkpointing, usual_strategy
 from .measured_words import (
     Refused,
     accumulation_of,
@@ -26,7 +30,9 @@ from .measured_words import (
     offload_of,
     optimizer_of,
     precision_of,
+    prompt_and_answer,
     rank_of,
+    sequence_shards_of,
     strategy_of,
     targets_of,
     tuning_of,
@@ -49,6 +55,10 @@ class Question:
     unknown: tuple[str, ...]
     times: bool
     """Whether the row is complete enough for speed."""
+    most_gib: float
+    """What the run can have held: it finished on this GPU."""
+    beside_gib: float = 0.0
+    """What vLLM holds of the same GPU."""
 
 
 def question(row: dict[str, str], configs: Path | None = None) -> Question:
@@ -61,13 +71,35 @@ def question(row: dict[str, str], configs: Path | None = None) -> Question:
     unknown: list[str] = []
     architecture = architecture_of(row["model"], configs)
     settings = _settings(row, text, architecture, unknown)
-    stack = stack_of(row["framework"], row["fused"], row["method"])
+    stack = stack_of(row["framework"], row["fused"], row["method"], row["notes"])
     if is_compiled(row["framework"], row["fused"]):
         unknown.append("compiled")
     metric = _metric(row["notes"], unknown)
     gpu = gpu_of(row["gpu"])  # memory hardly depends on it, speed does
-    times = gpu is not None and "length" not in unknown
-    return Question(architecture, settings, stack, gpu or find_gpu("A100"), metric, tuple(unknown), times)
+    most = _most(row["gpu"], gpu)
+    if "strategy" in unknown:
+        held = peak_memory(architecture, settings, stack, gpu or find_gpu("A100")).allocated_gib
+        if gpu is None or held > most:
+            raise Refused("several GPUs: how they share is not stated, and a copy on each does not fit")
+    times = gpu is not None and "length" not in unknown and sequence_shards_of(text) == 1
+    return Question(
+        architecture, settings, stack, gpu or find_gpu("A100"), metric, tuple(unknown), times, most,
+        _generating(text, settings.method, gpu),
+    )  # fmt: skip
+
+
+def _generating(text: str, method: str, gpu: Gpu | None) -> float:
+    """GiB that vLLM takes of the GPU it shares with training, unless it sleeps then; 0.3 of it by TRL's default."""
+    if gpu is None or not METHODS[method].rollouts or "vllm" not in text or re.search(r"server|sleep|separate", text):
+        return 0.0
+    said = re.search(r"(?:gpu[_ ]memory[_ ]utili[sz]ation|util\w*)[ =:]*(0?\.\d+)", text)
+    return float(said.group(1) if said else 0.3) * gpu.memory_gib
+
+
+def _most(name: str, gpu: Gpu | None) -> float:
+    """GiB of a GPU. Some of a kind have more than that of the catalog: then what the row says."""
+    said = memory_of(name)
+    return max(gpu.memory_gib, said) if gpu else said or math.inf
 
 
 def _metric(notes: str, unknown: list[str]) -> str:
@@ -89,6 +121,11 @@ def _settings(row: dict[str, str], text: str, architecture: Architecture, unknow
     tuning, quantization = tuning_of(row["method"], row["lora_r"], row["framework"])
     full, world = tuning == "full", whole(row["num_gpus"] or "1", "number of GPUs")
     checkpoint, optimizer = row["grad_ckpt"].lower(), row["optimizer"]
+    usual = usual_checkpointing(framework, world)
+    if usual and re.fullmatch(r"\W*|(the )?(framework'?s? )?default( \(?not stated\)?)?", checkpoint):
+        checkpoint = usual
+        unknown.append("checkpointing")
+    policy, kept, outputs = checkpointing_of(checkpoint, architecture.num_layers)
     if "calls them estimates" in text:
         raise Refused("the source calls its figures estimates")
     if "yaml devices=1" in checkpoint and world > 1:
@@ -98,12 +135,17 @@ def _settings(row: dict[str, str], text: str, architecture: Architecture, unknow
     # Qwen's script for GPTQ weights on one device runs them under DeepSpeed's ZeRO-2.
     alone = "zero2" if quantization == "gptq" and "qwen" in text else "ddp"
     strategy = strategy_of(text, usual_strategy(framework)) if world > 1 else alone
+    if not strategy:  # torchrun without a word on sharding; too large a model is refused below
+        strategy = "ddp"
+        unknown.append("strategy")
+    if "length" not in unknown and re.search(r"packing *[=:] *(false|no|off|none)", text):
+        unknown.append("length")  # rows of any length up to the limit
     kind = "" if full else kind_of(row["method"])
     states = optimizer_of(f"{optimizer} {row['method'] if 'galore' in text or 'apollo' in text else ''}", matters=full)
     return Settings(
         method=method,
         tuning=tuning,  # type: ignore[arg-type]
-        sequence_length=length_of(row["seq_len"], unknown),
+        sequence_length=max(length_of(row["seq_len"], unknown) // sequence_shards_of(text), 1),
         micro_batch=whole(row["micro_batch"], "micro batch"),
         accumulation=accumulation_of(text),
         dropout=not full and bool(re.search(r"lora_dropout=0\.0*[1-9]|lit-?gpt", text)),  # 0.05 in LitGPT's scripts
@@ -115,15 +157,26 @@ def _settings(row: dict[str, str], text: str, architecture: Architecture, unknow
         dora="dora" in row["method"].lower(),
         quantization=quantization,  # type: ignore[arg-type]
         precision=precision_of(f"{framework} {row['method']}", row["notes"].lower(), strategy, full=full),  # type: ignore[arg-type]
-        fp8_products=full and "fp8" in text,
+        fp8_products=full and bool(re.search(r"fp8|float8", text)),
         optimizer=states,
-        optimizer_in_backward=bool(re.search(r"in[ _]b(ack)?w", optimizer.lower())),
-        checkpointing=checkpointing_of(checkpoint),  # type: ignore[arg-type]
+        optimizer_in_backward=bool(re.search(r"in[ _]b(ack)?w|layer-?wise|per-layer|lomo", optimizer.lower())),
+        checkpointing=policy,  # type: ignore[arg-type]
+        kept_layers=kept,
+        keeps_outputs=outputs,
         attention=attention_of(row["flash_or_sdpa"]),  # type: ignore[arg-type]
         world_size=world,
         strategy=strategy,
         offload=offload_of(text),  # type: ignore[arg-type]
+        passes=_passes(row["seq_len"], method, full=full),
     )
+
+
+def _passes(lengths: str, method: str, *, full: bool) -> Passes | None:
+    """Of methods that generate, what TRL does with answers as long as the row says; None where it does not."""
+    both = prompt_and_answer(lengths)
+    if not both or not METHODS[method].rollouts:
+        return None
+    return replace(usual(method, full=full, sequence_length=sum(both)), completion=both[1])
 
 
 def _options(row: dict[str, str], kind: str) -> TuningOptions:

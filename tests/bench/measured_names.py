@@ -6,6 +6,7 @@ import json
 import re
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from finetui.planner.architecture import Architecture
 from finetui.planner.errors import UserError
@@ -15,9 +16,11 @@ from finetui.planner.hub import find_config, known_models
 from .measured_words import Refused
 
 CONFIGS = Path(__file__).parent / "data" / "configs"
+SHAPES = Path(__file__).parent / "data" / "shapes.json"
 #: Ends of a name that say how a model was tuned or stored, not how it is built.
 _VARIANTS = re.compile(
-    r"[-_.](instruct|chat|it|pt|base|hf|dpo|sft|awq|gptq(-\w+)?|int[48]|4bit|8bit|bnb|nf4|unsloth|fp8|bf16|"
+    r"[-_.](instruct|chat|it|mt|deduped|full|lora|qlora|pt|base|hf|dpo|sft|awq|gptq(-\w+)?|int[48]|4bit|8bit|bnb|nf4|"
+    r"unsloth|fp8|bf16|"
     r"text)$"
 )
 #: Other spellings. Those of the second part were tuned from a model of the same shape.
@@ -37,6 +40,34 @@ _ALIASES = {
 }  # fmt: skip
 
 
+#: Models tuned from others of the same shape, whose name they hold.
+_TUNED = (
+    (r"^(?:qwen2\.5|qwen2)-(?:coder-|math-)?(\d[\d.]*b)$", r"qwen2.5-\1"),
+    (r"^qwq-32b.*$", "qwen2.5-32b"),
+    (r"^.*llama-3\.[13].*-70b.*$", "llama-3.1-70b"),
+    (r"^granite-3\.\d-([28])b.*$", r"granite-3.3-\1b-base"),
+    (r"^stablelm-2-1\.6b$", "stablelm-2-1-6b"),
+    (r"^zephyr-7b.*$", "mistral-7b-v0.1"),
+    (r"^deepseek-r1-distill-qwen-(14|32)b$", r"qwen2.5-\1b"),
+    (r"^deepseek-r1-distill-llama-70b$", "llama-3.1-70b"),
+    (r"^(?:huggy)?llama-?(?:1-)?(?:30|33)b$", "llama-30b"),
+    (r"^llama-1-(\d+b)$", r"llama-\1"),
+    (r"^codellama-(34|70)b.*$", r"codellama-\1b-hf"),
+    (r"^codellama-(7|13)b.*$", r"llama-2-\1b"),
+    (r"^(?:vicuna|guanaco|alpaca|wizardlm|wizardmath|orca-2|openllama|open_llama)[-_](7|13)b.*$", r"llama-2-\1b"),
+    (r"^.*mistral-7b.*$", "mistral-7b-v0.1"),
+    (r"^mistral-nemo.*$", "mistral-nemo-base-2407"),
+    (r"^phi-3\.5-mini.*$", "phi-3-mini-4k-instruct"),
+    (r"^phi-3-(mini|medium).*$", r"phi-3-\1-4k-instruct"),
+    (r"^gemma-1\.1-(\d+b)$", r"gemma-\1"),
+    (r"^smollm-(\d.*)$", r"smollm2-\1"),
+    (r"^olmo-?3-7b.*$", "olmo-3-7b"),
+    (r"^internvl3[_.]5-8b.*$", "internvl3_5-8b"),
+    (r"^qwen3-(\d[\d.]*b)(?:-base|-thinking.*|-\d{4})?$", r"qwen3-\1"),
+    (r"^qwen3-(?:coder-)?30b-a3b.*$", "qwen3-30b-a3b"),
+)
+
+
 def architecture_of(model: str, configs: Path | None) -> Architecture:
     """The shapes of a model, from the folders given or from what is shipped.
 
@@ -48,6 +79,10 @@ def architecture_of(model: str, configs: Path | None) -> Architecture:
         path = next((found for name in wanted if (found := _folder(folder).get(name))), None)
         if path:
             return _read(path, model)
+    more = _more()
+    found = next((more[name] for name in wanted if name in more), None)
+    if found:
+        return Architecture.from_config(*found)
     shipped = _shipped()
     known = next((shipped[name] for name in wanted if name in shipped), None)
     if known:
@@ -65,7 +100,8 @@ def _spellings(model: str) -> list[str]:
     names.append(re.sub(r"-(instruct|chat)(?=-v\d)", "", plain))
     while (shorter := _VARIANTS.sub("", names[-1])) != names[-1]:
         names.append(shorter)
-    return list(dict.fromkeys(spelling for name in names for spelling in (name, _ALIASES.get(name, name))))
+    same = [re.sub(pattern, known, names[-1]) for pattern, known in _TUNED if re.fullmatch(pattern, names[-1])]
+    return list(dict.fromkeys(spelling for name in names + same for spelling in (name, _ALIASES.get(name, name))))
 
 
 @cache
@@ -78,6 +114,13 @@ def _folder(configs: Path) -> dict[str, Path]:
             names.setdefault(name, path)
         names[full] = path
     return names
+
+
+@cache
+def _more() -> dict[str, tuple[dict[str, Any], str]]:
+    """Shapes of further models by the same names."""
+    shapes = json.loads(SHAPES.read_text(encoding="utf-8"))
+    return {spelling: (config, name) for name, config in shapes.items() for spelling in reversed(_spellings(name))}
 
 
 @cache
@@ -102,13 +145,22 @@ def gpu_of(name: str) -> Gpu | None:
     """A GPU of the catalog, or None where the words name none, or one that is not there."""
     plain = re.sub(r"^\s*\d+\s*[x×*]\s*", "", name.strip())
     plain = re.sub(r"\s*(\(.*|\+.*|@.*|,.*|\d+\s*W\b.*)", "", plain).strip()
+    plain = re.sub(r"^(colab|kaggle|aws|gcp|azure|lambda|runpod|quadro)[\s-]+", "", plain, flags=re.IGNORECASE)
     bare = re.sub(r"[- ]\d+\s*(GB|GiB|G)\b", "", plain, flags=re.IGNORECASE).strip(" -")
-    memory = re.search(r"[- ](\d+)\s*(?:GB|GiB|G)\b", name, flags=re.IGNORECASE)
-    sized = f"{bare}-{memory.group(1)}GB" if memory else bare
+    memory = memory_of(name)
+    sized = f"{bare}-{memory:.0f}GB" if memory else bare
     pcie = re.sub(r"[- ]?pcie", "", sized, flags=re.IGNORECASE) + "-PCIe" if "pcie" in name.lower() else sized
-    for candidate in dict.fromkeys((plain, pcie, sized, bare, re.sub(r"[- ](sxm\d?|hbm\d?e?)", "", sized, flags=re.I))):
+    short = re.sub(r"[- ](sxm\d?|hbm\d?e?)", "", sized, flags=re.IGNORECASE)
+    ordered = (pcie, sized, short, plain, bare) if memory else (plain, pcie, bare, short)
+    for candidate in dict.fromkeys(ordered):
         try:
             return find_gpu(candidate)
         except UserError:
             continue
     return None
+
+
+def memory_of(name: str) -> float:
+    """GB that the words give a GPU; 0 where they give none."""
+    found = re.search(r"(?:^|[- (])(\d+)\s*(?:GB|GiB|G)\b", name, flags=re.IGNORECASE)
+    return float(found.group(1)) if found else 0.0

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from finetui.planner.stacks import STACKS, Stack
 
-from .measured_words import Refused
+from .measured_words import Refused, method_of
 
 #: transformers up to 4.48 as fms-acceleration ran it: the loss copies its shifted logits (14 B per logit in all), AdamW
 #: is the foreach series (torch 2.4), and the model's own forward runs under autocast.
@@ -37,6 +37,22 @@ _OWN_LOOP = replace(
     certain=False,
 )  # fmt: skip
 
+#: Its ``run_train.sh`` sets ``PYTORCH_ALLOC_CONF=expandable_segments:True``.
+_TORCHTITAN = replace(_OWN_LOOP, waits_s=0.0, expandable_segments=True)
+
+#: 16-bit logits, divided by the temperature or shifted, and their log-softmax row by row.
+_TRL_0 = replace(_TRAINER, logit_forward=6.0, logit_backward=8.0)
+#: TRL went through the head tile by tile from 1.0 on, and on transformers 5.
+_BEFORE_TILES = r"trl[ =v_-]*0\.\d|(?:\btf|transformers)[ =v_-]*4\.\d|alignment-handbook"
+#: PEFT 0.12 began to turn adapters on 16-bit weights to fp32 (``autocast_adapter_dtype``).
+_ADAPTERS_UPCAST = 12
+
+#: Further programs that train transformers' models as they are.
+_ON_TRANSFORMERS = (
+    "alpaca", "longlora", "qlora", "h2o", "autotrain", "ludwig", "instructlab", "firefly", "belle", "galore", "verl",
+    "easyr1", "prime-rl",
+)  # fmt: skip
+
 #: Part of the framework's name, in lower case and the order they are looked for, to what it runs.
 _FRAMEWORKS: tuple[tuple[str, Stack], ...] = (
     ("unsloth", STACKS["unsloth"]),
@@ -50,15 +66,17 @@ _FRAMEWORKS: tuple[tuple[str, Stack], ...] = (
     ("lit-gpt", _LIT_GPT),
     ("litgpt", STACKS["litgpt"]),
     ("lit-llama", _LIT_GPT),
+    ("fms-fsdp", _OWN_LOOP),
     ("fms", _TRANSFORMERS_4),
     ("remote-code qwen", _QWEN_1),
     ("swift", STACKS["ms-swift"]),
     ("llama-factory", STACKS["llama-factory"]),
     ("llamafactory", STACKS["llama-factory"]),
     ("llama factory", STACKS["llama-factory"]),
+    ("llama-efficient-tuning", STACKS["llama-factory"]),
     ("peft, plain loop", _PLAIN),
     ("finetui", STACKS["finetui"]),
-    ("torchtitan", replace(_OWN_LOOP, waits_s=0.0)),
+    ("torchtitan", _TORCHTITAN),
     ("nanogpt", _OWN_LOOP),
     ("nanochat", _OWN_LOOP),
     ("mistral-finetune", _OWN_LOOP),
@@ -75,10 +93,13 @@ _FRAMEWORKS: tuple[tuple[str, Stack], ...] = (
     ("transformers", STACKS["transformers"]),
     ("hf trainer", STACKS["transformers"]),
     ("huggingface", STACKS["transformers"]),
+    ("hugging face", STACKS["transformers"]),
     ("hf ", STACKS["transformers"]),
     ("accelerate", _TRAINER),
     ("deepspeed", _TRAINER),
     ("peft", _PLAIN),
+    *((name, _TRAINER) for name in _ON_TRANSFORMERS),
+    *((name, _OWN_LOOP) for name in ("composer", "olmo-core", "fairseq2")),
     ("lightning", _OWN_LOOP),
     ("fabric", _OWN_LOOP),
     ("pytorch", _OWN_LOOP),
@@ -93,12 +114,23 @@ _USUAL = (
 )  # fmt: skip
 
 
-def stack_of(framework: str, fused: str, method: str) -> Stack:
+def stack_of(framework: str, fused: str, method: str, notes: str = "") -> Stack:
     """The stack that a row's framework and kernels make.
 
     Raises:
         Refused: nothing here knows it.
     """
+    words = f"{framework} {method} {notes}".lower()
+    found = _stack_of(framework, fused, method, before_tiles=bool(re.search(_BEFORE_TILES, words)))
+    if "expandable_segments" in words:
+        found = replace(found, expandable_segments=True)
+    peft = re.search(r"peft[ =v]*0\.(\d+)", words)
+    if peft and int(peft.group(1)) < _ADAPTERS_UPCAST and found.adapter_bytes == 4:
+        found = replace(found, adapter_bytes=2, casts_inputs=False)
+    return found
+
+
+def _stack_of(framework: str, fused: str, method: str, *, before_tiles: bool) -> Stack:
     name, fused = framework.lower(), fused.strip().lower()
     if _NOT_MODELLED.search(name) and "swift" not in name:
         raise Refused(f"framework not modelled: {framework.split(',')[0]}")
@@ -111,6 +143,8 @@ def stack_of(framework: str, fused: str, method: str) -> Stack:
         base = replace(base, kbit_upcast=base.kbit_upcast and not plain, unpacks_in_kernel="accelerated" in fused)
         return replace(base, **_FLCE) if "liger" in fused or "flce" in fused else base
     compiled = bool(re.search(r"compile ?= ?(yes|true|on)|compile on|torch\.compile|\+ ?compile|compiled", name))
+    if found is STACKS["trl"] and before_tiles:  # the Trainer's loss, or of other methods its own over 16-bit logits
+        found = _TRAINER if method_of(method) in ("sft", "pretrain") else _TRL_0
     if found.name == "torchtune":
         compiled = compiled or "compile" in fused
         found = replace(found, **_COMPILED) if compiled else found
@@ -132,6 +166,18 @@ def usual_strategy(framework: str) -> str:
     """How a framework shares by itself; empty where a row has to say."""
     name = framework.lower()
     return next((strategy for part, strategy in _USUAL if part in name), "")
+
+
+def usual_checkpointing(framework: str, devices: int) -> str:
+    """Whether a program checkpoints unless told otherwise; empty where a row has to say.
+
+    ``use_gradient_checkpointing="unsloth"`` of Unsloth's notebooks; ``disable_gradient_checkpointing: false`` of
+    LLaMA-Factory and ``gradient_checkpointing: true`` of ms-swift by default; LitGPT's scripts under FSDP alone.
+    """
+    name = framework.lower()
+    if re.search(r"unsloth|llama[ -]?factory|swift", name):
+        return "yes"
+    return ("yes" if devices > 1 else "no") if re.search(r"lit-?gpt", name) else ""
 
 
 def is_compiled(framework: str, fused: str) -> bool:

@@ -48,7 +48,9 @@ _OPTIMIZERS = (
     (r"q-?galore|galore", "galore"), (r"apollo[ _-]?mini", "apollo-mini"), (r"apollo", "apollo"), (r"muon", "muon"),
     (r"adafactor", "adafactor"), (r"schedule[ _-]?free", "schedule-free"), (r"\bsgd\b", "sgd"),
     (r"paged.*32|paged_adamw$|paged adamw$", "paged-adamw"), (r"paged", "paged-adamw-8bit"),
-    (r"adam.*8|8.*adam", "adamw-8bit"), (r"adam|lora-?fa|loftq|\bhf default", "adamw"),
+    (r"adam\w*4-?bit|4-?bit.*adam", "adamw-4bit"), (r"adam.*8|8.*adam", "adamw-8bit"),
+    (r"ada-?lomo", "adafactor"), (r"\blomo", "sgd"), (r"adam-?mini|\bcame\b", "lion"),  # one state as wide as weights
+    (r"adam|lora-?fa|loftq|\bhf default", "adamw"),
 )  # fmt: skip
 _MODULES = {"q": "q", "query": "q", "k": "k", "key": "k", "v": "v", "value": "v", "o": "o", "projection": "o"}
 _SIDES = {
@@ -106,13 +108,11 @@ def length_of(text: str, unknown: list[str]) -> int:
     words = text.lower().replace(",", "").replace("_", "")
     if re.search(r"\bshort\b|^\W*<=?\s*\d+k? unpacked", words):
         raise Refused("how long the rows really were is not stated")
-    parts = re.findall(r"(\d+(?:\.\d+)?)\s*(k\b|ki\b|kib\b)?", words)
-    numbers = [round(float(number) * (1024 if thousand else 1)) for number, thousand in parts]
+    numbers = _numbers(words)
     if not numbers or numbers[0] < 1:
         raise Refused("how long the rows really were is not stated")
-    both = re.match(r"\W*(?:prompt\w*)?\W*[\d.]+k?\s*(?:prompt)?\s*\+\s*(?:completion\w*)?\s*[\d.]+k?", words)
-    if both and len(numbers) > 1:  # a prompt and its answer
-        return numbers[0] + numbers[1]
+    if both := prompt_and_answer(text):
+        return sum(both)
     exact = re.fullmatch(r"[\d.]+\s*k?\s*(tokens?|ctx|context)?[\s,(]*(packed|packing|fixed|padded|full)?.*", words)
     bound = re.search(r"<|\bmax|up to|~|about|approx|≤|longest|unpacked|unpadded|padding-free|mean|avg|average", words)
     if exact and not bound:
@@ -122,6 +122,19 @@ def length_of(text: str, unknown: list[str]) -> int:
         numbers[0] = min(numbers[0], round(2.75 * int(mean.group(1))))
     unknown.append("length")  # a bound that the longest row of a large set nearly reaches
     return numbers[0]
+
+
+def prompt_and_answer(text: str) -> tuple[int, int] | None:
+    """Lengths that are given as ``512 + 1024``, or as ``prompt 512 + completion 1024``."""
+    words = text.lower().replace(",", "").replace("_", "")
+    number, answer = r"[\d.]+k?\s*(?:tokens)?\s*", r"(?:completion\w*|answer\w*)?"
+    found = re.match(rf"\W*(?:prompt\w*)?\W*{number}(?:prompt)?\s*[+/&]\s*{answer}\W*{number}", words)
+    return (numbers[0], numbers[1]) if found and len(numbers := _numbers(words)) > 1 else None
+
+
+def _numbers(words: str) -> list[int]:
+    parts = re.findall(r"(\d+(?:\.\d+)?)\s*(k\b|ki\b|kib\b)?", words)
+    return [round(float(number) * (1024 if thousand else 1)) for number, thousand in parts]
 
 
 def whole(text: str, what: str) -> int:
@@ -163,7 +176,7 @@ def optimizer_of(text: str, *, matters: bool) -> str:
     name = text.lower()
     if "unclear" in name or "?" in name:
         raise Refused("the optimiser or checkpointing is not stated")
-    if re.search(r"4-?bit|fp8|sophia|shampoo|\bsoap\b|adam-?mini|\blomo|adalomo|\bcame\b|badam", name) and matters:
+    if re.search(r"sophia|shampoo|\bsoap\b|badam", name) and matters:
         raise Refused(f"optimiser not modelled: {text[:40]}")
     found = next((known for pattern, known in _OPTIMIZERS if re.search(pattern, name)), None)
     if found is None and matters and name.strip():
@@ -171,36 +184,55 @@ def optimizer_of(text: str, *, matters: bool) -> str:
     return found or "adamw"
 
 
-def checkpointing_of(text: str) -> str:
-    """``full``, ``offload`` or ``none``."""
+def checkpointing_of(text: str, layers: int) -> tuple[str, int, bool]:
+    """``full``, ``offload``, ``selective`` or ``none``; of how many of so many ``layers`` everything is kept, and
+    whether of the others the outputs of some operations are (torchtitan's two kinds of ``selective``)."""
     words = re.sub(r"\W+", " ", text.lower()).strip()
     if not words or re.search(r"not stated|unknown|unclear|^\?", words):
         raise Refused(f"checkpointing is not stated: {text[:30]!r}")
-    if re.search(r"selective|\bsac\b|every (other|\d+)|\d+ ?%|partial|half|op level|^\d \d", words):
+    if re.search(r"\bsac\b|(selective|per|each|every) ?ops?\b|\bops? level|selective.*operations", words):
+        return "full", 0, True
+    every = re.search(r"(?:every|each) (other|second|third|\d+)|selective layers? ?(\d+)|1 (?:in|of) (\d+)", words)
+    share = re.search(r"(\d+) ?%", text)
+    if every:
+        nth = {"other": 2, "second": 2, "third": 3}.get(every.group(1) or "")
+        nth = nth or int(next(filter(None, every.groups())))
+        return "selective", layers - -(-layers // max(nth, 1)), False
+    if share:
+        return "selective", round(layers * (1 - min(int(share.group(1)), 100) / 100)), False
+    if re.search(r"selective|partial|half", words):
         raise Refused(f"which part is checkpointed is not modelled: {text[:30]!r}")
     if re.match(r"(no|none|false|off|disabled?|0|without|n)\b", words):
-        return "none"
+        return "none", 0, False
     if "offload" in words:
-        return "offload"
+        return "offload", 0, False
     if re.match(
         r"(yes|true|on|full|fsdp|unsloth|enabled?|1|y|all|per|each|layer|block|with|non|re|act|grad|ac)", words
     ):
-        return "full"
+        return "full", 0, False
     raise Refused(f"checkpointing is not stated: {text[:30]!r}")
 
 
+def sequence_shards_of(text: str) -> int:
+    """Over how many devices the tokens of one row are spread: context or sequence parallelism, Ulysses, rings."""
+    name = r"(?:context|sequence)[ _-]parallel(?:ism)?(?:[ _-]?(?:size|degree))?|ulysses|ring[ -]attention|\b[cs]p"
+    found = re.search(rf"(?:{name})[ =:x]*(\d+)|(\d+)[ -]?way (?:{name})", text)
+    if found:
+        return max(int(found.group(1) or found.group(2)), 1)
+    if re.search(name.removesuffix(r"|\b[cs]p"), text):
+        raise Refused("over how many devices a row is spread is not stated")
+    return 1
+
+
 def strategy_of(text: str, usual: str) -> str:
-    """How several devices share.
+    """How several devices share; empty where nothing says.
 
     Args:
         usual: what the framework does by itself, where it has but one way.
     """
     if re.search(_SPLIT_LAYERS, text):
         raise Refused("several GPUs: tensor, pipeline and expert parallelism are not modelled")
-    found = next((name for pattern, name in _STRATEGIES if re.search(pattern, text)), usual)
-    if not found:
-        raise Refused("several GPUs: how they share is not stated")
-    return found
+    return next((name for pattern, name in _STRATEGIES if re.search(pattern, text)), usual)
 
 
 def offload_of(text: str) -> str:

@@ -4,7 +4,8 @@
 
 ``--runs`` is a table with the columns of ``data/measured_runs.csv`` (each row with its source), ``--configs`` a folder
 of further shapes as ``<org>--<name>/config.json``. A row is answered where its model, settings and framework are known;
-all others are refused, each with its reason. Nothing in the planner is fitted to these rows. Beside the planner stand
+all others are refused, each with its reason. Nothing in the planner is fitted to these rows. What finished on a GPU
+had room there, so no answer is larger than the GPU. Beside the planner stand
 what ``accelerate estimate-memory`` says (8 bytes per parameter for Adam in 16 bits, 0.5 for a 4-bit model; its training
 figure knows no adapters) and the rule of thumb of 16, 2 and 0.5 bytes per parameter for full, LoRA and QLoRA.
 """
@@ -25,6 +26,7 @@ from typing import Any
 from finetui.planner.errors import UserError
 from finetui.planner.hardware import GIB
 from finetui.planner.memory import peak_memory
+from finetui.planner.plan import Memory
 from finetui.planner.speed import step_speed
 
 from .measured import Question, Refused, question
@@ -84,7 +86,7 @@ def answer(row: dict[str, str], configs: Path | None) -> Answer:
         framework=row["framework"].split(",")[0] + (f" [{row['fused'].strip()[:28]}]" if row["fused"].strip() else ""),
         metric=asked.metric,
         measured_gib=measured,
-        predicted_gib=getattr(memory, f"{asked.metric}_gib"),
+        predicted_gib=_held(memory, asked),
         margin_gib=memory.margins[asked.metric],
         accelerate_gib=_per_parameter(asked, _ACCELERATE),
         rule_gib=_per_parameter(asked, _RULE),
@@ -92,6 +94,15 @@ def answer(row: dict[str, str], configs: Path | None) -> Answer:
         predicted_speed=predicted_speed / asked.settings.world_size,
         row=row,
     )
+
+
+def _held(memory: Memory, asked: Question) -> float:
+    """What the run held by its metric: as predicted, but no more than its GPU has, since it finished there.
+
+    Where memory runs short, the allocator gives back the gaps that :func:`.memory.slack_bytes` counts.
+    """
+    most = asked.most_gib - (0.0 if asked.metric == "device" else memory.terms["context"])
+    return min(getattr(memory, f"{asked.metric}_gib") + asked.beside_gib, most)
 
 
 def _number(text: str) -> float:

@@ -30,7 +30,7 @@ def result() -> dict:
 
 
 def test_most_measured_runs_are_answered_and_the_rest_refused_with_a_reason(result):
-    assert result["answered"] >= 184
+    assert result["answered"] >= 189
     assert result["answered"] + result["refused"] == 200
     assert sum(result["refusals"].values()) == result["refused"]
     assert all(len(reason) > 8 for reason in result["refusals"])
@@ -40,7 +40,7 @@ def test_errors_over_all_runs_stay_where_they_are(result):
     scores = result["all"]
     assert scores["memory_median"] <= 0.035
     assert scores["memory_p90"] <= 0.13
-    assert scores["speed_median"] <= 0.055
+    assert scores["speed_median"] <= 0.05
     assert scores["inside_interval"] >= 0.97
     assert scores["under_by_5_percent"] <= 0.05
     assert scores["interval_width"] <= 0.2
@@ -71,9 +71,14 @@ def test_other_tables_and_shapes_can_be_given(tmp_path):
     with table.open("w", newline="") as file:
         writer = csv.DictWriter(file, list(row))
         writer.writeheader()
-        writer.writerows([{**row, "model": "acme/new-model"}, {**row, "model": "acme/other"},
-                          {**row, "model": "acme/new-model", "framework": "homemade"},
-                          {**row, "model": "acme/new-model", "num_gpus": "2", "framework": "TRL"}])  # fmt: skip
+        writer.writerows(
+            [
+                {**row, "model": "acme/new-model"},
+                {**row, "model": "acme/other"},
+                {**row, "model": "acme/new-model", "framework": "homemade"},
+                {**row, "model": "acme/new-model", "num_gpus": "2", "framework": "TRL", "gpu": ""},
+            ]
+        )
     answer = scored("--runs", str(table), "--configs", str(tmp_path))
     assert (answer["answered"], answer["refused"]) == (1, 3)
     assert {reason.split(":")[0] for reason in answer["refusals"]} == {

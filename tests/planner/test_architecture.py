@@ -109,12 +109,20 @@ CASES = {
     "helium": {**SMALL, "head_dim": 8},
     "hunyuan_v1_dense": SMALL,
     "cwm": SMALL,
+    "bloom": {"vocab_size": 211, "hidden_size": 48, "n_layer": 3, "n_head": 6},
+    "gpt_neo": {
+        "vocab_size": 211, "hidden_size": 48, "num_layers": 4, "num_heads": 6, "max_position_embeddings": 128,
+        "attention_types": [[["global", "local"], 2]],
+    },
+    "codegen": {**GPT, "rotary_dim": 4},
+    "dots1": {key: value for key, value in DEEPSEEK.items() if "lora" not in key and key != "num_experts"},
 }  # fmt: skip
 #: Families of CASES under which transformers has no causal model of its own: towers of vision-language models, and code
 #: on the Hub. Their counts are held below.
 ELSEWHERE = {
     "qwen2_vl", "qwen2_vl_text", "qwen2_5_vl", "qwen2_5_vl_text", "qwen3_vl_text", "qwen3_vl_moe_text", "glm4v_text",
-    "glm4v_moe_text", "exaone",
+    "glm4v_moe_text", "exaone", "qwen", "chatglm", "baichuan", "internlm", "internlm2", "minicpm", "RefinedWebModel",
+    "RefinedWeb",
 }  # fmt: skip
 
 
@@ -150,8 +158,8 @@ def test_every_family_has_a_case():
     assert {case.split()[0] for case in CASES} | ELSEWHERE == set(FAMILIES)
 
 
-#: transformers' own defaults of these make no model: a head width is missing.
-NO_DEFAULTS = {"ministral", "nemotron", "hunyuan_v1_dense"}
+#: transformers' own defaults of these make no model: a head width or the number of experts is missing.
+NO_DEFAULTS = {"ministral", "nemotron", "hunyuan_v1_dense", "dots1"}
 
 
 @pytest.mark.parametrize("model_type", sorted(set(FAMILIES) - ELSEWHERE - NO_DEFAULTS))
@@ -204,6 +212,51 @@ def test_exaone_3_has_its_published_count():
     }  # fmt: skip
     architecture = Architecture.from_config(shape, "LGAI-EXAONE/EXAONE-3.5-7.8B-Instruct")
     assert (architecture.parameters, architecture.exact) == (7_818_448_896, True)
+
+
+#: What models whose code is on the Hub say of themselves, and their published counts.
+_LIKE_LLAMA_2 = {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32}
+_GLM = {
+    "model_type": "chatglm", "hidden_size": 4096, "ffn_hidden_size": 13696, "num_attention_heads": 32,
+    "multi_query_attention": True, "multi_query_group_num": 2, "kv_channels": 128, "rmsnorm": True,
+    "add_bias_linear": False, "add_qkv_bias": True,
+}  # fmt: skip
+_WEB = {"vocab_size": 65024, "parallel_attn": True, "bias": False, "alibi": False}
+REMOTE_COUNTS = {
+    "Qwen/Qwen-7B": (
+        {**_LIKE_LLAMA_2, "model_type": "qwen", "intermediate_size": 22016, "vocab_size": 151936, "no_bias": True},
+        7_721_324_544,
+    ),
+    "THUDM/chatglm3-6b": ({**_GLM, "num_layers": 28, "padded_vocab_size": 65024}, 6_243_584_000),
+    "THUDM/glm-4-9b-chat": ({**_GLM, "num_layers": 40, "padded_vocab_size": 151552}, 9_399_951_360),
+    "baichuan-inc/Baichuan2-7B-Base": (
+        {**_LIKE_LLAMA_2, "model_type": "baichuan", "vocab_size": 125696}, 7_505_973_248,
+    ),
+    "internlm/internlm2-7b": (
+        {**_LIKE_LLAMA_2, "model_type": "internlm2", "intermediate_size": 14336, "num_key_value_heads": 8,
+         "vocab_size": 92544, "bias": False},
+        7_737_708_544,
+    ),
+    "tiiuae/falcon-7b of 2023": (
+        {**_WEB, "model_type": "RefinedWebModel", "hidden_size": 4544, "n_layer": 32, "n_head": 71},
+        6_921_720_704,
+    ),
+    "tiiuae/falcon-40b of 2023": (
+        {**_WEB, "model_type": "RefinedWeb", "hidden_size": 8192, "n_layer": 60, "n_head": 128, "n_head_kv": 8},
+        41_303_293_952,
+    ),
+    "bigscience/bloom-7b1": (
+        {"model_type": "bloom", "n_embed": 4096, "n_layer": 30, "num_attention_heads": 32, "vocab_size": 250880},
+        7_069_016_064,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", REMOTE_COUNTS)
+def test_models_with_code_on_the_hub_have_their_published_counts(name):
+    config, count = REMOTE_COUNTS[name]
+    architecture = Architecture.from_config(config, name)
+    assert (architecture.parameters, architecture.exact) == (count, True)
 
 
 def test_the_text_tower_of_a_vision_model_is_what_counts():
@@ -305,6 +358,22 @@ def test_breakdown_adds_up_and_moe_is_sparse():
     architecture = Architecture.from_config(find_config("Qwen/Qwen3-30B-A3B")[1])
     assert sum(architecture.breakdown.values()) == architecture.parameters
     assert 3.2e9 < architecture.active_parameters < 3.5e9 < architecture.parameters
+
+
+def test_experts_of_an_unknown_family_are_read_by_its_shapes():
+    known = {key: value for key, value in DEEPSEEK.items() if "lora" not in key}
+    names = {
+        "model_type": "brandnew", "n_routed_experts": 0, "num_experts": 0, "num_local_experts": 0,
+        "num_experts_per_tok": None, "n_shared_experts": 0, "first_k_dense_replace": None, "moe_num_experts": 6,
+        "moe_k": 2, "moe_num_shared_experts": 2, "moe_layer_start_index": 1,
+    }  # fmt: skip
+    unknown = {key: value for key, value in {**known, **names}.items() if value is not None}
+    del unknown["num_experts"], unknown["num_local_experts"], unknown["n_routed_experts"]
+    read = Architecture.from_config(unknown, "x")
+    like = Architecture.from_config({"model_type": "dots1", **known}, "y")
+    assert not read.exact
+    assert read.expert_weights == like.expert_weights > 0
+    assert [layer.count for layer in read.layers] == [1, 3]
 
 
 def test_an_unknown_family_is_read_by_its_shapes_and_says_so():

@@ -80,6 +80,16 @@ def ask(**changes: str):
         ({"grad_ckpt": "off"}, {"checkpointing": "none"}),
         ({"grad_ckpt": "disabled"}, {"checkpointing": "none"}),
         ({"grad_ckpt": "yes, activation offloading"}, {"checkpointing": "offload"}),
+        ({"grad_ckpt": "selective (every 2)"}, {"checkpointing": "selective", "kept_layers": 16}),
+        ({"grad_ckpt": "selective layer (every third)"}, {"checkpointing": "selective", "kept_layers": 21}),
+        ({"grad_ckpt": "25% of layers"}, {"checkpointing": "selective", "kept_layers": 24}),
+        ({"grad_ckpt": "selective (op)"}, {"checkpointing": "full", "keeps_outputs": True}),
+        ({"grad_ckpt": "", "framework": "LLaMA-Factory"}, {"checkpointing": "full"}),
+        # rows spread over devices
+        ({"seq_len": "65536", "num_gpus": "8", "framework": "TRL + FSDP2, context parallel 4"},
+         {"sequence_length": 16384}),
+        ({"seq_len": "32768", "num_gpus": "8", "framework": "ms-swift ZeRO-3 + sequence_parallel_size=2"},
+         {"sequence_length": 16384}),
         # optimisers
         ({"optimizer": "paged_adamw_32bit"}, {"optimizer": "paged-adamw"}),
         ({"optimizer": "adamw_bnb_8bit"}, {"optimizer": "adamw-8bit"}),
@@ -87,6 +97,8 @@ def ask(**changes: str):
         ({**FULL, "optimizer": "Muon"}, {"optimizer": "muon"}),
         ({**FULL, "optimizer": "Adafactor"}, {"optimizer": "adafactor"}),
         ({**FULL, "optimizer": "lion_8bit"}, {"optimizer": "lion-8bit"}),
+        ({**FULL, "optimizer": "torchao AdamW4bit"}, {"optimizer": "adamw-4bit"}),
+        ({**FULL, "optimizer": "LOMO"}, {"optimizer": "sgd", "optimizer_in_backward": True}),
         # sharing and offloading
         ({**FULL, "num_gpus": "8", "framework": "DeepSpeed ZeRO stage 2 + CPU optimizer offload"},
          {"strategy": "zero2"}),
@@ -94,6 +106,7 @@ def ask(**changes: str):
          {"strategy": "zero3", "offload": "parameters"}),
         ({"num_gpus": "8", "framework": "PyTorch fully sharded data parallel"}, {"strategy": "fsdp"}),
         ({"num_gpus": "2", "framework": "TRL, DDP"}, {"strategy": "ddp"}),
+        ({"num_gpus": "2", "framework": "TRL"}, {"strategy": "ddp"}),
         ({**FULL, "num_gpus": "8", "framework": "torchtitan"}, {"strategy": "fsdp", "precision": "bf16-mixed"}),
         # precision and attention
         ({**FULL, "framework": "LLaMA-Factory"}, {"precision": "bf16-mixed"}),
@@ -125,15 +138,17 @@ def test_a_row_is_read_as_what_it_says(changes, expected):
         ({"method": "mergekit ties"}, "no training"),
         ({"method": "lora-awq"}, "quantisation not modelled"),
         ({"method": "freeze 4 layers"}, "which layers are trained"),
-        ({"num_gpus": "2", "framework": "TRL"}, "how they share is not stated"),
+        ({"num_gpus": "2", "framework": "TRL", "model": "Llama-3.1-70B"}, "how they share is not stated"),
+        ({"num_gpus": "2", "framework": "TRL", "gpu": "not stated"}, "how they share is not stated"),
         ({"num_gpus": "8", "framework": "TRL + tensor parallel"}, "tensor, pipeline and expert"),
         ({"num_gpus": "many"}, "number of GPUs is not one number"),
         ({"micro_batch": "auto"}, "micro batch is not one number"),
         ({"seq_len": "varied"}, "how long the rows really were"),
         ({"seq_len": "<=2048 short"}, "how long the rows really were"),
         ({"grad_ckpt": "not stated"}, "checkpointing is not stated"),
-        ({"grad_ckpt": "selective (every 2)"}, "which part is checkpointed"),
-        ({**FULL, "optimizer": "adamw_torch_4bit"}, "optimiser not modelled"),
+        ({"grad_ckpt": "selective, attention"}, "which part is checkpointed"),
+        ({**FULL, "optimizer": "SOAP"}, "optimiser not modelled"),
+        ({"num_gpus": "8", "framework": "TRL + FSDP2, ring attention"}, "over how many devices a row is spread"),
         ({**FULL, "optimizer": "my own"}, "the optimiser is not known"),
         ({"model": "acme/unheard-of-7B"}, "no shapes for acme"),
         ({"targets": "the usual ones"}, "adapter targets not known"),
@@ -154,7 +169,8 @@ def test_what_a_row_leaves_open_is_refused_by_name(changes, reason):
         ("V100-32GB", "V100-32GB"), ("V100 16GB", "V100-16GB"), ("RTX3090", "RTX-3090"),
         ("RTX 3090 (280W)", "RTX-3090"),
         ("GeForce RTX 4090 24GB", "RTX-4090"), ("AMD MI300X", "MI300X"), ("H200 141GB", "H200"), ("A10G-24GB", "A10G"),
-        ("B200", "B200"),
+        ("B200", "B200"), ("1x A100 (40GB)", "A100-40GB"), ("Colab T4", "T4"), ("RTX 3090 Ti", "RTX-3090-Ti"),
+        ("Quadro RTX 8000", "RTX-8000"), ("L20", "L20"), ("RTX 3080 10GB", "RTX-3080"),
     ],
 )  # fmt: skip
 def test_gpus_are_known_by_many_names(spelling, name):
@@ -178,7 +194,12 @@ def test_memory_is_answered_and_speed_is_not_where_no_gpu_is_named():
         ("mistralai/Mixtral-8x7B-Instruct-v0.1", "mistralai/Mixtral-8x7B-v0.1"),
         ("Mistral 7B", "mistralai/Mistral-7B-v0.1"),
         ("Qwen2.5-7B-Instruct", "Qwen/Qwen2.5-7B"), ("gemma-2-9b-it", "google/gemma-2-9b"), ("MPT-7b", "MPT-7b"),
-        ("Qwen/Qwen-7B-Chat", "Qwen/Qwen-7B-Chat"),
+        ("Qwen/Qwen-7B-Chat", "Qwen/Qwen-7B-Chat"), ("Qwen2-7B-Instruct", "Qwen/Qwen2.5-7B"),
+        ("Qwen/QwQ-32B", "Qwen/Qwen2.5-32B"), ("DeepSeek-R1-Distill-Llama-70B", "meta-llama/Llama-3.1-70B"),
+        ("teknium/OpenHermes-2.5-Mistral-7B", "mistralai/Mistral-7B-v0.1"), ("LLaMA-33B", "huggyllama/llama-30b"),
+        ("EleutherAI/pythia-12b-deduped", "EleutherAI/pythia-12b"), ("bloomz-7b1-mt", "bigscience/bloomz-7b1"),
+        ("tiiuae/falcon-40b-instruct", "tiiuae/falcon-40b"), ("CodeLlama-34b-Instruct", "codellama/CodeLlama-34b-hf"),
+        ("google/gemma-4-26B-A4B-it", "google/gemma-4-26B-A4B"), ("01-ai/Yi-34B-Chat", "01-ai/Yi-34B"),
     ],
 )  # fmt: skip
 def test_models_are_known_by_many_names(spelling, name):
@@ -191,3 +212,66 @@ def test_a_bound_on_the_length_widens_the_interval_and_leaves_speed_out():
     assert "length" in bound.unknown
     assert "length" not in exact.unknown
     assert not bound.times
+
+
+def test_rows_of_any_length_are_a_bound():
+    assert "length" in ask(notes="sample_packing=false").unknown
+    assert "length" not in ask(notes="sample_packing=true").unknown
+
+
+def test_a_row_spread_over_devices_has_memory_and_no_speed():
+    spread = {"num_gpus": "8", "framework": "TRL + FSDP2, context parallel 4", "seq_len": "65536"}
+    assert not ask(**spread).times
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"framework": "HF Trainer", "notes": "peft 0.10"}, {"adapter_bytes": 2, "casts_inputs": False}),
+        ({"framework": "HF Trainer", "notes": "peft 0.13.2"}, {"adapter_bytes": 4, "casts_inputs": True}),
+        ({"framework": "ms-swift HF, expandable_segments"}, {"expandable_segments": True}),
+        ({"framework": "torchtitan FSDP2"}, {"expandable_segments": True, "stock_model": False}),
+        ({"framework": "LLaMA-Factory"}, {"adapter_bytes_4bit": 4}),
+        ({"framework": "TRL", "notes": "trl 1.16"}, {"loss": "tiles"}),
+        ({"framework": "TRL", "notes": "trl0.13 tf4.48"}, {"loss": "logits", "logit_backward": 14.0}),
+        ({"framework": "TRL 0.17", "method": "dpo lora"}, {"loss": "logits", "logit_backward": 8.0}),
+        ({"framework": "fms-fsdp"}, {"stock_model": False, "kbit_upcast": False}),
+    ],
+    ids=lambda value: " ".join(f"{k}={v}" for k, v in value.items())[:60],
+)
+def test_versions_and_allocators_make_the_stack(changes, expected):
+    stack = ask(**changes).stack
+    assert {name: getattr(stack, name) for name in expected} == expected
+
+
+def test_what_finished_on_a_card_held_no_more_than_it_has():
+    long = {"seq_len": "8192", "micro_batch": "2", "grad_ckpt": "no", "measured_tokens_per_s": ""}
+    small, large = ({**ROW, **long, "gpu": gpu} for gpu in ("RTX 4090", "H200"))
+    predicted = [accuracy.answer(accuracy._Row(row), None).predicted_gib for row in (small, large)]
+    assert predicted[0] < 24 < predicted[1]
+    named = {**ROW, **long, "gpu": "H100 (96GB)", "notes": "nvidia-smi"}
+    assert ask(gpu=named["gpu"]).most_gib == 96
+
+
+def test_vllm_takes_its_share_of_the_card_unless_it_sleeps():
+    grpo = {"method": "grpo lora", "framework": "TRL", "seq_len": "512 + 1024", "gpu": "H100"}
+    need = {}
+    for notes in ("", "vllm colocate", "vllm_gpu_memory_utilization=0.5", "vllm colocate, sleep", "vllm server"):
+        row = accuracy._Row({**ROW, **grpo, "notes": f"{notes}; metric=nvidia-smi"})
+        need[notes] = accuracy.answer(row, None).predicted_gib
+    alone = need[""]
+    assert need["vllm colocate"] == pytest.approx(alone + 0.3 * 79.11)
+    assert need["vllm_gpu_memory_utilization=0.5"] == pytest.approx(alone + 0.5 * 79.11)
+    assert need["vllm colocate, sleep"] == need["vllm server"] == alone
+    assert ask(**grpo).settings.beside.completion == 1024
+
+
+def test_further_shapes_have_the_counts_of_their_names():
+    names = importlib.import_module("tests.bench.measured_names")
+    for name, billions in (
+        ("huggyllama/llama-65b", 65.286), ("01-ai/Yi-34B", 34.389), ("EleutherAI/gpt-neox-20b", 20.555),
+        ("bigscience/bloom", 176.247), ("google/gemma-4-26B-A4B", 25.233), ("mistralai/Codestral-22B-v0.1", 22.247),
+    ):  # fmt: skip
+        shape = names.architecture_of(name, None)
+        assert shape.exact
+        assert round(shape.parameters / 1e9, 3) == billions

@@ -8,6 +8,7 @@ import pytest
 
 from finetui.planner.errors import RecipeError
 from finetui.planner.objective import LOSSES, objective
+from finetui.planner.policy_loss import PolicyLoss, policy_loss
 from finetui.planner.recipe import Recipe
 from finetui.planner.rollout import column_of, rollouts
 
@@ -73,12 +74,40 @@ def test_whose_word_the_reference_is(method, keys, reference):
         ("grpo", {"rollout": {"gae_lambda": 0.9}}, "gae_lambda has no effect when method is grpo"),
         ("ppo", {"rollout": {"loss": "grpo"}}, "rollout.loss has no effect when method is ppo"),
         ("grpo", {"rollout": {"num_generations": 1}}, "2 or more"),
+        ("rloo", {"rollout": {"delta": 3.0}}, "rollout.delta has no effect when method is rloo"),
+        ("grpo", {"rollout": {"delta": 3.0}}, "delta has no effect with one update per batch"),
+        ("grpo", {"rollout": {"delta": 1.2, "num_iterations": 2}}, "Set it above 1.2"),
+        ("grpo", {"rollout": {"loss": "cispo", "epsilon": 0.1}}, "epsilon has no effect on loss cispo"),
+        ("grpo", {"rollout": {"loss": "sapo", "epsilon_high": 0.3}}, "epsilon_high has no effect on loss sapo"),
+        ("grpo", {"rollout": {"sapo_temperatures": [1, 2]}}, "for sapo"),
+        ("grpo", {"rollout": {"loss": "sapo", "sapo_temperatures": [1]}}, "sapo_temperatures"),
+        ("grpo", {"rollout": {"loss": "vespo", "importance": "sequence"}}, "weighs whole completions by itself"),
+        ("grpo", {"rollout": {"loss": "luspo", "importance": "token"}}, "luspo compares whole completions"),
+        ("grpo", {"rollout": {"unbiased_kl": True, "num_iterations": 2}}, "no effect when beta is 0"),
+        ("grpo", {"rollout": {"off_policy_limit": 0.1, "engine": "transformers"}}, "off_policy_limit has no effect"),
+        ("grpo", {"rollout": {"separate_rewards": True, "scale_rewards": "batch"}}, "scale_rewards has no effect"),
+        ("grpo", {"rollout": {"loss": "gspo"}}, "rollout.loss"),
         ("grpo", {"batch_size": 12}, "no multiple of the 8 completions"),
     ],
 )
 def test_what_has_no_effect_is_refused(method, keys, said):
     with pytest.raises(RecipeError, match=said.replace("(", "\\(").replace(".", "\\.")):
         recipe(method, **keys)
+
+
+@pytest.mark.parametrize(
+    ("asked", "settled"),
+    [
+        ({}, PolicyLoss("dapo", "token", 0.2)),
+        ({"importance": "sequence", "epsilon": 3e-4}, PolicyLoss("grpo", "sequence", 3e-4)),
+        ({"importance": "sequence", "loss": "dapo"}, PolicyLoss("dapo", "sequence", 0.2)),
+        ({"loss": "cispo"}, PolicyLoss("cispo", "token", 5.0)),
+        ({"loss": "cispo", "epsilon_high": 3.0}, PolicyLoss("cispo", "token", 3.0)),
+        ({"loss": "luspo", "epsilon_high": 0.3}, PolicyLoss("luspo", "sequence", 0.3)),
+    ],
+)
+def test_what_grpo_minimises_is_settled(asked, settled):
+    assert policy_loss(recipe("grpo", rollout=asked).rollout) == settled
 
 
 def test_rollouts_are_settled():

@@ -24,6 +24,7 @@ MODEL = "Qwen/Qwen3-0.6B"
         ("dpo", "full", {"preference": {"reference": "live"}}, Passes(copy=True, forwards=1)),
         ("kto", "full", {}, Passes(copy=True, forwards=3)),
         ("kto", "lora", {}, Passes(forwards=3)),
+        ("kto", "lora", {"preference": {"loss": "bco"}}, Passes(forwards=1)),
         ("orpo", "full", {}, Passes()),
         ("reward", "lora", {}, Passes()),
         ("grpo", "full", {}, Passes(completion=512)),

@@ -64,6 +64,9 @@ def test_a_mistake_names_file_line_and_field(text: str, expected: str) -> None:
         ("data: [{path: a, split: eval}]", "Give at least one source to train on."),
         ("hardware: {strategy: ddp, gpus: 1}", "strategy ddp needs more than one GPU"),
         ("optimizer: {learning_rate: 0}", "learning_rate must be above 0"),
+        ("method: dpo\nloss: dft", "loss: dft weighs single tokens, and method dpo learns from whole answers. Remove"),
+        ("loss: eaft\nhardware: {kernels: 'off'}", "off takes away. Set hardware.kernels: auto, or loss: dft."),
+        ("loss: dtf", "loss: must be nll, dft or eaft (not 'dtf'). Did you mean 'dft'?"),
     ],
 )
 def test_impossible_pairs_are_refused_with_the_way_out(text: str, expected: str) -> None:
@@ -137,6 +140,7 @@ def test_a_missing_file_is_a_users_mistake(tmp_path: Path) -> None:
         ("qdora", {"type": "qlora", "use_dora": True}),
         ("qoft", {"type": "oft", "quantization": "nf4"}),
         ("vera", {"type": "vera", "rank": 256}),
+        ({"type": "vera", "rank": 16}, {"type": "vera", "rank": 16}),
     ],
 )
 def test_names_of_the_literature_are_a_type_with_a_key(tuning: object, stands_for: dict) -> None:

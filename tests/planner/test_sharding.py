@@ -87,3 +87,29 @@ def test_each_unknown_widens_the_interval():
     for name in UNKNOWN:
         wider = margins(**known, unknown=(name,))
         assert all(wider[metric] > base[metric] for metric in base), name
+
+
+@pytest.mark.parametrize("strategy", ["zero1", "zero2", "zero3", "fsdp", "shard-grad-op"])
+def test_sharded_mixed_precision_passes_16_bits_between_layers(strategy):
+    """Autocast over fp32 weights leaves the residual stream in fp32; gathered 16-bit weights do not."""
+    keeps = Settings(
+        "full", 4096, micro_batch=2, world_size=8, strategy=strategy, precision="bf16-mixed", checkpointing="none"
+    )
+    kept = peak_memory(LLAMA, keeps, TRL, find_gpu("A100")).terms["activations"]
+    pure = dataclasses.replace(keeps, precision="bf16")
+    alone = dataclasses.replace(keeps, strategy="ddp")
+    assert kept == pytest.approx(peak_memory(LLAMA, pure, TRL, find_gpu("A100")).terms["activations"])
+    assert kept < 0.9 * peak_memory(LLAMA, alone, TRL, find_gpu("A100")).terms["activations"]
+
+
+def test_kept_outputs_cost_memory_and_spare_half_of_the_products():
+    full = Settings("full", 8192, world_size=8, strategy="fsdp", precision="bf16-mixed", checkpointing="full")
+    some = dataclasses.replace(full, keeps_outputs=True)
+    gpu, stack = find_gpu("H100"), STACKS["transformers"]
+    # torchtitan keeps what q, v, gate and down give, and attention: 2 bytes of (q + kv + inner + 2 hidden) a layer
+    wide = 2 * (4096 + 1024 + 14336 + 4096 + 4096) * 8192 * 32 / GIB
+    more = peak_memory(LLAMA, some, stack, gpu).terms["activations"]
+    assert more - peak_memory(LLAMA, full, stack, gpu).terms["activations"] == pytest.approx(wide, rel=0.1)
+    before, after = (step_speed(LLAMA, way, stack, gpu).terms for way in (full, some))
+    assert 0.3 < after["recompute"] / before["recompute"] < 0.7
+    assert after["attention"] < before["attention"]
