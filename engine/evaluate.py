@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from ..kernels.token_weights import Weighting, token_weights
 from ..planner.errors import RunError
 from ..planner.plan import Resolved
 from .data.prepare import DataSettings
@@ -39,20 +40,27 @@ class Scored:
     auxiliary: Tensor | None = None
 
 
-def score(model: Any, batch: dict[str, Tensor], *, fused: bool, routed: bool = False) -> Scored:
+def score(
+    model: Any, batch: dict[str, Tensor], *, fused: bool, routed: bool = False, weighting: Weighting = "nll"
+) -> Scored:
     """The summed loss of a batch with ``labels`` (``[batch, length]``, aligned with ``input_ids``).
 
     Args:
         fused: the model has TRL's fused output head, which never holds all logits at once. It needs Triton, so on the
             CPU the logits are made, and those of labelled positions are upcast.
         routed: ask a mixture of experts for its auxiliary loss.
+        weighting: how much each token counts; eaft needs all logits, which a fused head never has.
     """
     inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
     labels = batch["labels"]
     extra = {"output_router_logits": True} if routed else {}
     if fused:
         out = model(**inputs, labels=labels, use_cache=False, fused_lm_head=True, **extra)
-        return Scored(-out.log_probs.sum(), out.label_mask.sum(), out.is_top1.sum(), out.aux_loss)
+        losses = -out.log_probs  # 0 where there is no label
+        if weighting != "nll":
+            assert weighting == "dft", weighting
+            losses = losses * out.log_probs.detach().exp()
+        return Scored(losses.sum(), out.label_mask.sum(), out.is_top1.sum(), out.aux_loss)
     out = model(**inputs, use_cache=False, **extra)
     targets = labels[:, 1:]
     counted = targets != IGNORED
@@ -60,7 +68,11 @@ def score(model: Any, batch: dict[str, Tensor], *, fused: bool, routed: bool = F
     positions = out.logits[:, -labels.shape[1] :]  # of a learned prompt, those before the words don't count
     logits = positions[:, :-1][counted].float()
     wanted = targets[counted]
-    loss = torch.nn.functional.cross_entropy(logits, wanted, reduction="sum")
+    if weighting == "nll":
+        loss = torch.nn.functional.cross_entropy(logits, wanted, reduction="sum")
+    else:
+        losses = torch.nn.functional.cross_entropy(logits, wanted, reduction="none")
+        loss = (token_weights(weighting, logits, losses) * losses).sum()
     right = (logits.argmax(-1) == wanted).sum()
     return Scored(loss, counted.sum(), right, getattr(out, "aux_loss", None) if routed else None)
 

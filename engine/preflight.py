@@ -24,7 +24,7 @@ from ..planner.plan import Plan
 from ..planner.recipe import Recipe
 from ..planner.rollout import ROLLOUT_METHODS
 from .check import PACKAGES, Check, logout, nearest_folder
-from .models.at_hand import check_model, folder_of
+from .models.at_hand import check_model, check_stored, folder_of
 from .run import default_root
 from .supervision.at_end import cannot as cannot_shut_down
 from .supervision.gpulock import holders
@@ -60,6 +60,7 @@ def checks(recipe: Recipe, plan: Plan, root: Path | None = None) -> Iterator[Che
         ("data", lambda: _data(recipe, plan)),
         ("rewards", lambda: _rewards(recipe)),
         ("model", lambda: check_model(recipe.model, recipe.trust_remote_code)),
+        ("model", lambda: check_stored(recipe)),
         ("adapter", lambda: _adapters(recipe)),
         ("disk", lambda: _disk(recipe, plan, folder)),
         ("logout", logout),

@@ -20,7 +20,7 @@ from typing import Any
 from ..planner.rollout import ROLLOUT_METHODS
 from . import imports
 from .checkpoints.continuation import changes, identity, model_mark, require_readable, require_same_run, rows_mark
-from .events import EventLog, LogLine, Phase, Warn, read_events
+from .events import EventLog, LogLine, Phase, Warn
 from .models import remote_code
 from .modes import keep_private
 from .rank import Rank, barrier, die_with_parent, in_turn, join_group, leave_group, redirect
@@ -125,7 +125,15 @@ def work(run: Run, rank: Rank, log: EventLog, pulse: Pulse) -> None:
     import torch
 
     device = join_group(rank, resolved.device, hang_limit_s(recipe))
-    from .models.load import Numerics, already_quantised, head_size, load_tokenizer, locate, read_ahead
+    from .models.load import (
+        Numerics,
+        already_quantised,
+        head_size,
+        load_tokenizer,
+        locate,
+        read_ahead,
+        tell_fallbacks,
+    )
     from .warmup import Warmup
 
     say(Phase("looking for the model", recipe.model))
@@ -227,13 +235,17 @@ def work(run: Run, rank: Rank, log: EventLog, pulse: Pulse) -> None:
             say(Phase("answering held-out prompts"))
             answer(trainer.model, tokenizer, prompts, step, say, job.numerics.context(device))
 
-    def ask_base() -> None:
-        ask(trainer, sample)
-        say(Phase("training", total=run_length.steps))
+    waits = resume is None and can_wait(model)
 
-    if resume is None and can_wait(model):
+    def after_first_step() -> None:
+        tell_fallbacks(model, say)
+        if waits:
+            ask(trainer, sample)
+            say(Phase("training", total=run_length.steps))
+
+    reporter.after_first_step = after_first_step
+    if waits:
         trainer.args.eval_on_start = False
-        reporter.after_first_step = ask_base
     elif resume is None:
         sample(0)
     say(Phase("training", total=run_length.steps))
@@ -327,12 +339,11 @@ def _trainable_model(run: Run, source: Any, device: Any, say: Any, reading: Any,
 
 def _write_result(run: Run, trainer: Any, tokenizer: Any, folder: Any) -> None:
     """The best weights where they were kept and did better, else the last ones; with a note which these are."""
-    from .trainers.best import note, take_best
+    from .trainers.best import note, take_best, told_losses
     from .trainers.save import save_result
 
-    losses = [event.data for event in read_events(run.events_path) if event.type == "eval"]
     step = trainer.state.global_step
-    last = next((float(told["loss"]) for told in reversed(losses) if told["step"] == step), None)
+    last = told_losses(run).get(step)
     best = take_best(run.best_path, run.output_path, last)
     if best is None:
         save_result(run.output_path, trainer.model, tokenizer, folder)

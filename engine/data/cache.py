@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 #: Part of every key: raise it when the same input gives other tokens.
-VERSION = 2
+VERSION = 3
 #: Tokens that are gathered or written in one go.
 _CHUNK = 1 << 20
 #: Rows of a batch of the Arrow stream.

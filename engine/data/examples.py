@@ -81,11 +81,12 @@ class Judged:
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """A prompt to be answered, the answer that is right if there is one, and the row's other columns for rewards."""
+    """A prompt to be answered, the answer that is right if there is one, or all that are, and the row's other columns
+    for rewards."""
 
     where: str
     prompt: Turns
-    answer: str | None = None
+    answer: str | list[str] | None = None
     columns: dict[str, Any] = field(default_factory=dict)
     tools: Tools = ()
 

@@ -12,7 +12,8 @@ from ...planner.rollout import SHIPPED_REWARDS, Reward, column_of
 
 
 def write_prompts(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    """Write rows as an Arrow stream; tools are kept as JSON text, which is how TRL reads them.
+    """Write rows as an Arrow stream; tools are kept as JSON text, which is how TRL reads them. Where some rows have
+    several right answers, all have a list of them.
 
     Raises:
         DataError: the values of a column are of different types, so that no reward could rely on them.
@@ -25,6 +26,8 @@ def write_prompts(path: Path, rows: Sequence[dict[str, Any]]) -> None:
         values = [row.get(name) for row in rows]
         if name == "tools":
             values = [None if value is None else json.dumps(value) for value in values]
+        if name == "answer" and any(isinstance(value, list) for value in values):
+            values = [[value] if isinstance(value, str) else value for value in values]
         try:
             array = pa.array(values, type=pa.list_(pa.int32()) if name == "prompt_ids" else None)
         except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
@@ -44,7 +47,7 @@ def unjudged(rewards: Sequence[Reward], rows: Sequence[dict[str, Any]]) -> Itera
         if reward.function not in SHIPPED_REWARDS or reward.function == "regex" or reward.json_schema is not None:
             continue
         column = column_of(reward)
-        bare = sum(row.get(column) is None for row in rows)
+        bare = sum(row.get(column) in (None, []) for row in rows)
         if 0 < bare < len(rows):
             count = f"{bare:,} of {len(rows):,} prompts"
             yield f"{count} have nothing in column {column!r}, so {reward.name} can't judge their answers"

@@ -15,7 +15,7 @@ from .formats import Columns, Detected, Format
 from .turns import check_order, keys_of, read_messages
 
 #: Columns that hold the right answer to a prompt.
-_RIGHT = ("answer", "solution", "ground_truth", "target", "expected", "completion", "response", "output")
+_RIGHT = ("answer", "solution", "ground_truth", "target", "expected", "completion", "response", "output", "answers")
 
 
 def to_records(row: Row, detected: Detected, method: str = "sft") -> list[Record]:
@@ -222,7 +222,8 @@ def split_last_answer(example: Example) -> tuple[Turns, Turns]:
     if example.kind == "completion":
         return example.prompt, example.completion
     messages = example.messages
-    start = max(i + 1 for i, message in enumerate(messages) if message.role == "user")
+    # Of a pair or a judged answer every token counts, which those of a system message must not.
+    start = max(i + 1 for i, message in enumerate(messages) if message.role in ("user", "system"))
     start = max(start, example.train_from)
     return messages[:start], messages[start:]
 
@@ -261,8 +262,23 @@ def _read_prompt(row: Row, detected: Detected) -> Prompt:
     prompt = _asked(row, detected)
     if isinstance(prompt, tuple):
         check_order(row, prompt, columns.get("prompt", "prompt"), answered=False)
-    right = next((value for name in _RIGHT if isinstance(value := rest.get(name), str | int | float)), None)
-    return Prompt(row.where, prompt, None if right is None else str(right), rest, _tools(row, columns))
+    right = next((value for name in _RIGHT if (value := _right(rest.get(name))) is not None), None)
+    return Prompt(row.where, prompt, right, rest, _tools(row, columns))
+
+
+def _right(value: Any) -> str | list[str] | None:
+    """The right answer that a column holds, or the list of those that will do; None if it holds neither.
+
+    SQuAD writes such a list as ``{"text": […]}``, TriviaQA as ``{"value": …, "aliases": […]}``.
+    """
+    if isinstance(value, str | int | float):
+        return str(value)
+    if isinstance(value, dict):
+        listed = value.get("text", value.get("aliases"))
+        value = [value["value"], *(listed or [])] if "value" in value else listed
+    if not isinstance(value, list) or not value or not all(isinstance(one, str | int | float) for one in value):
+        return None
+    return list(dict.fromkeys(map(str, value)))
 
 
 def _final(completion: Turns) -> str:

@@ -263,6 +263,7 @@ def _render(
         do = "Change the row, or set chat_template: to a template that takes it."
         raise DataError(what, where=where, do=do) from error
     texts, spans = rendered
+    _refuse_lost_system(texts[0], messages, where)
     marked: list[Span] = list(spans[0]) if spans else []
     return texts[0], marked
 
@@ -325,3 +326,14 @@ def _refuse_silent_loss(template: str, messages: Sequence[Message], tools: Tools
         raise DataError("the chat template has no place for tools", where=where, do=do)
     if any(m.reasoning for m in messages) and "reasoning_content" not in template and "thinking" not in template:
         raise DataError("the chat template has no place for reasoning_content", where=where, do=do)
+
+
+def _refuse_lost_system(text: str, messages: Sequence[Message], where: str) -> None:
+    """A template may look for a system message at the beginning alone, and leave out later ones without a word."""
+    for number, message in enumerate(messages[1:], start=2):
+        content = message.content.strip() if message.role == "system" else ""
+        said = [other.content for other in messages if other.role != "assistant"]
+        if content and text.count(content) < sum(other.count(content) for other in said):
+            what = f"the chat template leaves out message {number}, a system message after the first turn"
+            do = "Set chat_template: to one that writes them (chatml, llama3 …), or move it to the beginning."
+            raise DataError(what, where=where, do=do)

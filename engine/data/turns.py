@@ -203,7 +203,7 @@ def _call(row: Row, field: str, call: dict[str, Any]) -> dict[str, Any]:
 
 
 def check_order(row: Row, messages: Sequence[Message], column: str, *, offset: int = 0, answered: bool = True) -> None:
-    """An optional system message, then user and assistant in turn, tools after the answers that call them.
+    """User and assistant in turn, tools after the answers that call them; system messages first or in between.
 
     Args:
         row: where it stands, for errors.
@@ -215,24 +215,23 @@ def check_order(row: Row, messages: Sequence[Message], column: str, *, offset: i
     Raises:
         DataError: naming the first message that is out of place.
     """
-    before = ""
+    before, calls = "", False
     for index, message in enumerate(messages):
         role = message.role
         field = f"{column}[{index - offset}]" if "+" not in column else f"{column}, message {index + 1}"
-        if role == "system":
-            if index:
-                raise bad(row, field, "a system message must come first")
+        if role == "system":  # instructions may change on the way; whose turn it is does not
+            if calls:
+                raise bad(row, field, "a system message stands between a tool call and its answer")
             continue
-        calls = bool(index and messages[index - 1].tool_calls)
         expected = {"": "user", "user": "assistant", "tool": "assistant"}.get(before, "tool" if calls else "user")
         if role != expected and not (role == "tool" and before in ("tool", "assistant")):
             what = f"roles are out of order: {role} where {expected} was expected"
-            do = "After an optional system message, user and assistant take turns."
+            do = "User and assistant take turns; system messages may stand before any of them."
             raise bad(row, field, what, do if "tool" not in (role, expected) else "A tool answers what called it.")
         if role == "assistant" and not (message.content.strip() or message.tool_calls):
             raise bad(row, field, "the answer is empty", "Fill it in, or remove the row.")
-        before = role
-    last = messages[-1].role
+        before, calls = role, bool(message.tool_calls)
+    last = messages[-1].role if answered else before or "system"
     if answered and last != "assistant":
         what = f"the last message is from {last}, so there is no answer to learn"
         raise bad(row, column, what, "End every conversation with an assistant message.")

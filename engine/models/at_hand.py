@@ -5,7 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import cast
 
-from ...planner.errors import first_line
+from ...planner import hub
+from ...planner.errors import UserError, first_line
+from ...planner.packed import check_packed, packed_weights
+from ...planner.recipe import Recipe
 from ..check import Check
 from ..pickles import refuse
 from . import remote_code
@@ -30,6 +33,25 @@ def check_model(model: str, trust: bool = False) -> list[Check]:
             return [_complete(folder)]
         return [Check("model", "ok", f"{model} is in the local cache")]
     return [_on_the_hub(model)]
+
+
+def check_stored(recipe: Recipe) -> list[Check]:
+    """Whether the checkpoint of a model that is planned from a shipped shape can be trained on as it is stored.
+
+    The shapes do not say how weights are packed, and several releases of one shape may differ in that.
+
+    Raises:
+        ModelError: it is packed in a way that this recipe can't be carried out on.
+    """
+    try:
+        if hub.find_config(recipe.model)[2] != "preset":
+            return []  # its own config was read for the plan
+        folder = folder_of(recipe.model)
+        config = hub.find_config(str(folder))[1] if folder is not None else hub.remote_config(recipe.model)
+    except UserError:
+        return []  # whether the model can be had at all is a check of its own
+    check_packed(recipe, packed_weights(config), recipe.model)
+    return []
 
 
 def folder_of(model: str) -> Path | None:

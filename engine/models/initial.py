@@ -51,7 +51,10 @@ def begin(adapted: Any, resolved: Resolved, ground: Ground) -> None:
     elif init == "loftq" and ground.resumed is None:
         _make_up(adapted, ground.folder)
     elif init == "eva" and ground.resumed is None:
-        _look_at_data(adapted, ground)
+        from .load import Numerics
+
+        with Numerics.of(resolved).context(adapted.device):  # fp32 adapters on a 16-bit base need it
+            _look_at_data(adapted, ground)
 
 
 def lora_layers(adapted: Any) -> Iterator[tuple[str, Any]]:

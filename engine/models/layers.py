@@ -34,6 +34,13 @@ def keeping(resolved: Resolved) -> Keeping:
     return Keeping("inputs", whole=resolved.kept_layers if resolved.checkpointing == "selective" else 0)
 
 
+def ours(model: Any) -> list[Any]:
+    """The decoder layers of a model that run as one function of ours."""
+    from ...kernels.replacement import STATE
+
+    return [m for m in model.modules() if getattr(vars(m).get(STATE), "kernel", "") == "decoder_layer"]
+
+
 def checkpoint_layers(model: Any, resolved: Resolved, emit: Callable[[Any], object]) -> None:
     """Have transformers compute again what layers that are no functions of ours made.
 
@@ -51,6 +58,8 @@ def checkpoint_layers(model: Any, resolved: Resolved, emit: Callable[[Any], obje
         base.gradient_checkpointing_enable(gradient_checkpointing_kwargs=again)
         if offload:
             emit(Fallback("checkpointing: inputs of layers stay on the GPU", "this transformers can't move them"))
+    for layer in ours(base):  # computes again by itself; within a checkpoint it would do so twice
+        layer.gradient_checkpointing = False
     if resolved.checkpointing != "selective":
         return
     layers = [module for module in base.modules() if isinstance(module, GradientCheckpointingLayer)]

@@ -39,6 +39,7 @@ from ...planner.options import LORA_TYPES
 from ...planner.plan import Resolved
 from ..events import Fallback
 from ..pickles import refuse
+from .packed import compute_in, opening, packed_checkpoint, plain, require
 from .quantize import fp8_config, not_in_8_bits
 from .remote_code import refusal, trusted
 from .weights import Reading, around, shards, stored_tensors
@@ -268,13 +269,19 @@ def load_base(
     dtype = dtype or numerics.weights
     options: dict[str, Any] = {"dtype": dtype, "attn_implementation": resolved.attention, "use_safetensors": True}
     options["trust_remote_code"] = trusted(folder)
-    if resolved.quantization == "nf4":
-        options["quantization_config"] = nf4_config(numerics)
+    packed = packed_checkpoint(folder)
+    if packed is not None:
+        require(packed, resolved.quantization, folder)
+    if packed is not None and packed.opened:
+        options["quantization_config"] = opening(packed)
+    elif resolved.quantization == "nf4":
+        if packed is None:  # else it is in NF4 already
+            options["quantization_config"] = nf4_config(numerics)
         options["device_map"] = {"": device}
     elif resolved.quantization == "fp8":
         options["quantization_config"] = fp8_config()
         options["device_map"] = {"": device}
-    elif device.type == "cuda":
+    if device.type == "cuda":
         options["device_map"] = {"": device}
     if scores:
         options["num_labels"] = 1
@@ -307,6 +314,10 @@ def load_base(
         raise ModelError(what, where=str(folder), do="It would be trained from random numbers there. Use a whole one.")
     if resolved.quantization == "fp8" and (why := not_in_8_bits(model, numerics.autocast or dtype)):
         emit(Fallback("products of e4m3 weights in their input's format", why))
+    if packed is not None:
+        if resolved.quantization == "none":
+            model = plain(model, packed, dtype)
+        compute_in(model, numerics.autocast or dtype)
     model.config.use_cache = False
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
@@ -354,5 +365,17 @@ def patch_kernels(model: Any, resolved: Resolved, device: torch.device, emit: Em
         left[item.kernel, item.why] = left.get((item.kernel, item.why), 0) + 1
     for (kernel, why), count in left.items():
         emit(Fallback(f"kernel {kernel}: {count} modules run as they were", why))
-    layers = {item.replaced for item in report.items if item.kernel == "decoder_layer"}
-    return layers == {True}
+    layers = [item.replaced for item in report.items if item.kernel == "decoder_layer"]
+    # A hybrid has layers without attention besides, which are none of ours, and may be none that look like ours.
+    return all(layers) and len(layers) == int(model.config.get_text_config().num_hidden_layers)
+
+
+def tell_fallbacks(model: Any, emit: Emit) -> None:
+    """After a first step: which modules have a kernel that their inputs in training turned out not to fit."""
+    from ...kernels.patch import fallbacks
+
+    left: dict[tuple[str, str], int] = {}
+    for item in fallbacks(model):
+        left[item.kernel, item.why] = left.get((item.kernel, item.why), 0) + 1
+    for (kernel, why), count in left.items():
+        emit(Fallback(f"kernel {kernel}: {count} modules run as they were after all", why))

@@ -40,6 +40,7 @@ def ensure_tiny_model(cache_dir: str | Path) -> Path:
     try:
         import torch
         from transformers import AutoConfig, AutoModelForCausalLM
+        from transformers.utils.logging import disable_progress_bar
     except ImportError:
         raise MissingExtraError("the tiny model", "train") from None
     source = tiny_folder()
@@ -50,6 +51,7 @@ def ensure_tiny_model(cache_dir: str | Path) -> Path:
     folder = Path(cache_dir) / f"tiny-{content.hexdigest()[:12]}"
     if folder.is_dir():
         return folder
+    disable_progress_bar()
     folder.parent.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(prefix=".tiny-", dir=folder.parent))
     try:

@@ -1,8 +1,8 @@
 """Verifiable rewards on text: whether a completion holds the right answer, in the right form.
 
-Each takes completions and, where it compares, what the rows say is right; it gives 1 or 0 per completion, or None where
-a row has nothing to compare with. They run in the reward process (``host.py``), so that an expression that backtracks
-for ever is stopped like any other reward that hangs.
+Each takes completions and, where it compares, what the rows say is right: one answer, or a list of answers any of which
+will do. It gives 1 or 0 per completion, or None where a row has nothing to compare with. They run in the reward process
+(``host.py``), so that an expression that backtracks for ever is stopped like any other reward that hangs.
 """
 
 from __future__ import annotations
@@ -46,12 +46,18 @@ def _boxed(text: str) -> str:
     return ""
 
 
+def accepted(right: Any) -> list[Any]:
+    """What a row says is right, as a list; empty where it says nothing."""
+    return [answer for answer in (right if isinstance(right, list) else [right]) if answer is not None]
+
+
 def exact_answer(completions: Sequence[str], right: Sequence[Any]) -> list[float | None]:
-    """1 where the final answer is the right one, but for letter case and white space."""
-    return [
-        None if answer is None else float(_plain(final_answer(text)) == _plain(final_answer(str(answer))))
-        for text, answer in zip(completions, right, strict=True)
-    ]
+    """1 where the final answer is a right one, but for letter case and white space."""
+    told: list[float | None] = []
+    for text, answer in zip(completions, right, strict=True):
+        wanted = {_plain(final_answer(str(one))) for one in accepted(answer)}
+        told.append(float(_plain(final_answer(text)) in wanted) if wanted else None)
+    return told
 
 
 def _plain(text: str) -> str:
@@ -59,15 +65,17 @@ def _plain(text: str) -> str:
 
 
 def numeric(completions: Sequence[str], right: Sequence[Any], tolerance: float = 1e-6) -> list[float | None]:
-    """1 where the last number of the final answer is the right number, within a relative ``tolerance``."""
+    """1 where the last number of the final answer is a right number, within a relative ``tolerance``."""
     told: list[float | None] = []
     for text, answer in zip(completions, right, strict=True):
-        wanted = None if answer is None else last_number(final_answer(str(answer)))
-        if wanted is None:
+        numbers = (last_number(final_answer(str(one))) for one in accepted(answer))
+        wanted = [number for number in numbers if number is not None]
+        if not wanted:
             told.append(None)
             continue
         found = last_number(final_answer(text))
-        told.append(float(found is not None and math.isclose(found, wanted, rel_tol=tolerance, abs_tol=1e-9)))
+        near = found is not None and any(math.isclose(found, n, rel_tol=tolerance, abs_tol=1e-9) for n in wanted)
+        told.append(float(near))
     return told
 
 

@@ -29,6 +29,10 @@ class TakesRanks(TrainerCallback):
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
+        config = self.model.peft_config[self.model.base_model.trainable_adapter_name]
+        learns = state.global_step < config.total_step - config.tfinal
+        if learns and all(p.grad is None for p in self.model.parameters()):
+            return  # a step that was left out says nothing of importance
         self.model.base_model.update_and_allocate(state.global_step)
 
 

@@ -210,7 +210,8 @@ class RunTrainer(_Trainer):
             return {}
         with averaged(self.optimizer):
             metrics = {f"eval_{name}": value for name, value in self.measure().items()}
-            self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+            with self.model_to_save():  # by whoever keeps the best weights
+                self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:

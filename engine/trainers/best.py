@@ -38,9 +38,8 @@ class KeepsBest(TrainerCallback):
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Evaluations of earlier attempts, as far as this one goes on from."""
-        for event in read_events(self.run.events_path):
-            if event.type == "eval" and 0 < event.data["step"] <= state.global_step:
-                self.measured[event.data["step"]] = float(event.data["loss"])
+        told = told_losses(self.run)
+        self.measured |= {step: loss for step, loss in told.items() if 0 < step <= state.global_step}
 
     def on_evaluate(
         self,
@@ -71,6 +70,17 @@ class KeepsBest(TrainerCallback):
         steps = sorted(self.measured)
         best = min(steps, key=lambda step: (self.measured[step], step))
         return len(steps) - 1 - steps.index(best)
+
+
+def told_losses(run: Run) -> dict[int, float]:
+    """The held-out loss (the negative of a reward) by step, as events tell it; of a repeated step the latest."""
+    losses: dict[int, float] = {}
+    for event in read_events(run.events_path):
+        if event.type == "eval":
+            losses[event.data["step"]] = float(event.data["loss"])
+        elif event.type == "metrics" and "eval_reward" in event.data["values"]:
+            losses[event.data["step"]] = -float(event.data["values"]["eval_reward"])
+    return losses
 
 
 def note(folder: Path, step: int, loss: float | None) -> None:

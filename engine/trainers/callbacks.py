@@ -7,6 +7,7 @@ decision to stop or to write a checkpoint in a single reduction, so that all of 
 from __future__ import annotations
 
 import math
+import re
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -26,6 +27,8 @@ from .settings import Length
 _GIB = 2**30
 #: Seconds between memory events of a rank once the first few steps are over.
 _MEMORY_EVERY_S = 5.0
+#: How PEFT names the factors of its adapters.
+_FACTORS = re.compile(r"\.(?:lora|hada|lokr|vera_lambda)_")
 
 
 class Reporter(TrainerCallback):
@@ -206,14 +209,19 @@ class Reporter(TrainerCallback):
     def _warn_of_dead_gradients(self, named: list[tuple[str, torch.nn.Parameter]]) -> None:
         """A weight that should learn and gets no gradient is a mistake that no loss curve shows.
 
-        While an adapter's B is 0, as it is at first, dA = B' dY X' is 0 by rights; so A counts only once B is not.
+        While an adapter's B is 0, as it is at first, dA = B' dY X' is 0 by rights; so A counts only once B is not, and
+        likewise of other adapters, all of which are products with a factor that begins at 0.
         """
         names = [name for name, _ in named]
         weights = torch.stack(torch._foreach_norm([p.detach() for _, p in named])).tolist()
         zeros = [torch.zeros(()) if p.grad is None else p.grad for _, p in named]
         gradients = [float(norm) for norm in torch._foreach_norm(zeros)]
-        unborn = {name.replace("lora_B", "lora_A") for name, weight in zip(names, weights, strict=True) if weight == 0}
-        silent = [name for name, norm in zip(names, gradients, strict=True) if norm == 0 and name not in unborn]
+        unborn = {_layer_of(name) for name, weight in zip(names, weights, strict=True) if weight == 0} - {""}
+        silent = [
+            name
+            for name, weight, norm in zip(names, weights, gradients, strict=True)
+            if norm == 0 and (weight == 0 or _layer_of(name) not in unborn)
+        ]
         if self.trainer.may_rest and not any(gradients):
             return
         if silent and self.rank == 0:
@@ -226,6 +234,12 @@ class Reporter(TrainerCallback):
             return
         self._memory_told = now
         self.emit(memory_use(device, self.rank, self.trainer.pool_bytes))
+
+
+def _layer_of(name: str) -> str:
+    """The layer that a factor of an adapter belongs to, by the factor's name; empty of any other parameter."""
+    found = _FACTORS.search(name)
+    return name[: found.start()] if found else ""
 
 
 def _short(figures: dict[str, float]) -> dict[str, float]:

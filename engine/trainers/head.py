@@ -16,6 +16,8 @@ import torch
 from torch import nn
 from transformers.utils import ModelOutput
 
+from ...kernels.token_weights import Weighting
+
 #: Share of labelled positions up to which it pays to leave the others out: gathering rows takes time too.
 _FEW = 0.9
 
@@ -37,11 +39,13 @@ class Wanted:
         num_items: what the summed loss is divided by, on the device.
         labelled: positions with a label in this batch, known on the host.
         alone: the last layer may leave out the others: it is one of ours (``kernels/decoder_layer.py``).
+        weighting: how much each of them counts.
     """
 
     num_items: torch.Tensor
     labelled: int
     alone: bool = False
+    weighting: Weighting = "nll"
 
 
 def give_token_loss(model: Any, context: contextlib.AbstractContextManager[Any]) -> str:
@@ -85,6 +89,7 @@ def give_token_loss(model: Any, context: contextlib.AbstractContextManager[Any])
             labelled=token_loss.labelled,
             softcap=cap,
             logit_scale=scale,
+            weighting=token_loss.weighting,
         )
         return TokenLoss(loss=loss, right=right)
 

@@ -1,9 +1,9 @@
 """The optimisers of a recipe that neither torch nor transformers has in this form, and what the others are told.
 
 Each follows its paper: Lion (arXiv:2302.06675), Muon for matrices beside AdamW for the rest (arXiv:2502.16982), GaLore
-(arXiv:2403.03507), APOLLO (arXiv:2412.05270), schedule-free AdamW (arXiv:2405.15682); LoRA+ (arXiv:2402.12354) is a
-rate of its own for the B matrices under any of them. States are fp32 whatever is trained, but for Lion's and Muon's
-single one, which has the format of the weights.
+(arXiv:2403.03507), APOLLO (arXiv:2412.05270), schedule-free AdamW (arXiv:2405.15682); ADOPT and CAME are in
+:mod:`.adopt`. LoRA+ (arXiv:2402.12354) is a rate of its own for the B matrices under any of them. States are fp32
+whatever is trained, but for Lion's and Muon's single one, which has the format of the weights.
 """
 
 from __future__ import annotations
@@ -18,10 +18,11 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from ...planner.plan import Resolved
+from .adopt import Adopt, Came
 
 Group = dict[str, Any]
 #: Optimisers of our own; the names on the left of a recipe.
-OWN = frozenset({"sgd", "lion", "muon", "galore", "apollo", "apollo-mini", "schedule-free"})
+OWN = frozenset({"sgd", "lion", "muon", "galore", "apollo", "apollo-mini", "schedule-free", "adopt", "came"})
 
 
 def optimizer_for(model: Any, resolved: Resolved, groups: list[Group], stock: Any) -> tuple[Any, dict[str, Any]] | None:
@@ -40,7 +41,7 @@ def optimizer_for(model: Any, resolved: Resolved, groups: list[Group], stock: An
     if name not in OWN:
         kind, given = stock()
         return kind, {**given, "params": groups}
-    betas = options.betas or ((0.9, 0.99) if name == "lion" else (0.9, 0.999))
+    betas = options.betas or {"lion": (0.9, 0.99), "adopt": (0.9, 0.9999)}.get(name, (0.9, 0.999))
     given = {"params": groups, "lr": rate}
     if name == "sgd":
         return torch.optim.SGD, {**given, "momentum": options.momentum}
@@ -48,6 +49,10 @@ def optimizer_for(model: Any, resolved: Resolved, groups: list[Group], stock: An
         return Lion, {**given, "betas": betas}
     if name == "schedule-free":
         return ScheduleFree, {**given, "betas": betas, "eps": options.epsilon}
+    if name == "came":
+        return Came, {**given, "betas": betas}
+    if name == "adopt":
+        return Adopt, {**given, "betas": betas}
     matrices = inner_matrices(model)
     if name == "muon":
         momentum = options.momentum or 0.95

@@ -44,8 +44,8 @@ class PreferenceTrainer(ExampleMeanTrainer):
 
     def __init__(self, *, objective: Objective, reference: Any = None, **rest: Any) -> None:
         self.objective = objective
-        model = rest["model"]
-        absent = reference is None and (objective.reference != "adapter-off" or starts_as_its_base(model))
+        model, context = rest["model"], rest["numerics"].context(rest["args"].device)
+        absent = reference is None and (objective.reference != "adapter-off" or starts_as_its_base(model, context))
         if absent:
             # Without a reference model TRL would load a second copy, or add one of the adapters.
             reference = Absent(model.config)
@@ -240,7 +240,7 @@ def preference_trainer(job: Job) -> PreferenceTrainer:
         loss = next(iter(wanted.losses))
         args: Any = KTOConfig(
             **base,
-            loss_type=loss,
+            loss_type="apo_zero_unpaired" if loss == "bco" else loss,  # which asks for no mismatched answers either
             desirable_weight=wanted.desirable_weight,
             undesirable_weight=wanted.undesirable_weight,
             train_sampling_strategy="sequential",
@@ -248,6 +248,10 @@ def preference_trainer(job: Job) -> PreferenceTrainer:
         collate: Any = DataCollatorForUnpairedPreference(pad_token_id=pad, pad_to_multiple_of=multiple)
         if loss == "kto":
             collate = _Mismatched(collate)
+        if loss == "bco":
+            from .bco import BinaryTrainer
+
+            return BinaryTrainer(args=args, data_collator=collate, **common)
         return JudgedTrainer(args=args, data_collator=collate, **common)
     collate = DataCollatorForPreference(pad_token_id=pad, pad_to_multiple_of=multiple)
     if method in ("orpo", "cpo", "simpo"):

@@ -7,6 +7,7 @@ one file per rank as they are made, so that a process that is killed loses secon
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import time
@@ -40,11 +41,14 @@ class Absent(torch.nn.Module):
         raise AssertionError("there is no reference model")
 
 
-def starts_as_its_base(model: Any) -> bool:
+def starts_as_its_base(model: Any, context: contextlib.AbstractContextManager[Any]) -> bool:
     """Whether fresh adapters change nothing, so that the base without them is the policy's start.
 
     True of LoRA, whose B is 0; not of PiSSA, which moves a part of the base into its adapters, nor of adapters that
     were trained before.
+
+    Args:
+        context: in which the model computes: fp32 adapters and a 16-bit base meet in autocast alone.
     """
     if not hasattr(model, "peft_config"):
         return False
@@ -52,7 +56,7 @@ def starts_as_its_base(model: Any) -> bool:
     training = model.training
     model.eval()
     try:
-        with torch.no_grad():
+        with torch.no_grad(), context:
             adapted = model(input_ids=words, use_cache=False).logits.float()
             with model.disable_adapter():
                 plain = model(input_ids=words, use_cache=False).logits.float()

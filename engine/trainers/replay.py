@@ -29,6 +29,8 @@ def obstacle(trainer: TokenMeanTrainer, resolved: Resolved, *, whole_layers: boo
     config = trainer.model.config.get_text_config()  # type: ignore[union-attr, operator]
     if not whole_layers or not trainer.fuses_loss:
         return "not every layer, or not the loss, is a kernel that never waits for the device"
+    if trainer.weighting == "eaft":
+        return "the search for the likeliest words of each position has not been proven in a graph"
     if trainer.args.world_size > 1:
         return "gradients are averaged over ranks while they are made"
     if trainer.numerics.autocast is torch.float16:

@@ -17,7 +17,8 @@ from torch.utils.data import DataLoader
 from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 
 from ...planner.errors import DataError, RecipeError
-from ...planner.rollout import Rollouts, rollouts
+from ...planner.policy_loss import policy_loss
+from ...planner.rollout import Rollout, Rollouts, rollouts
 from ..events import Sample, Warn
 from ..models.load import Emit
 from ..output import set_generation
@@ -60,7 +61,8 @@ class RolloutTrainer(RunTrainer):
         if cpu_head.needed(self.args.device):
             for scored in filter(None, (model, self.ref_model)):
                 cpu_head.give_word_scores(scored, self.temperature)
-        if "ref" in getattr(model, "peft_config", {}) and starts_as_its_base(model):
+        context = self.numerics.context(self.args.device)
+        if "ref" in getattr(model, "peft_config", {}) and starts_as_its_base(model, context):
             model.delete_adapter("ref")  # the base below the adapters is the reference: no copy of them is needed
 
     # --- data
@@ -195,13 +197,41 @@ def generation_settings(job: Job, settled: Rollouts) -> dict[str, Any]:
         "repetition_penalty": asked.repetition_penalty,
         "beta": settled.beta,
         "epsilon": asked.epsilon,
-        "epsilon_high": None if asked.epsilon_high == "auto" else asked.epsilon_high,
+        "epsilon_high": asked.epsilon if asked.epsilon_high == "auto" else asked.epsilon_high,
         "num_iterations": settled.num_iterations,
         "mask_truncated_completions": asked.mask_truncated,
         "reward_weights": [reward.weight for reward in job.recipe.rewards],
         **vllm_settings(job),
         "shuffle_dataset": False,
         "log_completions": False,
+    }
+
+
+def policy_settings(asked: Rollout) -> dict[str, Any]:
+    """Keywords of GRPOConfig for what is minimised; see :mod:`finetui.planner.policy_loss`."""
+    loss = policy_loss(asked)
+    k_good, lambda_good, k_bad, lambda_bad = asked.vespo_weights
+    return {
+        "loss_type": loss.name,
+        "importance_sampling_level": loss.importance,
+        "epsilon": asked.epsilon,
+        "epsilon_high": loss.epsilon_high,
+        "delta": asked.delta,
+        "sapo_temperature_pos": asked.sapo_temperatures[0],
+        "sapo_temperature_neg": asked.sapo_temperatures[1],
+        "vespo_k_pos": k_good,
+        "vespo_lambda_pos": lambda_good,
+        "vespo_k_neg": k_bad,
+        "vespo_lambda_neg": lambda_bad,
+        "top_entropy_quantile": asked.top_entropy,
+        "entropy_coef": asked.entropy_bonus,
+        "off_policy_mask_threshold": asked.off_policy_limit,
+        "use_bias_correction_kl": asked.unbiased_kl,
+        "scale_rewards": asked.scale_rewards,
+        "multi_objective_aggregation": "normalize_then_sum" if asked.separate_rewards else "sum_then_normalize",
+        # vLLM's own probabilities of words differ a little; vespo corrects for that word by word, the others by leaving
+        # out completions (both TRL's).
+        **({"vllm_importance_sampling_mode": "token_truncate"} if loss.name == "vespo" else {}),
     }
 
 
@@ -259,6 +289,4 @@ def rollout_trainer(job: Job) -> RolloutTrainer:
     with initial_policy(job):
         if job.resolved.method == "rloo":
             return LeaveOneOutTrainer(args=RLOOConfig(**base), **parts)
-        variant = {"loss_type": asked.loss, "scale_rewards": asked.scale_rewards}
-        args = GRPOConfig(**base, **variant, importance_sampling_level=asked.importance)
-        return GroupTrainer(args=args, **parts)
+        return GroupTrainer(args=GRPOConfig(**{**base, **policy_settings(asked)}), **parts)

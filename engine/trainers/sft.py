@@ -14,6 +14,8 @@ import torch
 from trl import SFTConfig, SFTTrainer
 
 from ...kernels.attention import Documents
+from ...kernels.token_weights import Weighting
+from ...planner.errors import RecipeError
 from ..evaluate import IGNORED, Collate, held_out_loss, reduce_sum, score
 from ..events import Fallback
 from .base import RunTrainer
@@ -21,7 +23,7 @@ from .graphs import CudaRecorder
 from .head import Wanted, give_token_loss
 from .job import Job
 from .replay import Replays, obstacle
-from .unasked import no_masks, plainly_causal
+from .unasked import no_masks, told
 
 
 class TokenMeanTrainer(RunTrainer, SFTTrainer):
@@ -38,6 +40,8 @@ class TokenMeanTrainer(RunTrainer, SFTTrainer):
         """The loss comes from labelled positions alone, in one operation with the output head."""
         self.whole_layers = False
         """Every decoder layer is one function, and knows the documents of its rows."""
+        self.weighting: Weighting = "nll"
+        """How much each trained token counts; never for held-out rows, whose loss stays comparable."""
         self.replays: Replays | None = None
         self._next: tuple[list[Any], Any] | None = None
         self._read: Callable[[], tuple[list[Any], Any]] | None = None
@@ -56,6 +60,9 @@ class TokenMeanTrainer(RunTrainer, SFTTrainer):
         else:
             why = give_token_loss(self.model, self.numerics.context(self.args.device))
         self.fuses_loss = not why
+        if why and self.weighting == "eaft":
+            what = f"loss eaft needs all logits, and only finetui's own output head need not hold them at once: {why}"
+            raise RecipeError(what, where="loss", do="Use loss: dft, or nll.")
         if why:
             self.emit(Fallback("loss: by the trainer's own output head", why))
 
@@ -117,7 +124,7 @@ class TokenMeanTrainer(RunTrainer, SFTTrainer):
             if lengths is not None:
                 inputs["documents"] = _documents(lengths, inputs["labels"].device)
             return self._fused_loss(model, inputs, num_items_in_batch, tokens, labelled)
-        scored = score(model, inputs, fused=self._fused, routed=self.aux_loss_enabled)
+        scored = score(model, inputs, fused=self._fused, routed=self.aux_loss_enabled, weighting=self.weighting)
         # DDP averages gradients over ranks, so each rank's share is scaled up by their number.
         loss = scored.loss / num_items_in_batch.clamp(min=1) * self.accelerator.num_processes
         if scored.auxiliary is not None:
@@ -144,10 +151,10 @@ class TokenMeanTrainer(RunTrainer, SFTTrainer):
             labelled: how many labels there are, or a bound on it.
         """
         share = num_items.clamp(min=1).float() / self.accelerator.num_processes
-        wanted = Wanted(share, labelled, alone=self._last_layer_is_ours())
-        config, length = self.model.config.get_text_config(), inputs["input_ids"].shape[1]  # type: ignore[union-attr, operator]
-        known = self.whole_layers and ("documents" in inputs or "position_ids" not in inputs)
-        with no_masks() if known and plainly_causal(config, length) else contextlib.nullcontext():
+        wanted = Wanted(share, labelled, alone=self._last_layer_is_ours(), weighting=self.weighting)
+        config = self.model.config.get_text_config()  # type: ignore[union-attr, operator]
+        inputs, spared = told(inputs, config) if self.whole_layers else (inputs, False)
+        with no_masks() if spared else contextlib.nullcontext():
             return model(**inputs, use_cache=False, token_loss=wanted)
 
     def _last_layer_is_ours(self) -> bool:
@@ -212,7 +219,7 @@ def sft_trainer(job: Job) -> TokenMeanTrainer:
     )
     collate = Collator(job.tokenizer.pad_token_id, multiple_of=job.multiple_of)
     trainer = TokenMeanTrainer(collate=collate, args=args, **job.common())
-    trainer.whole_layers = job.whole_layers
+    trainer.whole_layers, trainer.weighting = job.whole_layers, job.recipe.loss
     if job.device.type == "cuda" and job.resolved.kernels != "off":
         trainer.fuse_loss()
     if job.resolved.graphs:

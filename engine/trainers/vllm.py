@@ -15,14 +15,12 @@ from typing import Any
 import torch
 
 from ...planner.errors import RecipeError
+from ...planner.vllm import BESIDE, SPARE
 from ..events import Fallback, LogLine
 from .job import Job
 
 #: Share of a GPU that vLLM takes where there is room for more: TRL's default.
 _SHARE = 0.3
-#: Share of a GPU that is left to neither, and what vLLM needs beyond its copy of the weights, as a factor on them: its
-#: own activations, CUDA graphs, and a cache for the shortest batch. Estimates: no run with vLLM has been measured.
-_SPARE, _BESIDE = 0.05, 1.25
 _SERVER = """VLLM_SERVER_DEV_MODE=1 vllm serve {model} --weight-transfer-config '{{"backend": "nccl"}}' \
 --logprobs-mode processed_logprobs"""
 
@@ -87,12 +85,12 @@ def _obstacle(job: Job) -> tuple[str, str] | None:
 def _share(job: Job) -> float:
     """Share of the GPU that vLLM may take: what the plan leaves, and no more than it needs to be fast."""
     need = job.run.plan.memory.device_gib * 2**30 / _device_bytes(job)
-    return min(max(_SHARE, _least(job)), 1.0 - need - _SPARE)
+    return min(max(_SHARE, _least(job)), 1.0 - need - SPARE)
 
 
 def _least(job: Job) -> float:
     """Share of the GPU that a copy of the model in 16 bits fills, with what vLLM keeps beside it."""
-    return _BESIDE * 2 * job.run.plan.model.parameters / _device_bytes(job)
+    return BESIDE * 2 * job.run.plan.model.parameters / _device_bytes(job)
 
 
 def _device_bytes(job: Job) -> int:

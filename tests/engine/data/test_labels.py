@@ -208,3 +208,23 @@ def test_tokens_are_placed_the_same_with_and_without_offsets(make_tokenizer: Mak
     by_offset._widths = None
     assert by_width.encode(items) == by_offset.encode(items)
     assert Tokens(make_tokenizer(kind="metaspace"))._widths is None
+
+
+def test_a_system_message_in_between_is_read_and_not_trained(make_tokenizer: Make, family: Any) -> None:
+    """A template may refuse or drop it, which is told; where it is written, answers alone are trained."""
+    tokenizer = make_tokenizer(family.template)
+    turns = [*conversation("a?", "first", "b?", "second").messages]
+    example = Example("chat", "x:1", messages=(*turns[:2], Message("system", "Now be rude."), *turns[2:]))
+    try:
+        encoded = encode(example, tokenizer)
+    except DataError as error:
+        said = str(error)
+    else:
+        said = ""
+    if said:
+        assert "refuses this conversation" in said or "leaves out message 3" in said
+        return
+    assert "Now be rude." in tokenizer.decode(encoded.input_ids)
+    trained = texts(encoded, tokenizer)
+    assert ["first" in trained[0], "second" in trained[1], len(trained)] == [True, True, 2]
+    assert not any("rude" in text or "?" in text for text in trained)

@@ -334,6 +334,15 @@ def test_prompts_that_a_reward_can_not_judge_are_counted(run: Callable[..., Prep
     )
 
 
+def test_one_answer_or_several_per_row(run: Callable[..., Prepared], write: Any) -> None:
+    rows = [{"prompt": f"What is {i}?", "answer": ["zero", "0"] if i == 0 else str(i)} for i in range(4)]
+    path = write("x.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    wanted = {"model": "m", "data": path, "method": "grpo", "evaluation": {"holdout": 0.0}, "rewards": "exact-answer"}
+    made = run(Recipe.build(wanted), method="grpo")
+    assert made.facts.warnings == ()
+    assert [made.train[i]["answer"] for i in range(4)] == [["zero", "0"], ["1"], ["2"], ["3"]]
+
+
 def test_what_a_folder_leaves_out_is_told(run: Callable[..., Prepared], write: Any, tmp_path: Path) -> None:
     write("set/train.jsonl", chats(3))
     write("set/test.jsonl", chats(2))

@@ -108,6 +108,42 @@ def test_prompts_and_their_answers() -> None:
     assert prompt == Prompt("rows.jsonl:7", ASKED, "a", {"id": 5})
 
 
+@pytest.mark.parametrize(
+    ("columns", "right"),
+    [
+        ({"answer": ["4", "four", "4"]}, ["4", "four"]),
+        ({"answers": [4, 4.5]}, ["4", "4.5"]),
+        ({"answers": {"text": ["Paris"], "answer_start": [7]}}, ["Paris"]),
+        ({"answer": {"value": "NYC", "aliases": ["New York"], "type": "x"}}, ["NYC", "New York"]),
+        ({"answer": [], "target": "5"}, "5"),
+        ({"answers": [{"rank": 1}]}, None),
+    ],
+)
+def test_prompts_may_have_several_right_answers(columns: dict[str, Any], right: Any) -> None:
+    (prompt,) = records({"question": "q", **columns}, "grpo")
+    assert prompt == Prompt("rows.jsonl:7", ASKED, right, columns)
+
+
+SYSTEM = {"role": "system", "content": "s"}
+
+
+def test_system_messages_may_stand_between_turns() -> None:
+    (example,) = records({"messages": [SYSTEM, Q, A, SYSTEM, Q, SYSTEM, A]}, "sft")
+    assert isinstance(example, Example)
+    assert [m.role[0] for m in example.messages] == list("suasusa")
+    (prompt,) = records({"prompt": [Q, SYSTEM]}, "grpo")
+    assert isinstance(prompt, Prompt)
+    assert [m.role for m in prompt.prompt if not isinstance(m, str)] == ["user", "system"]
+    (judged,) = records({"messages": [Q, SYSTEM, A], "label": True}, "kto")
+    assert isinstance(judged, Judged)
+    assert judged.completion == GOOD
+    call = {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": {}}}]}
+    with pytest.raises(DataError, match=r"messages\[2\]: a system message stands between a tool call and its answer"):
+        records({"messages": [Q, call, SYSTEM, {"role": "tool", "content": "t"}, A]}, "sft")
+    with pytest.raises(DataError, match="the last message of the prompt is from system, so nothing is asked"):
+        records({"prompt": [SYSTEM]}, "grpo")
+
+
 def test_a_mapping_is_one_line() -> None:
     (example,) = records({"q": "x", "a": "y"}, "sft", columns={"question": "q", "answer": "a"})
     assert isinstance(example, Example)

@@ -82,6 +82,15 @@ def test_a_template_that_raises_names_the_row(make_tokenizer: Make) -> None:
         render(tokenizer, CHAT, "rows.jsonl:3")
 
 
+def test_a_later_system_message_is_written_or_missed_aloud(make_tokenizer: Make) -> None:
+    turns = [Message("system", "be brief"), *CHAT, Message("system", " be brief "), Message("user", "r")]
+    writes = "{% for m in messages %}<{{ m.role }}>{{ m.content | trim }};{% endfor %}"
+    assert render(make_tokenizer(writes), turns, "x:1").endswith("<system>be brief;<user>r;")
+    drops = "{% for m in messages %}{% if loop.first or m.role != 'system' %}{{ m.content }};{% endif %}{% endfor %}"
+    with pytest.raises(DataError, match=r"x:1: the chat template leaves out message 4, a system message after"):
+        render(make_tokenizer(drops), turns, "x:1")
+
+
 def test_templates_by_name(make_tokenizer: Make) -> None:
     tokenizer = make_tokenizer()
     assert prepare_tokenizer(tokenizer, "chatml")[0].startswith("chat template: ChatML with <|im_end|>")

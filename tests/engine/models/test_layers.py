@@ -9,8 +9,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from finetui.engine.models.layers import checkpoint_layers, keeping
+from finetui.engine.events import Fallback
+from finetui.engine.models.layers import checkpoint_layers, keeping, ours
+from finetui.engine.models.load import patch_kernels, tell_fallbacks
 from finetui.kernels.decoder_layer import Keeping
+from finetui.kernels.patch import patch_model, unpatch
 
 from ..conftest import RESOLVED
 
@@ -40,6 +43,46 @@ def runs_of_first_norm(model: Any) -> tuple[list[int], torch.Tensor]:
     ids = torch.arange(12).reshape(2, 6)
     model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
     return counts, model.model.layers[0].mlp.up_proj.weight.grad
+
+
+class Mixer(torch.nn.Module):
+    """A layer of a hybrid, without attention."""
+
+    def forward(self, hidden: torch.Tensor, **_: Any) -> torch.Tensor:
+        return hidden
+
+
+@pytest.mark.parametrize("hybrid", [False, True])
+def test_a_model_is_whole_if_every_layer_of_it_is_one_function(hybrid: bool) -> None:
+    model = tiny().requires_grad_(True)
+    if hybrid:
+        model.model.layers[0] = Mixer()
+    plan = dataclasses.replace(RESOLVED, tuning="full", rank=0, kernels="auto", precision="fp32")
+    assert patch_kernels(model, plan, torch.device("cuda"), lambda _: None) is not hybrid
+    assert len(ours(model)) == (3 if hybrid else 4)
+
+
+def test_layers_that_compute_again_by_themselves_are_not_told_to() -> None:
+    model = tiny()
+    patch_model(model, only=["decoder_layer"], keeping=Keeping("inputs"))
+    unpatch(model.model.layers[1])
+    checkpoint_layers(model, resolved("full"), lambda _: None)
+    assert [layer.gradient_checkpointing for layer in model.model.layers] == [False, True, False, False]
+
+
+def test_kernels_that_inputs_turn_out_not_to_fit_are_told_of() -> None:
+    model, told = tiny().requires_grad_(True), []
+    patch_model(model, only=["decoder_layer"])
+    ids = torch.arange(12).reshape(2, 6)
+    model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+    tell_fallbacks(model, told.append)
+    assert told == []
+    for layer in model.model.layers[:3]:
+        layer.mlp.up_proj.register_forward_hook(lambda *_: None)
+    model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+    tell_fallbacks(model, told.append)
+    what = "kernel decoder_layer: 3 modules run as they were after all"
+    assert told == [Fallback(what, "something listens to its parts")]
 
 
 @pytest.mark.parametrize(

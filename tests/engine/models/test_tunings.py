@@ -139,6 +139,8 @@ def trains_continues_exactly_and_loads(
             assert attempt(cut) == 1
         assert attempt(cut) == 0, events(cut, "failure")
     assert losses(cut) == losses(whole)
+    if "new tokens" not in name:  # which the rows do not have
+        assert not events(whole, "warning")
 
     held_out = [told["loss"] for told in events(whole, "eval")]
     assert held_out[-1] < held_out[0] - by
@@ -148,6 +150,30 @@ def trains_continues_exactly_and_loads(
             export_run(whole, "merged", tmp_path / "merged")
     elif whole.plan.resolved.quantization == "none":
         _merged_says_the_same(whole, tmp_path / "merged")
+
+
+def test_what_flows_through_a_base_in_16_bits_is_looked_at_in_16_bits(tuned_run: MakeRun) -> None:
+    run = tuned_run({"type": "eva", "rank": 4}, precision="bf16", steps=1)
+    assert attempt(run) == 0, events(run, "failure")
+
+
+def test_a_step_that_is_left_out_says_nothing_of_importance(
+    tuned_run: MakeRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from finetui.engine.trainers.sft import TokenMeanTrainer
+
+    step = TokenMeanTrainer.training_step
+
+    def broken(self: Any, *args: Any, **rest: Any) -> Any:
+        loss = step(self, *args, **rest)
+        if self.state.global_step == 1:
+            self.trained_parameters()[0][1].grad.fill_(math.nan)
+        return loss
+
+    monkeypatch.setattr(TokenMeanTrainer, "training_step", broken)
+    run = tuned_run({"type": "adalora", "rank": 4}, steps=4)
+    assert attempt(run) == 0, events(run, "failure")
+    assert len(losses(run)) == 4
 
 
 def _merged_says_the_same(run: Run, folder: Path) -> None:

@@ -47,6 +47,12 @@ def test_answers_are_compared() -> None:
     assert matches(["<think>\na\n</think> b", "b"], r"<think>.*</think>") == [1, 0]
 
 
+def test_any_of_several_answers_will_do() -> None:
+    right = [["NYC", "New York"], ["NYC", "New York"], [], ["a", None]]
+    assert exact_answer(["the answer is new  york.", "Boston", "x", "A"], right) == [1, 0, None, 1]
+    assert numeric(["7", "0.5", "6", "1"], [["7", "8"], ["1/2"], [7, "8"], ["one", []]]) == [1, 1, 0, None]
+
+
 def test_code_is_the_last_fenced_block() -> None:
     assert code_of("first\n```\nold\n```\nthen\n```python\nnew = 1\n```\nbye") == "new = 1\n"
     assert code_of("```python\ncut = 1") == "cut = 1"

@@ -8,6 +8,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from finetui.engine.evaluate import score
 from finetui.engine.trainers.head import Wanted, give_token_loss
 from finetui.kernels import decoder_mlp
 from finetui.kernels.patch import patch_model
@@ -40,6 +41,27 @@ def test_heads_of_one_matrix_are_taken(kind, changes):
     assert give_token_loss(made, contextlib.nullcontext()) == ""
     ids = torch.arange(6).reshape(1, 6)
     assert made(input_ids=ids).logits.shape == (1, 6, 32)
+
+
+@pytest.mark.parametrize("weighting", ["nll", "dft", "eaft"])
+@pytest.mark.parametrize(("kind", "changes"), [("granite", {"logits_scaling": 4.0}), ("gemma2", {})])
+def test_the_loss_is_that_of_the_trainers_own_head(kind, changes, weighting):
+    """Scale and cap act on the weights too: those are made of the logits that the model means."""
+    made = model(kind, **changes)
+    ids = torch.arange(1, 13).reshape(2, 6)
+    labels = torch.where(ids % 4 == 0, -100, ids)
+    count = int((labels[:, 1:] != -100).sum())
+    stock = score(made, {"input_ids": ids, "labels": labels}, fused=False, weighting=weighting)
+    (stock.loss / count).backward()
+    wanted = {name: p.grad.clone() for name, p in made.named_parameters() if p.grad is not None}
+    made.zero_grad()
+    assert give_token_loss(made, contextlib.nullcontext()) == ""
+    out = made(input_ids=ids, labels=labels, token_loss=Wanted(torch.tensor(float(count)), count, weighting=weighting))
+    out.loss.backward()
+    assert out.loss.item() == pytest.approx(stock.loss.item() / count, rel=1e-5)
+    assert int(out.right) == int(stock.right)
+    for name, gradient in wanted.items():
+        torch.testing.assert_close(made.get_parameter(name).grad, gradient, rtol=1e-3, atol=1e-6)
 
 
 def test_a_scale_that_is_not_in_the_config_is_noticed():

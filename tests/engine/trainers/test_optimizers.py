@@ -14,11 +14,12 @@ torch = pytest.importorskip("torch")
 
 from finetui.engine.events import read_events  # noqa: E402
 from finetui.engine.run import Run  # noqa: E402
+from finetui.engine.trainers.adopt import Adopt, Came  # noqa: E402
 from finetui.engine.trainers.optimizers import Lion, LowRankAdamW, ScheduleFree, averaged, inner_matrices  # noqa: E402
 from finetui.engine.worker import attempt  # noqa: E402
 from finetui.planner.architecture import Architecture  # noqa: E402
 from finetui.planner.options import OptimizerOptions  # noqa: E402
-from finetui.planner.storage import low_rank_bytes  # noqa: E402
+from finetui.planner.storage import low_rank_bytes, optimizer_bytes  # noqa: E402
 
 MakeRun = Callable[..., Run]
 PowerCut = Callable[..., AbstractContextManager[None]]
@@ -33,6 +34,8 @@ RUNS = {
     "apollo-mini": ("full", 1e-3, {}),
     "schedule-free": ("lora", 1e-2, {}),
     "adafactor": ("full", 1e-3, {}),
+    "adopt": ("lora", 1e-2, {}),
+    "came": ("full", 1e-3, {}),
 }
 
 
@@ -129,6 +132,74 @@ def test_schedule_free_follows_the_paper() -> None:
     with averaged(SimpleNamespace(optimizer=ours)):
         assert p.tolist() == pytest.approx(x, rel=1e-5)
     assert ours.training
+
+
+def test_adopt_follows_the_paper() -> None:
+    """Algorithm 2 of arXiv:2411.02853 in float64: the first gradient moves nothing, and bounds grow with the step."""
+    gradients = [[0.5, -1.0], [0.25, 2.0], [-3.0, 0.0], [0.125, -0.25]]
+    rate, (b1, b2), decay = 0.1, (0.9, 0.99), 0.5
+    p = torch.nn.Parameter(torch.tensor([1.0, -1.0]))
+    ours = Adopt([p], lr=rate, betas=(b1, b2), weight_decay=decay)
+    expected, mean, square = [1.0, -1.0], [0.0, 0.0], [0.25, 1.0]
+    for t, gradient in enumerate(gradients):
+        p.grad = torch.tensor(gradient)
+        ours.step()
+        if t:
+            bound = t**0.25
+            updates = [max(-bound, min(bound, g / math.sqrt(v))) for g, v in zip(gradient, square, strict=True)]
+            mean = [b1 * m + (1 - b1) * u for m, u in zip(mean, updates, strict=True)]
+            expected = [x * (1 - rate * decay) - rate * m for x, m in zip(expected, mean, strict=True)]
+            square = [b2 * v + (1 - b2) * g * g for v, g in zip(square, gradient, strict=True)]
+        assert p.tolist() == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(3,), (4, 5), (2, 4, 5)])
+def test_came_follows_the_paper(shape: tuple[int, ...]) -> None:
+    """Algorithm 2 of arXiv:2307.02047 in float64, matrix by matrix; a vector keeps its whole second moment."""
+    draw = torch.Generator().manual_seed(0)
+    gradients = [torch.randn(shape, generator=draw, dtype=torch.float64) for _ in range(4)]
+    rate, (b1, b2), b3, decay = 0.1, (0.9, 0.99), 0.9999, 0.5
+    p = torch.nn.Parameter(torch.ones(shape))
+    ours = Came([p], lr=rate, betas=(b1, b2), weight_decay=decay)
+    expected = torch.ones(shape, dtype=torch.float64)
+    mean, whole = torch.zeros_like(expected), torch.zeros_like(expected)
+    sums = {name: torch.zeros_like(expected) for name in ("square", "residual")}
+
+    def stands_for(running: Any) -> Any:  # rows times columns over their common mean, of a running mean over all of it
+        rows, columns = running.mean(-1, keepdim=True), running.mean(-2, keepdim=True)
+        return rows * columns / rows.mean(-2, keepdim=True)
+
+    for gradient in gradients:
+        p.grad = gradient.float()
+        ours.step()
+        if len(shape) == 1:
+            whole = b2 * whole + (1 - b2) * gradient**2
+            update = gradient / whole.sqrt()
+        else:
+            sums["square"] = b2 * sums["square"] + (1 - b2) * gradient**2
+            update = gradient / stands_for(sums["square"]).sqrt()
+        update = update / max(1.0, float(update.square().mean().sqrt()))
+        mean = b1 * mean + (1 - b1) * update
+        expected = expected * (1 - rate * decay)
+        if len(shape) == 1:
+            expected = expected - rate * mean
+        else:
+            sums["residual"] = b3 * sums["residual"] + (1 - b3) * (update - mean) ** 2
+            expected = expected - rate * mean / stands_for(sums["residual"]).sqrt()
+        assert torch.allclose(p.double(), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("name", "kind"), [("adopt", Adopt), ("came", Came)])
+def test_states_are_as_large_as_the_planner_says(name: str, kind: Any) -> None:
+    p = torch.nn.Parameter(torch.randn(512, 1024, dtype=torch.bfloat16))
+    optimizer = kind([p], lr=1e-3, betas=(0.9, 0.999))
+    p.grad = torch.randn_like(p)
+    optimizer.step()
+
+    def size(tree: Any) -> int:
+        return sum(map(size, tree.values())) if isinstance(tree, dict) else getattr(tree, "nbytes", 0)
+
+    assert size(dict(optimizer.state[p])) / p.numel() == pytest.approx(optimizer_bytes(name, 2)[0], rel=0.01)
 
 
 @pytest.mark.parametrize("name", ["galore", "apollo", "apollo-mini"])

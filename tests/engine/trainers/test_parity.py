@@ -124,9 +124,12 @@ def test_ten_steps_are_those_of_plain_trl(
     assert len(theirs) == STEPS
 
 
-@pytest.mark.parametrize(("method", "tuning"), [("sft", "lora"), ("sft", "full"), ("pretrain", "full")])
+@pytest.mark.parametrize(
+    ("method", "tuning", "loss"),
+    [("sft", "lora", "nll"), ("sft", "full", "nll"), ("pretrain", "full", "nll"), ("sft", "lora", "dft")],
+)
 def test_ten_steps_of_supervised_training_are_those_of_plain_trl(
-    method_run: MakeRun, tmp_path: Path, method: str, tuning: str
+    method_run: MakeRun, tmp_path: Path, method: str, tuning: str, loss: str
 ) -> None:
     """Two micro-batches of unequal length make a step, so that the mean over its tokens is no mean of means."""
     import trl
@@ -137,7 +140,7 @@ def test_ten_steps_of_supervised_training_are_those_of_plain_trl(
     if method == "pretrain":
         asked = [{"text": row["prompt"] + row["completion"]} for row in asked]
     run = method_run(
-        method, tuning, rows=asked, steps=STEPS, accumulation=2, learning_rate=RATE,
+        method, tuning, {"loss": loss}, rows=asked, steps=STEPS, accumulation=2, learning_rate=RATE,
         train_on="all" if method == "pretrain" else "answers",
     )  # fmt: skip
     assert attempt(run) == 0, run.events_path.read_text()
@@ -148,7 +151,7 @@ def test_ten_steps_of_supervised_training_are_those_of_plain_trl(
         max_steps=STEPS, learning_rate=RATE, lr_scheduler_type="linear", warmup_steps=0, optim="adamw_torch_fused",
         weight_decay=0.0, max_grad_norm=1.0, seed=0, use_cpu=True, bf16=False, report_to="none", save_strategy="no",
         logging_strategy="steps", logging_steps=1, disable_tqdm=True, gradient_checkpointing=False,
-        train_sampling_strategy="sequential", max_length=128,
+        train_sampling_strategy="sequential", max_length=128, loss_type=loss,
     )  # fmt: skip
     trainer = trl.SFTTrainer(
         model=AutoModelForCausalLM.from_pretrained(run.recipe.model, dtype=torch.float32),
@@ -165,6 +168,22 @@ def test_ten_steps_of_supervised_training_are_those_of_plain_trl(
     assert losses(run) == pytest.approx(theirs, rel=2e-5, abs=2e-6)
 
 
+def test_weights_act_on_training_and_not_on_held_out_loss(method_run: MakeRun) -> None:
+    rows = [{"prompt": row["prompt"], "completion": row["chosen"]} for row in pairs()]
+    runs = {}
+    for loss in ("nll", "dft", "eaft"):
+        recipe = {"loss": loss, "evaluation": {"holdout": 0.2, "every": 100}}
+        runs[loss] = method_run("sft", "lora", recipe, rows=rows, steps=2, learning_rate=RATE)
+        assert attempt(runs[loss]) == 0, runs[loss].events_path.read_text()
+    before = {events(run, "eval")[0]["loss"] for run in runs.values()}
+    after = {events(run, "eval")[-1]["loss"] for run in runs.values()}
+    assert (len(before), len(after)) == (1, 3)
+    # With random weights all of 320 words are about as likely: dft weighs by 1/320, and 20 of them are undecided.
+    first = {loss: losses(run)[0] for loss, run in runs.items()}
+    assert first["dft"] == pytest.approx(first["nll"] / 320, rel=0.5)
+    assert 0.95 * first["nll"] < first["eaft"] < first["nll"]
+
+
 @pytest.mark.parametrize(
     ("method", "tuning", "rollout", "options"),
     [
@@ -173,7 +192,8 @@ def test_ten_steps_of_supervised_training_are_those_of_plain_trl(
          {"beta": 0.1, "loss_type": "grpo", "scale_rewards": "none"}),
         ("grpo", "full", {"num_iterations": 2, "epsilon": 0.05}, {"num_iterations": 2, "epsilon": 0.05}),
         ("grpo", "full", {"num_iterations": 2, "epsilon": 0.0003, "epsilon_high": 0.004, "importance": "sequence"},
-         {"num_iterations": 2, "epsilon": 0.0003, "epsilon_high": 0.004, "importance_sampling_level": "sequence"}),
+         {"num_iterations": 2, "epsilon": 0.0003, "epsilon_high": 0.004, "importance_sampling_level": "sequence",
+          "loss_type": "grpo"}),
         ("rloo", "lora", {"top_k": 20, "min_p": 0.01, "repetition_penalty": 1.2},
          {"top_k": 20, "min_p": 0.01, "repetition_penalty": 1.2, "beta": 0.05}),
         ("rloo", "lora", {"beta": 0.1}, {"beta": 0.1}),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +62,7 @@ def test_learns_to_prefer_and_says_so(method_run: MakeRun, method: str) -> None:
         ("dpo", "full", {}),
         ("kto", "lora", {}),
         ("kto", "full", {}),
+        ("kto", "lora", {"loss": "bco"}),
         ("orpo", "lora", {}),
         ("reward", "lora", {}),
         ("reward", "full", {}),
@@ -120,13 +121,20 @@ def test_adapters_that_change_the_base_keep_a_copy_as_reference(method_run: Make
 
     run = method_run("dpo")
     model = AutoModelForCausalLM.from_pretrained(run.recipe.model)
-    assert not starts_as_its_base(model)
+    assert not starts_as_its_base(model, nullcontext())
     adapted = get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj"]))
-    assert starts_as_its_base(adapted)
+    assert starts_as_its_base(adapted, nullcontext())
     for name, parameter in adapted.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter)
-    assert not starts_as_its_base(adapted)
+    assert not starts_as_its_base(adapted, nullcontext())
+
+
+@pytest.mark.parametrize(("method", "tuning"), [("kto", "lora"), ("dpo", "qlora"), ("orpo", "lora")])
+def test_adapters_in_fp32_on_a_base_in_16_bits(method_run: MakeRun, method: str, tuning: str) -> None:
+    reference = {"preference": {"reference": "live"}} if method == "dpo" else {}
+    run = method_run(method, tuning, reference, precision="bf16", steps=1)
+    assert attempt(run) == 0, run.events_path.read_text()
 
 
 def test_scores_are_read_back_and_only_the_missing_are_computed(tmp_path: Path) -> None:

@@ -69,6 +69,7 @@ def test_what_stands_in_the_way_is_said():
     trainer: Any = SimpleNamespace(
         model=SimpleNamespace(config=SimpleNamespace(get_text_config=lambda: config)), fuses_loss=True,
         args=SimpleNamespace(world_size=1), numerics=SimpleNamespace(autocast=torch.bfloat16),
+        weighting="nll",
     )  # fmt: skip
     resolved = dataclasses.replace(RESOLVED, dropout=0.0)
     assert obstacle(trainer, resolved, whole_layers=True) == ""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -15,6 +16,7 @@ import torch
 
 from finetui.engine.run import Run
 from finetui.engine.trainers.order import RolloutOrder
+from finetui.engine.trainers.rl import RolloutTrainer
 from finetui.engine.worker import attempt
 
 from .conftest import events, losses, write_rows
@@ -222,3 +224,29 @@ def test_the_order_of_prompts() -> None:
     ]
     assert [*ranks[0][0], *ranks[1][0]] == batches[0]
     assert whole.passes(4) == 8 / 5
+
+
+@pytest.mark.parametrize(("method", "tuning"), [("ppo", "full"), ("grpo", "lora")])
+def test_what_was_rewarded_best_is_the_result_also_of_a_resumed_run(
+    rollout_run: MakeRun, power_cut: PowerCut, monkeypatch: pytest.MonkeyPatch, method: str, tuning: str
+) -> None:
+    from safetensors.torch import load_file
+
+    rewards = {0: 9.0, 1: 1.0, 2: 5.0, 3: 4.0, 4: 3.0}
+    monkeypatch.setattr(RolloutTrainer, "measure", lambda self: {"reward": rewards[self.state.global_step]})
+    run = rollout_run(
+        method, tuning, {"evaluation": {"holdout": 0.2, "every": 1, "keep_best": True}}, steps=4, eval_every=1
+    )
+    with power_cut(3):
+        assert attempt(run) == 1
+    assert attempt(run) == 0
+    assert json.loads((run.output_path / "training.json").read_text()) == {"step": 2, "held_out_loss": -5.0}
+    kept = [name for file in run.output_path.glob("*.safetensors") for name in load_file(file)]
+    assert kept
+    assert not [name for name in kept if "value_head" in name]
+
+
+def test_adapters_in_fp32_on_a_base_in_16_bits(rollout_run: MakeRun) -> None:
+    rollout = {"beta": 0.05, "num_generations": 4, "max_completion_length": 6}
+    run = rollout_run("grpo", "lora", {"rollout": rollout, "evaluation": {"holdout": 0.0}}, steps=1, precision="bf16")
+    assert attempt(run) == 0, run.events_path.read_text()

@@ -6,9 +6,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, masking_utils
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, masking_utils
 
-from finetui.engine.trainers.unasked import no_masks, plainly_causal
+from finetui.engine.trainers.unasked import no_masks, plainly_causal, told
 from finetui.kernels.attention import Documents
 from finetui.kernels.patch import fallbacks, patch_model
 
@@ -74,6 +74,44 @@ def test_windows_need_their_masks(monkeypatch):
     assert not plainly_causal(SimpleNamespace(attention_chunk_size=8), 9)
     monkeypatch.delattr(masking_utils, "find_packed_sequence_indices")
     assert not plainly_causal(SimpleNamespace(), 8)
+
+
+def test_what_needs_masks_besides_documents_is_given_them():
+    ids, several = {"input_ids": IDS}, {"input_ids": IDS, "position_ids": POSITIONS}
+    assert told(ids, SimpleNamespace()) == (ids, True)
+    assert told(several, SimpleNamespace()) == (several, False)
+    assert told({**several, "documents": TOLD}, SimpleNamespace(sliding_window=3))[1]
+    assert told(ids, SimpleNamespace(attention_chunk_size=3)) == (ids, False)
+    windowed, spared = told(ids, SimpleNamespace(sliding_window=3))
+    assert (spared, windowed["documents"].lengths, windowed["documents"].starts.tolist()) == (True, (6, 6), [0, 6, 12])
+
+
+@pytest.mark.parametrize("family", ["gemma3_text", "mistral"])
+@pytest.mark.parametrize("falls_back", [False, True])
+def test_rows_longer_than_a_window(family, falls_back):
+    torch.manual_seed(0)
+    kinds = {"layer_types": ["sliding_attention", "full_attention"]} if family == "gemma3_text" else {}
+    config = AutoConfig.for_model(
+        family, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, head_dim=8,
+        num_key_value_heads=1, vocab_size=32, sliding_window=3, pad_token_id=0, **kinds,
+    )  # fmt: skip
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").train()
+
+    def gradients(**inputs):
+        model.zero_grad()
+        model(**inputs, labels=IDS, use_cache=False).loss.backward()
+        return torch.cat([p.grad.flatten() for p in model.parameters()])
+
+    expected = gradients(input_ids=IDS)
+    assert all(item.replaced for item in patch_model(model, only=["decoder_layer"]).items)
+    if falls_back:
+        model.model.layers[0].self_attn.q_proj.register_forward_hook(lambda *_: None)
+    inputs, spared = told({"input_ids": IDS}, config)
+    assert spared
+    with no_masks():
+        assert torch.allclose(gradients(**inputs), expected, atol=1e-5)
+        assert not torch.allclose(gradients(input_ids=IDS), expected, atol=1e-3)  # nobody told of the window
+    assert len(fallbacks(model)) == falls_back
 
 
 def test_an_error_within_leaves_transformers_as_it_was():
