@@ -104,6 +104,16 @@ def axis_end(last: float, total: float, shortest: float = SHORTEST_AXIS) -> floa
     return end
 
 
+def latest_part(last: float, end: float, parts: float) -> tuple[float, float]:
+    """The stretch of an axis to ``end`` that shows what is newest, one part in ``parts`` of it long.
+
+    It moves on by quarters of itself, so that it and the columns in it stand still while the curves grow into it.
+    """
+    quarter = end / parts / 4
+    start = max(math.ceil(last / quarter) - 4, 0) * quarter
+    return start, start + 4 * quarter
+
+
 def tick(value: float) -> str:
     """A short label of an axis."""
     if value and not 1e-3 <= abs(value) < 1e5:

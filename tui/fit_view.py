@@ -39,6 +39,8 @@ def print_fit(name: str, parameters: int, rows: Sequence[Fit], *, everything: bo
     else:
         console.print(said, markup=False)
         print_table(*_combinations(shown), console)
+        if not console.is_terminal and any(row.usd_per_h is not None for row in shown):  # there it may have no column
+            console.print("$/M tok: per million tokens, at the cheapest offer (where).")
     if len(shown) < len(rows):
         more = "; --all shows them" if not everything else ""
         console.print(f"{len(rows) - len(shown)} of {len(rows)} combinations do not fit{more}.", style="dim")

@@ -150,6 +150,16 @@ def path(value: Path) -> str:
         return str(value)
 
 
+def clock(when: float, now: float) -> str:
+    """When something will be, by the clock here: ``17:40``, on another day ``Tue 17:40``, in a week ``3 Mar``."""
+    if not math.isfinite(when):
+        return "–"
+    then, today = time.localtime(when), time.localtime(now)
+    if when - now > 6 * 86400:
+        return f"{then.tm_mday} {time.strftime('%b', then)}"
+    return time.strftime("%H:%M" if then.tm_yday == today.tm_yday else "%a %H:%M", then)
+
+
 def ago(when: float, now: float | None = None) -> str:
     """How long ago: ``now``, ``12 min ago``."""
     seconds = (time.time() if now is None else now) - when

@@ -13,6 +13,7 @@ from typing import NamedTuple
 from ..engine.events import Event
 from ..planner.plan import Plan
 from . import format  # noqa: A004
+from .machine_curves import MachineCurves
 from .series import Series
 
 #: Steps at the start of a session that say nothing about its pace: compilation, caches, the allocator's growth.
@@ -27,6 +28,8 @@ EMA_WEIGHT = 0.1
 _FIGURE_BUCKETS = 512
 #: Prompts whose answers are kept: a run that learns from rollouts tells thousands.
 _ANSWERS = 64
+#: How long without a step is worth a word: so many seconds, and so many times what a step takes.
+_OVERDUE_S, _OVERDUE_STEPS = 30.0, 5.0
 #: Marks kept per kind; of more, every other is forgotten.
 _MARKS = 512
 
@@ -107,6 +110,7 @@ class History:
     tokens_per_s: Series = field(default_factory=Series)
     metrics: dict[str, Series] = field(default_factory=dict)
     """Further figures of the method (rewards, margins, KL) under the trainer's names."""
+    machine: MachineCurves = field(default_factory=MachineCurves)
     gpus: dict[int, dict] = field(default_factory=dict)
     gpu_times: dict[int, float] = field(default_factory=dict)
     host: dict = field(default_factory=dict)
@@ -122,6 +126,8 @@ class History:
     logged: int = 0
     not_finite: int = 0
     last_time: float = 0.0
+    step_time: float = 0.0
+    """When the newest step ended; 0 without one."""
     _pace: deque[tuple[float, int]] = field(default_factory=lambda: deque(maxlen=_PACE_STEPS))
     _settling: int = SETTLING_STEPS
 
@@ -145,6 +151,15 @@ class History:
             return math.nan
         (start, first), (end, last) = self._pace[0], self._pace[-1]
         return max(self.steps - self.step, 0) * (end - start) / (last - first) if last > first else math.nan
+
+    def overdue_s(self, now: float) -> float:
+        """Seconds since the newest step of a run at work, where that is far longer than its steps take; else 0."""
+        if not self.step_time or self.state != "running":
+            return 0.0
+        (start, first), (end, last) = (self._pace[0], self._pace[-1]) if self._pace else ((0.0, 0), (0.0, 0))
+        usual = (end - start) / (last - first) if last > first else 0.0
+        waited = now - self.step_time
+        return waited if waited > max(_OVERDUE_S, _OVERDUE_STEPS * usual) else 0.0
 
     @property
     def average(self) -> Series:
@@ -181,6 +196,11 @@ class History:
         """The lowest held-out loss, or NaN."""
         return self.evaluation.lowest
 
+    def better_evaluation(self) -> tuple[float, float] | None:
+        """The step of the lowest held-out loss, and that loss, where a later one is higher; else None."""
+        lowest = self.evaluation.lowest
+        return (self.evaluation.lowest_x, lowest) if self.evaluation.latest > lowest else None
+
     # --- events
 
     def _say(self, time: float, kind: str, text: str) -> None:
@@ -208,7 +228,8 @@ class History:
         step = int(data.get("step", 0))
         self.step, self.steps = step, int(data.get("steps") or self.steps)
         self.epoch, self.tokens = data.get("epoch", 0.0), int(data.get("tokens", 0))
-        self.phase = ""
+        self.phase, self.step_time = "", time
+        self.machine.step(step)
         if self._settling > 0:
             self._settling -= 1
         else:
@@ -257,6 +278,7 @@ class History:
 
     def _on_host(self, data: dict, time: float) -> None:
         self.host = data
+        self.machine.read(self.gpus.values(), data)
 
     def _on_phase(self, data: dict, time: float) -> None:
         total, detail = data.get("total", 0), data.get("detail", "")

@@ -10,6 +10,13 @@ from .console import Console
 from .format import count, duration, gib, rate, sentence, usd
 
 _BAR = 32
+#: What the figures of a plan rest on, in words.
+BASES = {
+    "formula": "formula: counted and computed; no run like it has finished here yet",
+    "calibrated": "calibrated: the formula, corrected by runs that have finished here",
+    "measured": "measured: the formula, with the speeds that finetui bench found on this machine",
+    "exact": "exact: one step followed through the real model code",
+}
 
 
 def verdict(plan: Plan) -> tuple[str, str]:
@@ -55,7 +62,8 @@ def print_plan(plan: Plan, console: Console | None = None) -> None:
     console.print(f"  the peak is in the {memory.moment} moment of a step{lower}")
     console.print()
     facts = Table(box=None, show_header=False, padding=(0, 2, 0, 2))
-    facts.add_row("speed", f"{rate(speed.tokens_per_s)} tokens/s, {duration(speed.step_s)} a step, MFU {speed.mfu:.0%}")
+    facts.add_row("speed", f"{rate(speed.tokens_per_s)} tokens/s, {duration(speed.step_s)} a step, "
+                           f"{speed.mfu:.0%} of peak FLOP/s (MFU)")  # fmt: skip
     time_s, in_all = (largest.time_s, " in all") if largest else (plan.time_s, "")
     facts.add_row("time", f"{duration(time_s)} for {r.steps:,} steps of {r.batch_size} sequences "
                           f"({count(plan.workload.tokens)} tokens per epoch, {plan.workload.basis})")  # fmt: skip
@@ -64,7 +72,7 @@ def print_plan(plan: Plan, console: Console | None = None) -> None:
         facts.add_row(
             "cost", f"{usd(plan.cost.usd)}{in_all} at {usd(plan.cost.usd_per_h)}/h ({plan.cost.provider}{as_of})"
         )
-    facts.add_row("basis", plan.basis)
+    facts.add_row("basis", BASES.get(plan.basis, plan.basis))
     console.print(facts)
     if plan.reasons:
         console.print()
@@ -83,13 +91,13 @@ def print_plan(plan: Plan, console: Console | None = None) -> None:
 def _print_stages(plan: Plan, console: Console) -> None:
     """One line for each stage, and all together."""
     table = Table(box=None, padding=(0, 2, 0, 2))
-    for heading, justify in (("stage", "left"), ("method", "left"), ("tuning", "left"), ("memory", "right"),
-                             ("steps", "right"), ("time", "right"), ("cost", "right")):  # fmt: skip
-        table.add_column(heading, justify=justify, no_wrap=True)  # type: ignore[arg-type]
+    columns = ["stage", "method", "tuning", "memory", "steps", "time", *(["cost"] if plan.cost.usd else [])]
+    for heading in columns:
+        table.add_column(heading, justify="left" if heading in ("stage", "method", "tuning") else "right", no_wrap=True)
     for stage in plan.stages:
-        table.add_row(*_stage_cells(stage))
-    priced = usd(plan.cost.usd) if plan.cost.usd else ""
-    table.add_row("all", "", "", "", "", duration(plan.time_s), priced, style="bold")
+        table.add_row(*_stage_cells(stage)[: len(columns)])
+    together = ["all", "", "", "", "", duration(plan.time_s), usd(plan.cost.usd)]
+    table.add_row(*together[: len(columns)], style="bold")
     console.print()
     console.print(table)
     console.print()

@@ -102,6 +102,18 @@ class Series:
         """The smallest finite value; NaN without one."""
         return min((bucket.low for bucket in self.buckets if bucket.count), default=math.nan)
 
+    @property
+    def lowest_x(self) -> float:
+        """Where the smallest finite value is, to within a bucket; NaN without one."""
+        kept = [bucket for bucket in self.buckets if bucket.count]
+        return min(kept, key=lambda bucket: bucket.low).last if kept else math.nan
+
+    def since(self, x: float) -> Series:
+        """What is at ``x`` and right of it, in the same buckets."""
+        later = Series(self._capacity)
+        later.buckets, later.latest = [bucket for bucket in self.buckets if bucket.last >= x], self.latest
+        return later
+
     def columns(self, start: float, end: float, count: int) -> list[Bucket | None]:
         """The curve between two x as ``count`` columns; None where no point falls."""
         columns: list[Bucket | None] = [None] * count

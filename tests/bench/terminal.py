@@ -144,6 +144,17 @@ class Terminal:
         self.read(seconds, lambda: all(word in self.screen.text() for word in words))
         return all(word in self.screen.text() for word in words)
 
+    def settle(self, seconds: float = 1.0, within: float = 20.0) -> None:
+        """Read until nothing has come for some seconds.
+
+        Raises:
+            AssertionError: something keeps moving.
+        """
+        end = time.monotonic() + within
+        while self.read(seconds):
+            if time.monotonic() > end:
+                raise AssertionError(f"still moving after {within:.0f} s:\n{self.screen.text()}")
+
     def send(self, keys: str | bytes) -> None:
         """Type."""
         os.write(self.ours, keys.encode() if isinstance(keys, str) else keys)

@@ -99,3 +99,37 @@ def test_memory_stays_bounded_however_long_the_run_and_whatever_it_tells() -> No
     assert history.marks["checkpoint"][0].step == 1
     assert len(history.metrics["reward"].buckets) <= 512
     assert len(history.loss.buckets) <= 2048
+
+
+def test_a_step_that_does_not_come_is_told_once_it_is_long() -> None:
+    history = History()
+    assert history.overdue_s(1e9) == 0.0
+    history.apply(Event(1, 0.0, "state", {"state": "running", "attempt": 1}))
+    for number in range(1, 21):
+        history.apply(step(number, 20.0 * number))
+    assert history.overdue_s(400.0 + 99.0) == 0.0  # a step takes 20 s here
+    assert history.overdue_s(400.0 + 101.0) == pytest.approx(101.0)
+    for number in range(21, 321):
+        history.apply(step(number, 380.0 + number))
+    assert history.overdue_s(700.0 + 29.0) == 0.0  # and now 1 s
+    assert history.overdue_s(700.0 + 31.0) == pytest.approx(31.0)
+    history.apply(Event(99, 731.0, "state", {"state": "finished"}))
+    assert history.overdue_s(9999.0) == 0.0
+
+
+def test_a_held_out_loss_that_has_risen_names_the_lowest() -> None:
+    history = History()
+    for at, loss in ((0, 2.5), (100, 1.4)):
+        history.apply(Event(at, at, "eval", {"step": at, "loss": loss}))
+        assert history.better_evaluation() is None
+    history.apply(Event(200, 200.0, "eval", {"step": 200, "loss": 1.6}))
+    assert history.better_evaluation() == (100, 1.4)
+
+
+def test_readings_of_the_machine_belong_to_the_step_that_ends_after_them() -> None:
+    history = History()
+    history.apply(Event(1, 1.0, "gpu", {"index": 0, "sm_percent": 90.0}))
+    history.apply(Event(2, 1.0, "host", {"cpu_percent": 12.0}))
+    history.apply(step(1, 2.0))
+    history.apply(step(2, 3.0))
+    assert {name: curve.last_x for name, curve in history.machine.curves.items()} == {"GPU load": 1, "host load": 1}

@@ -74,7 +74,7 @@ def test_the_viewer_goes_when_its_terminal_does(terminal: Open, live: Run, hup: 
 def test_suspended_the_terminal_is_the_shell_s_and_then_the_app_s_again(terminal: Open) -> None:
     app = terminal()
     app.wait_for("fits", "GPU")
-    app.read(1.0)
+    app.settle()
     before = app.screen.text()
     for _ in range(2):
         os.kill(app.pid, signal.SIGTSTP)
@@ -90,7 +90,7 @@ def test_suspended_the_terminal_is_the_shell_s_and_then_the_app_s_again(terminal
 def test_stopped_without_warning_it_goes_on_as_if_nothing_had_been(terminal: Open) -> None:
     app = terminal()
     app.wait_for("fits", "GPU")
-    app.read(1.0)
+    app.settle()
     before = app.screen.text()
     os.kill(app.pid, signal.SIGSTOP)
     assert app.suspended()

@@ -66,6 +66,14 @@ def dots(chart: LineChart, roles: set[str]) -> tuple[dict[int, set[int]], int, i
     return lit, width * 2, len(rows) * 4
 
 
+def axis_of(chart: LineChart, values: list[float]) -> tuple[float, float]:
+    """The ends of a chart's y axis, which has to hold all of these values."""
+    scale = scale_of(curve.series for curve in chart._curves)
+    assert scale, f"{chart.label} is empty"
+    assert scale.low <= min(values) <= max(values) <= scale.high
+    return scale.low, scale.high
+
+
 @pytest.mark.parametrize(("name", "key", "show"), CHARTS)
 async def test_each_curve_dot_by_dot(
     recorded: tuple[Run, list[Event]], settle: Settle, name: str, key: str, show: str
@@ -79,9 +87,8 @@ async def test_each_curve_dot_by_dot(
         assert show.format(steps[-1][key]) in chart.text.splitlines()[0]
         lit, columns, rows = dots(chart, {"accent"})
         points = dots(chart, {"second"})[0]
-        scale = scale_of(curve.series for curve in chart._curves)
-        assert scale is not None
-        low, high, end = scale.low, scale.high, 257.0
+        low, high = axis_of(chart, [data[key] for data in steps])
+        end = 257.0
 
         def row(value: float) -> int:
             return round((1 - (value - low) / (high - low)) * (rows - 1))
@@ -110,13 +117,12 @@ async def test_the_held_out_losses_are_points(recorded: tuple[Run, list[Event]],
         await settle(pilot)
         chart = pilot.app.screen.query_one("#loss", LineChart)
         lit, columns, rows = dots(chart, {"second"})
-        scale = scale_of(curve.series for curve in chart._curves)
-        assert scale is not None
-        for event in events:
-            if event.type == "eval":
-                place = (event.data["loss"] - scale.low) / (scale.high - scale.low)
-                column = round(event.data["step"] / 257 * (columns - 1))
-                assert round((1 - place) * (rows - 1)) in lit[column], event.data
+        told = [event.data for event in events if event.type == "eval"]
+        low, high = axis_of(chart, [data["loss"] for data in told])
+        for data in told:
+            place = (data["loss"] - low) / (high - low)
+            column = round(data["step"] / 257 * (columns - 1))
+            assert round((1 - place) * (rows - 1)) in lit[column], data
 
 
 async def test_every_figure_in_words(recorded: tuple[Run, list[Event]], settle: Settle) -> None:

@@ -51,7 +51,7 @@ async def test_the_app_answers_keys_in_a_browser(server: LocalServer) -> None:
         async with browser.ws_connect(f"{server.public_url}/ws?width=100&height=30") as terminal:
             await read_until(terminal, b"verdict")
             await terminal.send_json(["stdin", "?"])
-            await read_until(terminal, b"Everywhere")
+            await read_until(terminal, b"A field of a form")
 
 
 @pytest.mark.parametrize(

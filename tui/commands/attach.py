@@ -9,13 +9,10 @@ from typing import Annotated
 import typer
 
 from ...engine.run import Run
-from .options import JsonFlag
+from .options import JsonFlag, RunOrLatest
 from .places import HostFlag, latest, runs_of
 
 PlainFlag = Annotated[bool, typer.Option("--plain", help="Lines instead of the app.")]
-RunOrLatest = Annotated[
-    str | None, typer.Argument(metavar="RUN", help="Name or directory; the latest run if left out.")
-]
 
 
 def attach(run: RunOrLatest = None, host: HostFlag = None, plain: PlainFlag = False, as_json: JsonFlag = False) -> None:

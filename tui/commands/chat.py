@@ -11,6 +11,7 @@ import typer
 
 from ...engine.run import Run, trained
 from ...planner.errors import MissingExtraError
+from ..quiet import hush_libraries
 from .options import JsonFlag, RunArgument
 
 if TYPE_CHECKING:
@@ -34,6 +35,7 @@ def chat(
     found = trained(Run.open(run))
     if find_spec("torch") is None or find_spec("transformers") is None:
         raise MissingExtraError("chat", "train")
+    hush_libraries()
     from ...engine.chat import ChatSession, Generation
 
     print(f"Loading {found.name} …", file=sys.stderr)

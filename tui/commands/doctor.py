@@ -77,7 +77,7 @@ def _kernels(model: str, tuning: str, *, as_json: bool) -> None:
 
     print(f"{name}: {answer['architecture']}, {tuning}, on {answer['device']}")
     print(f"built from its config with random weights: {answer['built']} of {answer['layers']} layers", file=sys.stderr)
-    rows = table("", "modules", ">#", "kernel", "why")
+    rows = table("", "modules", ">#", "kernel", "how, or why not")
     for (kernel, where, done, why), count in _alike(answer["modules"]).items():
         rows.add_row("✔" if done else "–", where, str(count), kernel if done else f"not {kernel}", why)
     if rows.row_count:

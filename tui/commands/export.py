@@ -12,6 +12,7 @@ import typer
 
 from ...engine.run import Run, trained
 from ...planner.errors import MissingExtraError, RunError
+from ..quiet import hush_libraries
 from .options import JsonFlag, RunArgument
 
 FORMATS = ("adapter", "merged")
@@ -26,6 +27,7 @@ def export(run: RunArgument, to: ToFlag = "merged", out: DestinationFlag = None,
         raise RunError(f"{to!r} is not an export format", where="--to", do=f"Use {' or '.join(FORMATS)}.")
     if find_spec("torch") is None or find_spec("transformers") is None:
         raise MissingExtraError("export", "train")
+    hush_libraries()
     from ...engine.export import export_run
 
     path = export_run(found, to=to, destination=out or found.path / "export" / to)

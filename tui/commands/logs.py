@@ -18,7 +18,7 @@ from ...engine.run import Run
 from ...engine.status import LIVE_STATES
 from ...planner.errors import RunError
 from ...planner.printable import unstyled
-from .options import JsonFlag, RunArgument
+from .options import JsonFlag, RunOrLatest
 from .places import HostFlag, the_run
 
 FollowFlag = Annotated[bool, typer.Option("--follow", "-f", help="Go on printing until the run ends.")]
@@ -27,7 +27,7 @@ EventsFlag = Annotated[bool, typer.Option("--events", help="The run's events as 
 LinesFlag = Annotated[int | None, typer.Option("--lines", "-n", help="Only the last N lines.")]
 
 
-def logs(run: RunArgument, follow: FollowFlag = False, rank: RankFlag = 0, events: EventsFlag = False,
+def logs(run: RunOrLatest = None, follow: FollowFlag = False, rank: RankFlag = 0, events: EventsFlag = False,
          lines: LinesFlag = None, host: HostFlag = None, as_json: JsonFlag = False) -> None:  # fmt: skip
     """Print a rank's log. With -f, as it grows; with --json, one object per line; of another machine, its last part."""
     with the_run(run, host) as found:

@@ -14,6 +14,9 @@ from ...planner.options import LORA_TYPES, SHORT
 from ...planner.recipe import Recipe, apply_overrides
 
 JsonFlag = Annotated[bool, typer.Option("--json", help="Answer in JSON.")]
+RunOrLatest = Annotated[
+    str | None, typer.Argument(metavar="RUN", help="Name or directory; the latest run if left out.")
+]
 RunArgument = Annotated[str, typer.Argument(metavar="RUN", help="Name or directory of a run.")]
 
 _SUFFIXES = (".yaml", ".yml")

@@ -12,13 +12,10 @@ import typer
 
 from ...planner.errors import RunError
 from ..report import Report, refuse_empty, write_csv
-from .options import JsonFlag
+from .options import JsonFlag, RunOrLatest
 from .places import HostFlag, the_run
 
 Format = Literal["md", "csv", "svg"]
-RunOrLatest = Annotated[
-    str | None, typer.Argument(metavar="RUN", help="Name or directory; the latest run if left out.")
-]
 FormatFlag = Annotated[
     Format | None,
     typer.Option("--format", help="md: a summary; csv: one row per step; svg: the loss. By --out's ending, else md."),

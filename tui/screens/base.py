@@ -18,6 +18,10 @@ if TYPE_CHECKING:
     from ..app import FinetuiApp
 
 
+#: Seconds after which a picture that a batch has put off is tried again.
+_BATCH_S = 0.02
+
+
 class StatusLine(Lines):
     """All there is room for below 60 x 18."""
 
@@ -74,6 +78,20 @@ class BaseScreen(Screen[None]):
     def on_screen_resume(self) -> None:
         """Show the bars as they are now."""
         self.refresh_bars()
+
+    # Textual 8.2.8 draws while a batch is open, as it is for 50 ms after each change of screens, throws that picture
+    # away and holds it for shown. After it came what had changed since, amid what another screen had left, and then all
+    # of it. Here nothing is drawn in a batch, and where all is due it comes at once, and once.
+
+    def _compositor_refresh(self) -> None:
+        if self.app._batch_count:
+            self.set_timer(_BATCH_S, self._compositor_refresh)
+            return
+        everything, due = self._compositor.size.region, self._compositor._dirty_regions
+        if self is self.app.screen and (self._repaint_required or everything in due):
+            due.add(everything)
+            self._repaint_required = False
+        super()._compositor_refresh()
 
     # A terminal that is tiny for a moment hides what has the focus, which loses it then.
 

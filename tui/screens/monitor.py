@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from textual import on, work
@@ -20,6 +21,7 @@ from ..alerts import Watchman
 from ..follower import Follower, Update
 from ..history import EMA_WEIGHT, EMA_WEIGHTS, History
 from ..keys import Key, bindings, key_of
+from ..machine_curves import FIGURES
 from ..widgets.gpu_panel import GpuPanel
 from ..widgets.line_chart import Curve, LineChart
 from ..widgets.lines import Line
@@ -34,6 +36,8 @@ FRAME_S = 1.0
 #: Messages waiting for this screen above which the reader pauses.
 _BACKLOG = 10
 _LEARNING_RATE = "learning rate"
+#: Of so many parts of the x axis the charts show the newest.
+_PARTS = (1.0, 4.0, 16.0)
 
 
 class MonitorScreen(BaseScreen):
@@ -173,7 +177,7 @@ class MonitorScreen(BaseScreen):
         resumable = self._status.state in RESUMABLE
         fitting = {"stop": live, "checkpoint": live, "app.leave": live, "resume": resumable}
         fitting["switch(1)"] = len(self._runs) > 1
-        fitting["figure"] = len(self._figures()) > 1
+        fitting["figure(1)"] = len(self._figures()) > 1
         fitting["gpus"] = bool(self._history.gpus)
         keys = [key for key in super().keys_shown() if key.scope == "app" or fitting.get(key.action, True)]
         return keys if self._run is not None else [key for key in keys if key.scope == "app"]
@@ -211,14 +215,16 @@ class MonitorScreen(BaseScreen):
             self.refresh_bars()
 
     def _figures(self) -> list[str]:
-        """What the last small chart can show: the method's own figures first, where it has any."""
-        return [*self._history.telling_metrics(), _LEARNING_RATE]
+        """What the last small chart can show: the method's own figures first, where it has any; the machine's last."""
+        return [*self._history.telling_metrics(), _LEARNING_RATE, *self._history.machine.names()]
 
     def _show_figure(self, total: float) -> None:
         names, history = self._figures(), self._history
         name = names[self._figure % len(names)]
-        series = history.learning_rate if name == _LEARNING_RATE else history.metrics[name]
-        show = "{:.2e}".format if name == _LEARNING_RATE else "{:.4g}".format
+        show: Callable[[float], str] = "{:.2e}".format if name == _LEARNING_RATE else "{:.4g}".format
+        series = history.metrics.get(name, history.learning_rate)
+        if name in FIGURES and name not in history.metrics:
+            series, show = history.machine.curves[name], FIGURES[name].shown
         chart = self._chart("figure")
         chart.label = name
         more: Line = [(f"({self._figure % len(names) + 1} of {len(names)})", "dim")] if len(names) > 1 else []
@@ -251,8 +257,12 @@ class MonitorScreen(BaseScreen):
             figures.append((f" mean{over} {mean.latest:.4f}", "accent"))
         if history.evaluation:
             figures.append((f" held-out {format.loss(history.evaluation.latest)}", "second"))
+        if better := history.better_evaluation():
+            figures.append((f" lowest {format.loss(better[1])} at {better[0]:,.0f}", "second"))
         if history.not_finite:
-            figures.append((f" ✘ {history.not_finite} not finite", "bad"))
+            figures.insert(1, (f" ✘ {history.not_finite} not finite", "bad"))
+        if (parts := self._chart("loss").parts) > 1:
+            figures.insert(1, (f" newest 1/{parts:.0f}", "warn"))
         return figures
 
     def status_line(self) -> Line:
@@ -291,13 +301,19 @@ class MonitorScreen(BaseScreen):
         self._smoothing = order[(order.index(self._smoothing) + 1) % len(order)]
         self._show()
 
+    def action_zoom(self) -> None:
+        """All of the run in the charts, its newest quarter, or its newest sixteenth."""
+        for chart in self.query(LineChart):
+            chart.parts = _PARTS[(_PARTS.index(chart.parts) + 1) % len(_PARTS)]
+        self._show()
+
     def action_gpus(self) -> None:
         """The GPUs' other figures."""
         self.query_one(GpuPanel).toggle()
 
-    def action_figure(self) -> None:
-        """The method's next figure in the last small chart."""
-        self._figure += 1
+    def action_figure(self, direction: int = 1) -> None:
+        """The next figure of the method or the machine in the last small chart, or the one before."""
+        self._figure += direction
         self._show()
 
     def action_report(self) -> None:

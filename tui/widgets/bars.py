@@ -43,6 +43,9 @@ class TopBar(Lines):
             left += [(f"{gap}{key} {name}", "cursor")] if here else [(f"{gap}{key} ", "key"), (name, "")]
         if length(left) > width:
             left = left[1:]
+        at = next((n for n, (_, role) in enumerate(left) if role == "cursor"), 0)
+        if length(left[: at + 1]) > width:  # where one is comes before what else there is
+            left = [(text, role) for text, role in left if role]
         right: Line = [(f"{self._machine} ", "dim")]
         if length(left) + length(right) + 2 > width:
             room = width - length(left) - 2

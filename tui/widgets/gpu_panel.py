@@ -13,7 +13,8 @@ from .memory_bar import bar
 QUIET_S = 10.0
 #: GPUs that get a line of their own; more share lines.
 MOST_ROWS = 4
-_CELL = 34
+#: Cells that a GPU has among several on a line, and the fewest that it can do with.
+_CELL, _LEAST_CELL = 34, 28
 
 
 def _figure(value: float | None, unit: str, width: int) -> str:
@@ -65,6 +66,9 @@ def gpu_cell(gpu: dict, quiet_s: float, width: int) -> Line:
     hot = "warn" if gpu.get("throttle") else _heat(heat, 83, 90)
     load = f"{memory:>8}{_figure(sm, '%', 6)}{_figure(power, 'W', 6)}"
     figures: Line = [(load, ""), _marked(_figure(heat, "°C", 6), hot)]
+    if length(head) + length(figures) >= width:
+        load = f"{memory:>8}{_figure(sm, '%', 6).replace(' %', '%')}{_figure(power, 'W', 7).replace(' W', 'W')}"
+        figures = [(load, ""), _marked(_figure(heat, "°C", 6).replace(" °", "°"), hot)]
     room = width - length(head) - length(figures) - 2
     share = used / total if used is not None and total else 0.0
     return fitted([*head, *(bar(share, room - 1) if room >= 7 else []), *figures], width)
@@ -189,7 +193,7 @@ class GpuPanel(Lines):
         row, short = (details_row, details_cell) if self.detailed else (gpu_row, gpu_cell)
         if len(self._gpus) <= min(MOST_ROWS, height) and width >= 50:
             return [row(gpu, quiet, width) for gpu, quiet in self._gpus]
-        per_line = max(width // _CELL, 1)
+        per_line = max(width // (_CELL if len(self._gpus) <= MOST_ROWS * (width // _CELL) else _LEAST_CELL), 1)
         cell = width // per_line
         return [
             [span for gpu, quiet in self._gpus[n : n + per_line] for span in short(gpu, quiet, cell)]

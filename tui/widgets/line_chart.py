@@ -11,10 +11,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 
-from ..axes import SHORTEST_AXIS, Scale, axis_end, scale_of, tick, ticks
+from ..axes import SHORTEST_AXIS, Scale, axis_end, latest_part, scale_of, tick, ticks
 from ..history import Mark
 from ..series import Bucket, Series
 from .lines import Line, Lines, Span
@@ -102,12 +102,12 @@ MARKS: dict[str, Span] = {
 }
 
 
-def mark_line(marks: Mapping[str, Sequence[Mark]], width: int, end: float) -> Line:
-    """What happened between x = 0 and ``end``, each in its column; nothing if nothing did."""
+def mark_line(marks: Mapping[str, Sequence[Mark]], width: int, end: float, start: float = 0.0) -> Line:
+    """What happened between x = ``start`` and ``end``, each in its column; nothing if nothing did."""
     placed: dict[int, Span] = {}
     for kind, span in MARKS.items():
-        steps = [mark.step for mark in marks.get(kind, ()) if 0 <= mark.step <= end]
-        columns = {round(step / end * (width * 2 - 1)) // 2 for step in steps}
+        steps = [mark.step for mark in marks.get(kind, ()) if start <= mark.step <= end]
+        columns = {round((step - start) / (end - start) * (width * 2 - 1)) // 2 for step in steps}
         if kind != "checkpoint" or len(columns) <= width // 3:  # as many as that say only that there are many
             placed |= dict.fromkeys(columns, span)
     return runs_of_one_style([0] * width, [""] * width, placed) if placed else []
@@ -173,6 +173,8 @@ class LineChart(Lines):
         self._total = 0.0
         self._marks: Mapping[str, Sequence[Mark]] = {}
         self.log_scale = False
+        self.parts = 1.0
+        """Only the newest of so many parts of the x axis is shown."""
         self.spikes = True
         """Whether a linear axis holds spikes; without, they are marked where they leave it."""
 
@@ -190,11 +192,20 @@ class LineChart(Lines):
         self._curves, self._figures, self._total, self._marks = curves, figures, total, marks or {}
         self.redraw()
 
+    def _shown(self) -> tuple[Sequence[Curve], float, float]:
+        """The curves as far as they are shown, and the ends of the x axis."""
+        last = max((curve.series.last_x for curve in self._curves), default=0.0)
+        end = axis_end(last, self._total, self._shortest)
+        if self.parts <= 1:
+            return self._curves, 0.0, end
+        start, end = latest_part(last, end, self.parts)
+        return [replace(curve, series=curve.series.since(start)) for curve in self._curves], start, end
+
     def title(self, width: int) -> Line:
         """The name and the latest figures, as many as fit."""
         line: Line = [(self.label, "bold")]
         room = width - len(self.label)
-        scale = scale_for(self._curves, log=self.log_scale, spikes=self.spikes)
+        scale = scale_for(self._shown()[0], log=self.log_scale, spikes=self.spikes)
         beyond: Line = [(f"▲ to {tick(scale.beyond)}", "warn")] if scale and math.isfinite(scale.beyond) else []
         for text, role in [*self._figures, *beyond]:
             if len(text) + 1 > room:
@@ -205,16 +216,16 @@ class LineChart(Lines):
 
     def draw(self, width: int, height: int) -> list[Line]:
         """See :class:`Lines`."""
-        scale = scale_for(self._curves, log=self.log_scale, spikes=self.spikes)
+        curves, start, end = self._shown()
+        scale = scale_for(curves, log=self.log_scale, spikes=self.spikes)
         if height < 1 or width < 4:
             return []
         if scale is None:
             return [[] for _ in range((height - 1) // 2)] + [[("no steps yet".center(width)[:width], "dim")]]
-        end = axis_end(max(curve.series.last_x for curve in self._curves), self._total, self._shortest)
         labels = 7 if self._axis and width >= 30 and height >= 3 else 0
         axis = 1 if labels and height >= 6 else 0
-        marked = mark_line(self._marks, width - labels, end) if axis and height >= 7 else []
-        rows = plot(self._curves, width - labels, height - axis - bool(marked), scale, end)
+        marked = mark_line(self._marks, width - labels, end, start) if axis and height >= 7 else []
+        rows = plot(curves, width - labels, height - axis - bool(marked), scale, end, start)
         if not labels:
             return rows
         named = ticks(scale, len(rows))
@@ -226,5 +237,5 @@ class LineChart(Lines):
             lines.append([(" " * labels, ""), *marked])
         if axis:
             right = self.end_label(end) + (" (log)" if scale.log else "")
-            lines.append([(" " * labels + "0".ljust(width - labels - len(right)) + right, "dim")])
+            lines.append([(" " * labels + f"{start:,.0f}".ljust(width - labels - len(right)) + right, "dim")])
         return lines

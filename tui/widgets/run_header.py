@@ -94,7 +94,9 @@ class RunHeader(Lines):
         took = f"{format.duration(elapsed)} so far" if live else f"took {format.duration(elapsed)}"
         parts = [took] if elapsed else []
         if eta := eta_text(history, self._status.state):
-            parts.append(eta)
+            left_s = history.eta_s()
+            at = f", {format.clock(self._now + left_s, self._now)}" if width >= 96 and left_s >= 3600 else ""
+            parts.append(eta + at)
         if live and (planned or cost):
             total = projected if math.isfinite(projected) else planned
             parts.append(f"{format.usd(cost)} of ~{format.usd(total)}" if total else format.usd(cost))
@@ -106,6 +108,10 @@ class RunHeader(Lines):
         if history.phase and live:
             steps = history.phase if not history.step else f"{steps}  {history.phase}"
         left: Line = [(f" {steps}  ", "")]
+        if live and not history.phase and (overdue := history.overdue_s(self._now)):
+            left.append((f"! no step for {format.duration(overdue)}  ", "warn"))
+        while len(parts) > 1 and length(left) + len("  ".join(parts)) + 2 > width:
+            parts.pop(0)
         right: Line = [("  ".join(parts) + " ", "")]
         room = width - length(left) - length(right) - 1
         share = history.step / history.steps if history.steps else 0.0

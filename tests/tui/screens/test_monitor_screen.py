@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -188,9 +189,48 @@ async def test_the_figures_of_the_method(app_of: AppOf, settle: Settle, fleet: l
         for _ in range(4):
             titles.append(app.screen.query_one("#figure", LineChart).text.splitlines()[0].strip("╭╮─ "))
             await pilot.press("t")
-        assert titles[0].startswith("rewards/accuracies 0.625 (1 of 4)")
+        assert titles[0].startswith("rewards/accuracies 0.625 (1 of 10)")
         assert titles[1].startswith("rewards/margins 0.75")
         assert titles[3].startswith("learning rate")
+
+
+async def test_the_figures_of_the_machine(app_of: AppOf, settle: Settle, fleet: list[Run]) -> None:
+    app = app_of("monitor", fleet[0])
+    async with app.run_test(size=(120, 40)) as pilot:
+        await settle(pilot)
+        titles = []
+        for _ in range(7):
+            titles.append(app.screen.query_one("#figure", LineChart).text.splitlines()[0].strip("╭╮─ "))
+            await pilot.press("t")
+        assert [title.partition(" (")[0] for title in titles[1:]] == [
+            "GPU load 97 %", "GPU power 642 W", "hottest GPU 67 °C", "fullest GPU 61.2 GiB", "host load 38 %",
+            "host memory 41.5 GiB",
+        ]  # fmt: skip
+        await pilot.press("T")
+        assert app.screen.query_one("#figure", LineChart).text.splitlines()[0].strip("╭╮─ ") == titles[6]
+
+
+async def test_the_newest_part_of_every_chart(app_of: AppOf, settle: Settle, fleet: list[Run]) -> None:
+    app = app_of("monitor", fleet[0])
+    async with app.run_test(size=(120, 40)) as pilot:
+        await settle(pilot)
+        chart = app.screen.query_one("#loss", LineChart)
+        whole = chart.text
+        seen = []
+        for _ in range(3):
+            await pilot.press("z")
+            seen.append((chart.text.splitlines()[-2].strip("│ ").split()[0], "newest 1/" in chart.text.splitlines()[0]))
+        assert seen == [("154", True), ("219", True), ("0", False)]
+        assert chart.text == whole
+
+
+async def test_a_step_that_does_not_come_is_told(app_of: AppOf, settle: Settle, fleet: list[Run], now: float) -> None:
+    for later, told in ((10.0, False), (90.0, True)):
+        backend = replace(app_of().backend, now=lambda later=later: now + later)
+        app = app_of("monitor", fleet[0], backend=backend)
+        async with app.run_test(size=(120, 40)) as pilot:
+            await settle(pilot)
+            assert ("no step for" in app.screen.query_one(RunHeader).text) is told
 
 
 async def test_the_loss_smoothed_as_one_likes(app_of: AppOf, settle: Settle, fleet: list[Run]) -> None:

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from finetui.tui.axes import Scale, axis_end, tick, ticks
+from finetui.tui.axes import Scale, axis_end, latest_part, tick, ticks
 from finetui.tui.history import Mark
 from finetui.tui.series import Series
 from finetui.tui.widgets.line_chart import Curve, LineChart, mark_line, plot, scale_for
@@ -25,7 +25,9 @@ def series(values: list[float]) -> Series:
 def picture(values: list[float], width: int = 20, height: int = 5, end: float = 20.0) -> list[str]:
     curves = [Curve(series(values))]
     scale = scale_for(curves)
-    assert scale is not None
+    finite = [value for value in values if math.isfinite(value)]
+    assert scale, "no axis for finite values"
+    assert scale.low <= min(finite) <= max(finite) <= scale.high
     return ["".join(text for text, _ in line) for line in plot(curves, width, height, scale, end)]
 
 
@@ -145,7 +147,33 @@ def test_a_spike_leaves_the_axis_where_it_would_flatten_the_rest() -> None:
     ],
 )
 def test_what_is_no_spike_stays_on_the_axis(values: list[float], top: float) -> None:
-    scale = scale_for([Curve(series(values))], spikes=False)
-    assert scale is not None
+    curves = [Curve(series(values))]
+    scale = scale_for(curves, spikes=False)
+    assert scale == scale_for(curves)
     assert math.isnan(scale.beyond)
     assert scale.high >= top * (1 - 1e-9)
+
+
+@pytest.mark.parametrize(
+    ("last", "window"),
+    [(10, (0, 100)), (100, (0, 100)), (101, (25, 125)), (125, (25, 125)), (126, (50, 150)), (400, (300, 400))],
+)
+def test_the_newest_part_moves_by_quarters_of_itself(last: float, window: tuple[float, float]) -> None:
+    assert latest_part(last, 400.0, 4.0) == window
+
+
+def test_of_a_chart_only_its_newest_part() -> None:
+    chart = LineChart("loss")
+    values = [9.0] * 298 + [1.0, 2.0] * 51
+    marks = {"checkpoint": [Mark(100, "checkpoint"), Mark(350, "checkpoint")]}
+    pictures = []
+    for parts in (1.0, 4.0):
+        chart.parts = parts
+        chart.show([Curve(series(values))], [], 400.0, marks)
+        pictures.append(["".join(text for text, _ in line) for line in chart.draw(67, 12)])
+    whole, newest = pictures
+    assert [picture[0].strip()[:2] for picture in pictures] == ["9┤", "2┤"]  # the axis holds what is shown
+    assert [line[-2].count("◆") for line in pictures] == [2, 1]
+    assert (whole[-1].split()[0], newest[-1].split()[0]) == ("0", "300")
+    assert whole[-1].endswith("step 400")
+    assert newest[-1].endswith("step 400")

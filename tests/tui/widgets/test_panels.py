@@ -162,3 +162,29 @@ def test_lines_are_cut_spread_and_wrapped() -> None:
     assert text([spread([("left", "")], [("right", "")], 12)]) == "left   right"
     assert all(length(line) <= 18 for line in wrapped("word " * 20 + "x" * 50, 18, indent="  "))
     assert text(wrapped("  kept", 10)) == "  kept"
+
+
+@pytest.mark.parametrize(("width", "rows"), [(56, 4), (58, 4), (76, 4), (96, 4), (196, 2)])
+def test_eight_gpus_take_four_lines_at_most_and_no_figure_is_cut(gpu_sample: Any, width: int, rows: int) -> None:
+    panel = GpuPanel()
+    panel._gpus = gpus(gpu_sample, 8, memory_used_gib=125.0, memory_total_gib=140.0, sm_percent=100.0)
+    lines = text(panel.draw(width, 8)).splitlines()
+    assert len(lines) == rows
+    assert max(len(line) for line in lines) <= width
+    said = "".join(lines).replace(" ", "")
+    assert [said.count(figure) for figure in ("125/140G", "100%", "W", "67°C", "…")] == [8, 8, 8, 8, 0]
+
+
+def test_of_the_progress_line_the_time_so_far_gives_way_first(training: Any, now: float) -> None:
+    backend, history = Backend(), History()
+    plan = backend.plan(Recipe.build({"model": "Qwen/Qwen3-8B", "tuning": "qlora", "hardware": {"gpu": "H100"}}))
+    for seq, (when, payload) in enumerate(training(begin=now - 783), 1):
+        history.apply(Event(seq, when, payload.type, dataclasses.asdict(payload)))
+    header = RunHeader()
+    header._run_name, header._history, header._plan, header._now = "run", history, plan, now
+    header._status = Status("running", attempt=1, created=now - 783, started=now - 783)
+    for width in (50, 60, 80, 120):
+        line = text([header.draw(width, 2)[1]])
+        assert "step 240/412 " in line
+        assert "ETA 9 min" in line
+        assert ("so far" in line) is (width > 50)
