@@ -12,7 +12,9 @@ from finetui.engine.planning import plan_for
 from finetui.planner.recipe import Recipe
 
 PRESETS = Path(__file__).parents[2] / "presets"
-METHODS = ("pretrain", "dpo", "ipo", "orpo", "kto", "cpo", "simpo", "reward", "grpo", "rloo", "ppo")
+METHODS = ("pretrain", "dpo", "ipo", "orpo", "kto", "cpo", "simpo", "reward", "grpo", "rloo", "ppo", "gspo", "bco")
+#: Recipes that are called by another name than their method's.
+VARIANTS = {"gspo": "grpo", "bco": "kto"}
 
 
 def test_the_script_makes_what_is_shipped() -> None:
@@ -25,9 +27,10 @@ def test_the_script_makes_what_is_shipped() -> None:
     assert made["text"]() == (PRESETS / "data" / "text.txt").read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_plans(method: str) -> None:
-    recipe = Recipe.load(PRESETS / f"{method}.yaml", overrides=["hardware.gpu=H200"])
+@pytest.mark.parametrize("name", METHODS)
+def test_plans(name: str) -> None:
+    recipe = Recipe.load(PRESETS / f"{name}.yaml", overrides=["hardware.gpu=H200"])
+    method = VARIANTS.get(name, name)
     assert recipe.method == method
     plan = plan_for(recipe)
     assert plan.fits
@@ -35,9 +38,9 @@ def test_plans(method: str) -> None:
     assert recipe.batch_size in ("auto", plan.resolved.batch_size)
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_trains(method: str, tmp_path: Path) -> None:
-    trains(method, method, tmp_path)
+@pytest.mark.parametrize("name", METHODS)
+def test_trains(name: str, tmp_path: Path) -> None:
+    trains(name, VARIANTS.get(name, name), tmp_path)
 
 
 @pytest.mark.slow
