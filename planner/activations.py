@@ -55,8 +55,10 @@ def activation_bytes(
         if eager:  # softmax, in fp32 and in 16 bits, and a soft cap's tanh; keys and values copied for every head
             scores = (4.0 if architecture.model_type == "gpt_oss" else 8.0) * architecture.heads * sequence_length
             attention += scores + 2 * c * (q - kv)
-        inner = layer.inner * c * _mlp_tensors(architecture, stack, c, tuning == "full" and not mixed)
-        routed = 4 * c * hidden * (layer.active_weights > 0) * 2
+        dense = layer.inner - round(layer.experts_per_token * layer.expert_width)
+        inner = dense * c * _mlp_tensors(architecture, stack, c, tuning == "full" and not mixed)
+        trained = tuning == "full" or architecture.expert_lora(layer, 1, targets) > 0
+        routed = _routed(architecture, layer, c, stack, trained=trained, counted=tuning == "full")
         size = norm * layer.norm_width + attention + inner + routed + 8
         if packed and stack.keeps_packed_inputs:
             normed = min(2, layer.norm_width // hidden) * hidden  # one where attention and MLP share their norm
@@ -77,6 +79,21 @@ def activation_bytes(
         grow = _backward_growth(tuning, hidden, layer.inner, adapter, c, stack) + scores
         kinds.append((layer.count, size, grow))
     return kinds, max(size + grow for _, size, grow in kinds)
+
+
+def _routed(architecture: Architecture, layer: Layer, c: float, stack: Stack, *, trained: bool, counted: bool) -> float:
+    """Bytes per token that routed experts keep: they run over rows sorted by expert, one row per token and expert.
+
+    Args:
+        trained: they have gradients, so the inputs of both products are kept.
+        counted: the input of the second is counted by whoever asks.
+    """
+    if not layer.experts:
+        return 0.0
+    gated = 2.0 if stack.fused_experts else 3.0
+    wide = 7.0 if architecture.model_type == "gpt_oss" else gated + (trained and not counted)
+    rows = layer.experts_per_token * (layer.expert_width * wide + architecture.hidden * (1 + trained))
+    return c * rows + 4 * layer.experts  # and the router's softmax, in fp32
 
 
 def _mlp_tensors(architecture: Architecture, stack: Stack, c: float, plain: bool) -> float:

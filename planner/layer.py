@@ -50,6 +50,11 @@ class Layer:
     active_weights: int = 0
 
     @cached_property
+    def experts_per_token(self) -> float:
+        """Routed experts that one token passes through."""
+        return self.experts * self.active_weights / self.expert_weights if self.expert_weights else 0.0
+
+    @cached_property
     def linears(self) -> tuple[Linear, ...]:
         return self.attention + self.mlp
 

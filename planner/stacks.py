@@ -65,6 +65,8 @@ class Stack:
     """A norm kernel that keeps its 16-bit input alone."""
     fused_mlp: bool = False
     """A gated-MLP kernel that recomputes the activation instead of keeping it."""
+    fused_experts: bool = False
+    """The same for the experts of a mixture."""
     remakes_activation: bool = False
     """The down projection's adapter has the activation made again, instead of keeping it as its input."""
     fused_optimizer: bool = True
@@ -119,7 +121,7 @@ class Stack:
 _TRL_SOURCE = "read in trl 1.16.0, peft 0.21.2, transformers 5.23.0"
 #: What transformers' Trainer leaves the GPU without work between two steps (11 to 12 ms on an H200's host).
 _TRAINER_S = 0.011
-_FUSED = {"fused_norm": True, "fused_mlp": True}
+_FUSED = {"fused_norm": True, "fused_mlp": True, "fused_experts": True}
 _TILES = {
     "loss": "tiles",
     "chunk_tokens": 4096,

@@ -19,7 +19,7 @@ _FOAK = replace(_TRANSFORMERS_4, logit_forward=8.1, logit_backward=8.1, fused_no
 _FLCE = {"loss": "chunks", "logit_forward": 8.0, "logit_backward": 8.0}
 #: Cut Cross-Entropy makes no logits at all; its blocks are smaller than a chunk of Liger's (arXiv:2411.09009).
 _CCE = {"loss": "chunks", "logit_forward": 4.0, "logit_backward": 4.0, "chunk_tokens": 128}
-_LIGER = {**_FLCE, "fused_norm": True, "fused_mlp": True}
+_LIGER = {**_FLCE, "fused_norm": True, "fused_mlp": True, "fused_experts": True}
 _COMPILED = {"fused_norm": True, "fused_mlp": True, "compiled": True}
 _PLAIN = replace(STACKS["transformers"], autocast=False, fused_optimizer=False)
 #: Qwen's remote code keeps 16-bit logits, a shifted copy and their log-softmax; DeepSpeed casts adapters to 16 bits.
