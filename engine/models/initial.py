@@ -13,7 +13,7 @@ import contextlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -23,6 +23,9 @@ from ...planner.inside import inside
 from ...planner.options import CHANGES_BASE
 from ...planner.plan import Resolved
 from .ground import Ground
+
+if TYPE_CHECKING:
+    from .load import Numerics
 
 #: Where a model keeps what PiSSA or OLoRA took out of its weights: module path to (A0, B0).
 TAKEN_OUT = "_finetui_taken_out"
@@ -53,8 +56,7 @@ def begin(adapted: Any, resolved: Resolved, ground: Ground) -> None:
     elif init == "eva" and ground.resumed is None:
         from .load import Numerics
 
-        with Numerics.of(resolved).context(adapted.device):  # fp32 adapters on a 16-bit base need it
-            _look_at_data(adapted, ground)
+        _look_at_data(adapted, ground, Numerics.of(resolved))
 
 
 def lora_layers(adapted: Any) -> Iterator[tuple[str, Any]]:
@@ -198,7 +200,7 @@ class _Checkpoint:
 # --- EVA: what flows through
 
 
-def _look_at_data(adapted: Any, ground: Ground) -> None:
+def _look_at_data(adapted: Any, ground: Ground, numerics: Numerics) -> None:
     """A becomes the main directions of each module's inputs (arXiv:2410.07170): subspace iteration on their second
     moment, which never has to be in memory: C Q is the sum of x (x Q) over the tokens of the first batches."""
     layers = dict(lora_layers(adapted))
@@ -215,9 +217,9 @@ def _look_at_data(adapted: Any, ground: Ground) -> None:
         start = torch.randn(width, min(2 * rank + 8, width), generator=generator)
         bases[path] = torch.linalg.qr(start).Q.to(layer.lora_A["default"].weight.device)
     for _ in range(_EVA_PASSES):
-        moved = _moments(adapted, layers, bases, batches)
+        moved = _moments(adapted, layers, bases, batches, numerics)
         bases = {path: torch.linalg.qr(along).Q for path, along in moved.items()}
-    moved = _moments(adapted, layers, bases, batches)
+    moved = _moments(adapted, layers, bases, batches, numerics)
     for path, layer in layers.items():
         strength, turn = torch.linalg.eigh(bases[path].T @ moved[path])
         main = bases[path] @ turn[:, strength.argsort(descending=True)]
@@ -226,16 +228,18 @@ def _look_at_data(adapted: Any, ground: Ground) -> None:
 
 
 def _moments(
-    adapted: Any, layers: dict[str, Any], bases: dict[str, Tensor], batches: list[dict[str, Tensor]]
-) -> dict[str, Tensor]:
-    """C Q of each module over the batches."""
+    adapted: Any, layers: dict[str, Any], bases: dict[str, Tensor], batches: list[dict[str, Tensor]],
+    numerics: Numerics,
+) -> dict[str, Tensor]:  # fmt: skip
+    """C Q of each module over the batches, in fp32."""
     sums = {path: torch.zeros_like(basis) for path, basis in bases.items()}
     mask: list[Tensor] = []
 
     def listen(path: str) -> Any:
         def hook(_module: Any, inputs: tuple[Tensor, ...]) -> None:
             x = inputs[0].reshape(-1, inputs[0].shape[-1])[mask[0]].float()
-            sums[path] += x.T @ (x @ bases[path])
+            with torch.autocast(x.device.type, enabled=False):
+                sums[path] += x.T @ (x @ bases[path])
 
         return hook
 
@@ -248,7 +252,8 @@ def _moments(
             real = batch.get("attention_mask")
             whole = torch.ones_like(batch["input_ids"], dtype=torch.bool)
             mask[:] = [(whole if real is None or real.dim() != 2 else real.bool()).reshape(-1).to(adapted.device)]
-            adapted(**given, use_cache=False)
+            with numerics.context(adapted.device):  # fp32 adapters and a 16-bit base meet there alone
+                adapted(**given, use_cache=False)
     finally:
         adapted.train(training)
         for hook in hooks:
