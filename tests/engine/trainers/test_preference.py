@@ -130,10 +130,11 @@ def test_adapters_that_change_the_base_keep_a_copy_as_reference(method_run: Make
     assert not starts_as_its_base(adapted, nullcontext())
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
 @pytest.mark.parametrize(("method", "tuning"), [("kto", "lora"), ("dpo", "qlora"), ("orpo", "lora")])
-def test_adapters_in_fp32_on_a_base_in_16_bits(method_run: MakeRun, method: str, tuning: str) -> None:
+def test_adapters_in_fp32_on_a_base_in_16_bits(method_run: MakeRun, method: str, tuning: str, device: str) -> None:
     reference = {"preference": {"reference": "live"}} if method == "dpo" else {}
-    run = method_run(method, tuning, reference, precision="bf16", steps=1)
+    run = method_run(method, tuning, reference, precision="bf16", steps=1, device=device)
     assert attempt(run) == 0, run.events_path.read_text()
 
 

@@ -246,7 +246,9 @@ def test_what_was_rewarded_best_is_the_result_also_of_a_resumed_run(
     assert not [name for name in kept if "value_head" in name]
 
 
-def test_adapters_in_fp32_on_a_base_in_16_bits(rollout_run: MakeRun) -> None:
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
+def test_adapters_in_fp32_on_a_base_in_16_bits(rollout_run: MakeRun, device: str) -> None:
     rollout = {"beta": 0.05, "num_generations": 4, "max_completion_length": 6}
-    run = rollout_run("grpo", "lora", {"rollout": rollout, "evaluation": {"holdout": 0.0}}, steps=1, precision="bf16")
+    recipe = {"rollout": rollout, "evaluation": {"holdout": 0.0}}
+    run = rollout_run("grpo", "lora", recipe, steps=1, precision="bf16", device=device)
     assert attempt(run) == 0, run.events_path.read_text()
