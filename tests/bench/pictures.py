@@ -4,7 +4,7 @@
 
 ``plan.svg`` and ``gpus.svg`` are what the planner says of Qwen3-8B with the shipped prices; ``monitor.svg`` is the
 recorded quickstart run. ``session.cast`` (asciicast v2) is the app on a pty while keys are pressed and while that run,
-told again at several times its speed, comes to its end; ``session.svg`` plays the same.
+told again at twice its speed, comes to its end; ``session.svg`` plays the same.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ SIZE = (100, 30)
 PLANNED = "model: Qwen/Qwen3-8B\ntuning: {type: qlora, rank: 16}\nhardware: {gpu: RTX-4090}\n"
 SCREENSHOT = [sys.executable, "-P", "-m", "finetui.tests.bench.screenshot"]
 #: Steps of the recorded run that are told before the session begins, and how many times faster the rest comes.
-TOLD, FASTER = 90, 30.0
+TOLD, FASTER = 90, 2.0
 #: The session: words that are waited for, seconds that one looks at them, then keys.
 SCENES = [
     ("fits", 2.0, "jjj"), ("rank", 0.7, "l"), ("rank", 0.7, "l"), ("rank", 1.0, "l"), ("rank", 1.5, key_of("gpus")),

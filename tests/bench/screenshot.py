@@ -4,7 +4,7 @@
     python tests/bench/screenshot.py docs/monitor.svg --run runs/my-run          Monitor on a run of yours
     python tests/bench/screenshot.py docs/plan.svg --screen plan --recipe r.yaml Plan, made by the real planner
 
-The recorded run in tests/tui/data/quickstart is a real one, on two busy CPU cores; only its paths were shortened.
+The recorded run in tests/tui/data/quickstart is a real one, on two CPU cores; only its paths were shortened.
 """
 
 from __future__ import annotations
