@@ -91,6 +91,8 @@ class BaseScreen(Screen[None]):
         if self is self.app.screen and (self._repaint_required or everything in due):
             due.add(everything)
             self._repaint_required = False
+        # What became due while a batch was open is drawn with the rest: behind this, nothing counts as due.
+        self._compositor.update_widgets(self._dirty_widgets)
         super()._compositor_refresh()
 
     # A terminal that is tiny for a moment hides what has the focus, which loses it then.
