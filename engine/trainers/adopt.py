@@ -22,7 +22,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
+
+from .decoupled import Decoupled
 
 #: CAME's decay of R′ and C′, and what is added to squares of gradients and of residuals: those of its authors.
 _BETA3, _EPS, _EPS_RESIDUAL = 0.9999, 1e-30, 1e-16
@@ -30,65 +31,49 @@ _BETA3, _EPS, _EPS_RESIDUAL = 0.9999, 1e-30, 1e-16
 _LEAST_ROOT = 1e-6
 
 
-class Adopt(Optimizer):
+class Adopt(Decoupled):
     """AdamW whose second moment lags by a step. Both moments are fp32: at a β₂ near 1 a narrower one would not move."""
 
-    def __init__(self, params: Any, lr: float, betas: tuple[float, float], weight_decay: float = 0.0) -> None:
-        super().__init__(params, {"lr": lr, "betas": betas, "weight_decay": weight_decay})
-
-    @torch.no_grad()
-    def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        assert closure is None
-        for group in self.param_groups:
-            (b1, b2), rate = group["betas"], group["lr"]
-            for p in (p for p in group["params"] if p.grad is not None):
-                gradient, state = p.grad.float(), self.state[p]
-                if not state:
-                    state["step"], state["square"] = 0, gradient.square()
-                    state["mean"] = torch.zeros_like(gradient)
-                    continue
-                state["step"] += 1
-                bound = state["step"] ** 0.25
-                update = state["square"].sqrt().clamp_(min=_LEAST_ROOT).reciprocal_().mul_(gradient)
-                state["mean"].lerp_(update.clamp_(-bound, bound), 1 - b1)
-                p.mul_(1 - rate * group["weight_decay"]).add_(state["mean"], alpha=-rate)
-                state["square"].mul_(b2).addcmul_(gradient, gradient, value=1 - b2)
+    def move(self, p: Any, b1: float, b2: float, rate: float, keep: float) -> None:
+        gradient, state = p.grad.float(), self.state[p]
+        if not state:
+            state["step"], state["square"] = 0, gradient.square()
+            state["mean"] = torch.zeros_like(gradient)
+            return
+        state["step"] += 1
+        bound = state["step"] ** 0.25
+        update = state["square"].sqrt().clamp_(min=_LEAST_ROOT).reciprocal_().mul_(gradient)
+        state["mean"].lerp_(update.clamp_(-bound, bound), 1 - b1)
+        p.mul_(keep).add_(state["mean"], alpha=-rate)
+        state["square"].mul_(b2).addcmul_(gradient, gradient, value=1 - b2)
 
 
-class Came(Optimizer):
+class Came(Decoupled):
     """Confidence-guided memory-efficient optimisation: one state as large as the weights, and two small ones."""
 
-    def __init__(self, params: Any, lr: float, betas: tuple[float, float], weight_decay: float = 0.0) -> None:
-        super().__init__(params, {"lr": lr, "betas": betas, "weight_decay": weight_decay})
-
-    @torch.no_grad()
-    def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        assert closure is None
-        for group in self.param_groups:
-            (b1, b2), rate = group["betas"], group["lr"]
-            for p in (p for p in group["params"] if p.grad is not None):
-                state = self.state[p]
-                if not state:
-                    state["mean"] = torch.zeros_like(p, dtype=torch.float32)
-                    if p.dim() < 2:
-                        state["square"] = torch.zeros_like(state["mean"])
-                    else:
-                        state["square"], state["residual"] = (_factors(state["mean"]) for _ in range(2))
-                update = p.grad.float()
-                if p.dim() < 2:
-                    state["square"].lerp_(update.square().add_(_EPS), 1 - b2)
-                    update = update * state["square"].rsqrt()
-                else:
-                    _follow(state["square"], update.square().add_(_EPS), b2)
-                    update = _divided(update, state["square"])
-                update.div_(update.square().mean().sqrt_().clamp_(min=1.0))
-                state["mean"].lerp_(update, 1 - b1)
-                p.mul_(1 - rate * group["weight_decay"])
-                if p.dim() < 2:
-                    p.sub_(state["mean"], alpha=rate)
-                    continue
-                _follow(state["residual"], update.sub_(state["mean"]).square_().add_(_EPS_RESIDUAL), _BETA3)
-                p.sub_(_divided(state["mean"], state["residual"]), alpha=rate)
+    def move(self, p: Any, b1: float, b2: float, rate: float, keep: float) -> None:
+        state = self.state[p]
+        if not state:
+            state["mean"] = torch.zeros_like(p, dtype=torch.float32)
+            if p.dim() < 2:
+                state["square"] = torch.zeros_like(state["mean"])
+            else:
+                state["square"], state["residual"] = (_factors(state["mean"]) for _ in range(2))
+        update = p.grad.float()
+        if p.dim() < 2:
+            state["square"].lerp_(update.square().add_(_EPS), 1 - b2)
+            update = update * state["square"].rsqrt()
+        else:
+            _follow(state["square"], update.square().add_(_EPS), b2)
+            update = _divided(update, state["square"])
+        update.div_(update.square().mean().sqrt_().clamp_(min=1.0))
+        state["mean"].lerp_(update, 1 - b1)
+        p.mul_(keep)
+        if p.dim() < 2:
+            p.sub_(state["mean"], alpha=rate)
+            return
+        _follow(state["residual"], update.sub_(state["mean"]).square_().add_(_EPS_RESIDUAL), _BETA3)
+        p.sub_(_divided(state["mean"], state["residual"]), alpha=rate)
 
 
 def _factors(like: Tensor) -> dict[str, Tensor]:

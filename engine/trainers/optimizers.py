@@ -19,6 +19,7 @@ from torch.optim import Optimizer
 
 from ...planner.plan import Resolved
 from .adopt import Adopt, Came
+from .decoupled import Decoupled
 
 Group = dict[str, Any]
 #: Optimisers of our own; the names on the left of a recipe.
@@ -118,22 +119,14 @@ def schedule_settings(resolved: Resolved, steps: int) -> dict[str, Any]:
     return {"lr_scheduler_type": name, "lr_scheduler_kwargs": more or None}
 
 
-class Lion(Optimizer):
+class Lion(Decoupled):
     """The sign of a mean of gradients: one state, and steps of the same size everywhere."""
 
-    def __init__(self, params: Any, lr: float, betas: tuple[float, float], weight_decay: float = 0.0) -> None:
-        super().__init__(params, {"lr": lr, "betas": betas, "weight_decay": weight_decay})
-
-    @torch.no_grad()
-    def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        assert closure is None
-        for group in self.param_groups:
-            (near, far), rate = group["betas"], group["lr"]
-            for p in _with_gradient(group):
-                mean = _state(self, p, "mean", lambda p=p: torch.zeros_like(p))
-                direction = torch.lerp(p.grad, mean, near).sign_()
-                p.mul_(1 - rate * group["weight_decay"]).sub_(direction, alpha=rate)
-                mean.lerp_(p.grad, 1 - far)
+    def move(self, p: Any, b1: float, b2: float, rate: float, keep: float) -> None:
+        mean = _state(self, p, "mean", lambda: torch.zeros_like(p))
+        direction = torch.lerp(p.grad, mean, b1).sign_()
+        p.mul_(keep).sub_(direction, alpha=rate)
+        mean.lerp_(p.grad, 1 - b2)
 
 
 class Together(Optimizer):

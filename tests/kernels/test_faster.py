@@ -36,14 +36,19 @@ def test_other_ranks_are_not_even_timed(device):
     assert not layers._unit_pays([layers.Projection(torch.empty(8, 4))] * 2, torch.float32, device, "silu")
 
 
+@pytest.mark.parametrize(
+    ("ask", "known", "more"),
+    [(faster.gated_unit, faster._gated_unit, ["silu"]), (faster.sum_first, faster._sum_first, [])],
+    ids=["gated unit", "sum first"],
+)
 @pytest.mark.parametrize(("times", "ok"), [([1.0, 2.0], True), ([2.0, 1.0], False), ([0.99, 1.0], False)])
-def test_the_clear_winner_is_taken_and_both_times_are_told(monkeypatch, times, ok):
+def test_the_clear_winner_is_taken_and_both_times_are_told(monkeypatch, ask, known, more, times, ok):
     left = list(times)
     monkeypatch.setattr(launch, "INTERPRETED", False)
     monkeypatch.setattr(faster, "_milliseconds", lambda run, device: left.pop(0))
-    faster._gated_unit.cache_clear()
-    verdict = faster.gated_unit(torch.device("cpu"), torch.float32, 64, 4, "silu")
-    faster._gated_unit.cache_clear()
+    known.cache_clear()
+    verdict = ask(torch.device("cpu"), torch.float32, 64, 4, *more)
+    known.cache_clear()
     assert verdict.ok is ok
     assert verdict.why == f"{times[0]:.3f} ms fused, {times[1]:.3f} ms as separate operations"
 

@@ -11,14 +11,17 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from finetui.kernels import decoder_layer, decoder_mlp, layerproof, layers, linear_cross_entropy, rope
+from finetui.kernels import decoder_layer, decoder_mlp, layerproof, layers, linear_cross_entropy
 from finetui.kernels.attention import Documents
 from finetui.kernels.decoder_layer import Keeping
 from finetui.kernels.launch import INTERPRETED
 from finetui.kernels.patch import fallbacks, patch_model
 from finetui.kernels.replacement import STATE
 
-pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered in exp")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:overflow encountered in exp"),
+    pytest.mark.usefixtures("quick_rotation"),
+]
 SMALL = {
     "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 4,
     "num_key_value_heads": 2, "head_dim": 8, "vocab_size": 32, "max_position_embeddings": 64, "pad_token_id": 0,
@@ -35,18 +38,6 @@ SHAPES = {
     "norms after the rotary embedding": ("hunyuan_v1_dense", {}),
 }
 IDS = torch.arange(12).reshape(2, 6) + 1
-
-
-@pytest.fixture(autouse=True)
-def _quick_rotation(monkeypatch):
-    """The rotary kernel has tests of its own, and takes most of the interpreter's time."""
-
-    def rotate(q, k, cos, sin, layout, *, backward=False, out=None):
-        made = rope.rope_reference(q, k, cos, -sin if backward else sin, layout)
-        return made if out is None else tuple(place.copy_(one) for place, one in zip(out, made, strict=True))
-
-    if INTERPRETED:
-        monkeypatch.setattr(rope, "rotate", rotate)
 
 
 def model(device, shape, *, lora, dtype=torch.float32, **changes):

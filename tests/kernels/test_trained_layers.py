@@ -15,31 +15,21 @@ from finetui.kernels import (
     layers,
     linear_cross_entropy,
     projection,
-    rope,
     weight_gradient,
 )
 from finetui.kernels.decoder_layer import Keeping
 from finetui.kernels.launch import INTERPRETED
 from finetui.kernels.patch import fallbacks, patch_model, unpatch
 
-pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered in exp")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:overflow encountered in exp"),
+    pytest.mark.usefixtures("quick_rotation"),
+]
 CONFIGS = {"llama": LlamaConfig, "qwen2": Qwen2Config, "qwen3": Qwen3Config}
 SMALL = {
     "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2,
     "num_key_value_heads": 1, "head_dim": 8, "vocab_size": 32, "max_position_embeddings": 64,
 }  # fmt: skip
-
-
-@pytest.fixture(autouse=True)
-def _quick_rotation(monkeypatch):
-    """The rotary kernel has tests of its own, and takes most of the interpreter's time."""
-
-    def rotate(q, k, cos, sin, layout, *, backward=False, out=None):
-        made = rope.rope_reference(q, k, cos, -sin if backward else sin, layout)
-        return made if out is None else tuple(place.copy_(one) for place, one in zip(out, made, strict=True))
-
-    if INTERPRETED:
-        monkeypatch.setattr(rope, "rotate", rotate)
 
 
 def model(device, architecture="llama", dtype=torch.float32, **changes):

@@ -45,6 +45,7 @@ class Lines(Widget):
     def __init__(self, *, id: str | None = None, classes: str | None = None) -> None:  # noqa: A002
         super().__init__(id=id, classes=classes)
         self._lines: list[Line] = []
+        self._drawn_for = Size(0, 0)
         self._role_styles: dict[str, Style] = {}
 
     # --- for subclasses
@@ -65,18 +66,22 @@ class Lines(Widget):
 
     def redraw(self) -> None:
         """Ask :meth:`draw` again and repaint the lines that differ."""
-        width, height = self.size
-        if width <= 0 or height <= 0:
+        old = self._lines
+        if not self._draw_for(self.size):
             return
-        new = boxed(self, width, height) if self.TITLED else self.draw(width, height)[:height]
-        changed = [
-            y
-            for y in range(max(len(new), len(self._lines)))
-            if y >= len(new) or y >= len(self._lines) or new[y] != self._lines[y]
-        ]
-        self._lines = new
+        new, (width, height) = self._lines, self.size
+        changed = [y for y in range(max(len(new), len(old))) if y >= len(new) or y >= len(old) or new[y] != old[y]]
         if changed:
             self.refresh(*(Region(0, y, width, 1) for y in changed if y < height))
+
+    def _draw_for(self, size: Size) -> bool:
+        """Hold the lines for a size; False where there is no room for any."""
+        width, height = size
+        if width <= 0 or height <= 0:
+            return False
+        self._lines = boxed(self, width, height) if self.TITLED else self.draw(width, height)[:height]
+        self._drawn_for = size
+        return True
 
     def on_resize(self, _: Resize) -> None:
         """Draw for the new size."""
@@ -95,8 +100,9 @@ class Lines(Widget):
     def render_line(self, y: int) -> Strip:
         """One line as the compositor wants it."""
         width, base = self.size.width, self.visual_style.rich_style
-        if not self._lines and width > 0:
-            self.redraw()
+        # Textual gives a widget its new size always, but tells it so only where its map has not been read since.
+        if self.size != self._drawn_for:
+            self._draw_for(self.size)
         if y >= len(self._lines):
             return Strip.blank(width, base)
         segments = [Segment(text, self._style(role, base)) for text, role in self._lines[y] if text]

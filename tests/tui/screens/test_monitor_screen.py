@@ -179,16 +179,20 @@ async def test_below_sixty_by_eighteen_there_is_one_line(app_of: AppOf, settle: 
             assert "running"[: max(size[0] - 5, 0)] in app.screen.query_one(StatusLine).text
 
 
+async def _next_figure(pilot: Any) -> str:
+    """What the last small chart shows, and on to the next."""
+    title = pilot.app.screen.query_one("#figure", LineChart).text.splitlines()[0].strip("╭╮─ ")
+    await pilot.press("t")
+    return str(title)
+
+
 async def test_the_figures_of_the_method(app_of: AppOf, settle: Settle, fleet: list[Run]) -> None:
     with EventLog(fleet[0].events_path) as log:
         log.append(Metrics(241, {"rewards/margins": 0.75, "rewards/accuracies": 0.625, "logps/chosen": -80.0}))
     app = app_of("monitor", fleet[0])
     async with app.run_test(size=(120, 40)) as pilot:
         await settle(pilot)
-        titles = []
-        for _ in range(4):
-            titles.append(app.screen.query_one("#figure", LineChart).text.splitlines()[0].strip("╭╮─ "))
-            await pilot.press("t")
+        titles = [await _next_figure(pilot) for _ in range(4)]
         assert titles[0].startswith("rewards/accuracies 0.625 (1 of 10)")
         assert titles[1].startswith("rewards/margins 0.75")
         assert titles[3].startswith("learning rate")
@@ -198,10 +202,7 @@ async def test_the_figures_of_the_machine(app_of: AppOf, settle: Settle, fleet: 
     app = app_of("monitor", fleet[0])
     async with app.run_test(size=(120, 40)) as pilot:
         await settle(pilot)
-        titles = []
-        for _ in range(7):
-            titles.append(app.screen.query_one("#figure", LineChart).text.splitlines()[0].strip("╭╮─ "))
-            await pilot.press("t")
+        titles = [await _next_figure(pilot) for _ in range(7)]
         assert [title.partition(" (")[0] for title in titles[1:]] == [
             "GPU load 97 %", "GPU power 642 W", "hottest GPU 67 °C", "fullest GPU 61.2 GiB", "host load 38 %",
             "host memory 41.5 GiB",
