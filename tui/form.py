@@ -39,13 +39,14 @@ class FieldSpec:
     resolved: Callable[[Plan], str] | None = None
 
 
+# The recipe's own lists would be exact, but importing them takes longer than the first picture may.
 _TUNINGS = (
-    "full", "lora", "qlora", "lora-fp8", "dora", "rslora", "pissa", "loftq", "adalora", "ia3", "vera", "oft", "loha",
-    "lokr", "prompt", "prefix",
+    "full", "lora", "qlora", "lora-fp8", "dora", "qdora", "rslora", "lora+", "pissa", "olora", "eva", "loftq",
+    "adalora", "ia3", "vera", "oft", "qoft", "loha", "lokr", "prompt", "prefix",
 )  # fmt: skip
 _OPTIMIZERS = (
-    "auto", "adamw", "adamw-8bit", "paged-adamw-8bit", "lion", "muon", "adafactor", "galore", "apollo", "schedule-free",
-    "sgd",
+    "auto", "adamw", "adamw-8bit", "paged-adamw", "paged-adamw-8bit", "lion", "lion-8bit", "paged-lion-8bit", "muon",
+    "adafactor", "came", "adopt", "galore", "apollo", "apollo-mini", "schedule-free", "sgd",
 )  # fmt: skip
 _METHODS = ("sft", "pretrain", "dpo", "ipo", "orpo", "kto", "cpo", "simpo", "reward", "grpo", "rloo", "ppo")
 
@@ -275,8 +276,10 @@ def step(spec: FieldSpec, value: str, direction: int, steps: Sequence[str] | Non
 
 def disabled(tree: Tree, key: str) -> bool:
     """Whether a field has no meaning beside the others."""
-    if key in ("tuning.rank", "tuning.alpha"):
-        return get(tree, "tuning.type") == "full"
+    section, _, name = key.rpartition(".")
+    if section == "tuning" and name != "type":
+        kind = get(tree, "tuning.type")
+        return name not in TUNING_KEYS.get(SHORT.get(kind, {"type": kind})["type"], {name})
     return key == "hardware.gpus" and get(tree, "hardware.gpu") == CPU
 
 

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
 from finetui.planner.errors import RecipeError
-from finetui.planner.recipe import RUNNABLE_METHODS
-from finetui.tui.form import CPU, FIELDS, THIS_MACHINE, Tree, field_of, get, put, recipe_of, step
+from finetui.planner.optimizer import OptimizerName
+from finetui.planner.options import SHORT
+from finetui.planner.recipe import RUNNABLE_METHODS, Recipe
+from finetui.planner.tuning import TuningType
+from finetui.tui.form import CPU, FIELDS, THIS_MACHINE, Tree, disabled, field_of, get, put, recipe_of, step
 
 SPECS = {spec.key: spec for spec in FIELDS}
 
@@ -39,10 +43,42 @@ def test_the_methods_are_those_that_can_be_run() -> None:
     assert set(SPECS["method"].steps) == RUNNABLE_METHODS
 
 
+def test_the_optimizers_are_those_that_a_recipe_may_name() -> None:
+    assert set(SPECS["optimizer.name"].steps) == set(get_args(OptimizerName))
+
+
+def test_the_tunings_are_those_that_need_nothing_more_to_be_said() -> None:
+    """What asks for a second key (xlora: its adapters) is for the editor."""
+
+    def stands_alone(name: str) -> bool:
+        try:
+            Recipe.build({"model": "a/b", "tuning": name})
+        except RecipeError:
+            return False
+        return True
+
+    assert set(SPECS["tuning.type"].steps) == {name for name in {*get_args(TuningType), *SHORT} if stands_alone(name)}
+
+
 def test_full_tuning_has_no_rank() -> None:
     tree = put(put({"model": "a/b"}, "tuning.rank", "64"), "tuning.type", "full")
     assert recipe_of(tree).tuning.type == "full"
     assert "rank" not in tree["tuning"]
+
+
+@pytest.mark.parametrize(
+    ("tuning", "useless"),
+    [
+        ("full", {"rank", "alpha"}),
+        ("qdora", set()),
+        ("vera", {"alpha"}),
+        ("ia3", {"rank", "alpha"}),
+        ("qoft", {"rank", "alpha"}),
+    ],
+)
+def test_a_field_that_a_tuning_has_no_use_for_is_off(tuning: str, useless: set[str]) -> None:
+    tree = put({"model": "a/b"}, "tuning.type", tuning)
+    assert {key for key in ("rank", "alpha") if disabled(tree, f"tuning.{key}")} == useless
 
 
 def test_a_path_that_is_there_becomes_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
