@@ -59,6 +59,10 @@ def test_zstandard_here_and_at_an_address(write: Any) -> None:
         ("x.jsonl", LINES.decode().encode("utf-16-le"), r"UTF-16, not UTF-8.*iconv -f UTF-16LE"),
         ("x.jsonl", LINES.decode().encode("utf-16-be"), r"UTF-16, not UTF-8.*iconv -f UTF-16BE"),
     ],
+    ids=[
+        "gzip", "plain as gzip", "gzip as bzip2", "plain as xz", "Parquet as CSV", "ZIP as CSV", "LFS as JSONL",
+        "LFS as Parquet", "UTF-16, low byte first", "UTF-16, high byte first",
+    ],
 )  # fmt: skip
 def test_what_is_not_what_its_name_says(write: Any, name: str, content: bytes, message: str) -> None:
     with pytest.raises(DataError, match=message):
