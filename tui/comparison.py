@@ -23,8 +23,10 @@ from .series import Series
 
 Axis = Literal["step", "tokens", "time", "$"]
 AXES: tuple[Axis, ...] = ("step", "tokens", "time", "$")
-#: What a curve can show: figures of step events, and the held-out loss.
-CURVES = ("loss", "held-out loss", "grad norm", "tokens/s")
+#: What a curve can show: figures of step events, the loss smoothed, and the held-out loss.
+CURVES = ("loss", "mean loss", "held-out loss", "grad norm", "tokens/s")
+#: Those whose spikes are marked where they leave the axis.
+SPIKY = ("loss", "grad norm")
 _STEP_FIELDS = {"loss": "loss", "grad norm": "grad_norm", "tokens/s": "tokens_per_s"}
 #: Buckets of a method's own figures: there can be dozens of them, on four axes each.
 _FURTHER_BUCKETS = 256
@@ -80,6 +82,7 @@ class Contender:
         if event.type == "step":
             for name, key in _STEP_FIELDS.items():
                 self._add(name, number(event.data.get(key)))
+            self._add("mean loss", self.history.average.latest)
         elif event.type == "eval":
             self._add("held-out loss", number(event.data.get("loss")))
         elif event.type == "metrics":

@@ -23,7 +23,7 @@ RunsArgument = Annotated[
 ]
 SvgFlag = Annotated[Path | None, typer.Option("--svg", help="Draw the curves of the runs into this file as well.")]
 CurveFlag = Annotated[
-    str | None, typer.Option("--curve", help="With --svg: loss, held-out loss, grad norm, tokens/s, …")
+    str | None, typer.Option("--curve", help="With --svg: loss, mean loss, held-out loss, tokens/s, …")
 ]
 OverFlag = Annotated[
     Literal["step", "tokens", "time", "usd"] | None, typer.Option("--over", help="With --svg: what the curves go over.")

@@ -13,7 +13,7 @@ from textual.timer import Timer
 
 from ...engine.run import Run
 from .. import format  # noqa: A004
-from ..comparison import AXES, CURVES, Axis, Contender
+from ..comparison import AXES, CURVES, SPIKY, Axis, Contender
 from ..follower import Follower, Update
 from ..keys import Key, bindings
 from ..widgets.comparison_table import LETTERS, ROLES, ComparisonTable
@@ -147,9 +147,11 @@ class CompareScreen(BaseScreen):
         chart = self.query_one(LineChart)
         curves = curves_of(self._contenders, self._curve, self._axis)
         chart.label, axis = self._curve, self._axis
-        chart.spikes = self._curve not in ("loss", "grad norm")
+        chart.spikes = self._curve not in SPIKY
         chart.end_label = lambda end: end_label(axis, end)
         figures: Line = [(f"over {axis}", "dim")]
+        if chart.parts > 1:
+            figures.append((f"newest 1/{chart.parts:.0f}", "warn"))
         if any(share < 1 for share in self._shares):
             figures.append((f"sampled, {min(self._shares):.0%} read", "warn"))
         for letter, role, contender in zip(LETTERS, ROLES, self._contenders, strict=False):
@@ -177,6 +179,11 @@ class CompareScreen(BaseScreen):
     def action_axis(self) -> None:
         """The next axis."""
         self._axis = AXES[(AXES.index(self._axis) + 1) % len(AXES)]
+        self._show()
+
+    def action_zoom(self) -> None:
+        """All of the axis, its newest quarter, or its newest sixteenth."""
+        self.query_one(LineChart).zoom()
         self._show()
 
     def action_log_scale(self) -> None:

@@ -36,8 +36,6 @@ FRAME_S = 1.0
 #: Messages waiting for this screen above which the reader pauses.
 _BACKLOG = 10
 _LEARNING_RATE = "learning rate"
-#: Of so many parts of the x axis the charts show the newest.
-_PARTS = (1.0, 4.0, 16.0)
 
 
 class MonitorScreen(BaseScreen):
@@ -304,7 +302,7 @@ class MonitorScreen(BaseScreen):
     def action_zoom(self) -> None:
         """All of the run in the charts, its newest quarter, or its newest sixteenth."""
         for chart in self.query(LineChart):
-            chart.parts = _PARTS[(_PARTS.index(chart.parts) + 1) % len(_PARTS)]
+            chart.zoom()
         self._show()
 
     def action_gpus(self) -> None:

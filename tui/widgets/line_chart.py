@@ -143,6 +143,10 @@ def runs_of_one_style(cells: list[int], roles: list[str], labels: Mapping[int, S
     return [*line, (text, role)]
 
 
+#: Of so many parts of the x axis the newest is shown.
+_PARTS = (1.0, 4.0, 16.0)
+
+
 class LineChart(Lines):
     """Curves under a title that carries their latest values.
 
@@ -192,6 +196,10 @@ class LineChart(Lines):
         self._curves, self._figures, self._total, self._marks = curves, figures, total, marks or {}
         self.redraw()
 
+    def zoom(self) -> None:
+        """Show all of the x axis, its newest quarter, or its newest sixteenth."""
+        self.parts = _PARTS[(_PARTS.index(self.parts) + 1) % len(_PARTS)]
+
     def _shown(self) -> tuple[Sequence[Curve], float, float]:
         """The curves as far as they are shown, and the ends of the x axis."""
         last = max((curve.series.last_x for curve in self._curves), default=0.0)
@@ -237,5 +245,6 @@ class LineChart(Lines):
             lines.append([(" " * labels, ""), *marked])
         if axis:
             right = self.end_label(end) + (" (log)" if scale.log else "")
-            lines.append([(" " * labels + f"{start:,.0f}".ljust(width - labels - len(right)) + right, "dim")])
+            left = self.end_label(start).removeprefix("step ") if start else "0"
+            lines.append([(" " * labels + left.ljust(width - labels - len(right)) + right, "dim")])
         return lines

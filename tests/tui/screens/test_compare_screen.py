@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable
 from typing import Any
 
+import pytest
+
 from finetui.engine.events import EventLog, Step
 from finetui.engine.run import Run
 from finetui.tui.app import FinetuiApp
@@ -43,8 +45,28 @@ async def test_axes_and_figures(app_of: AppOf, settle: Settle, fleet: list[Run])
             await pilot.press("a")
         assert ends == ["step 412", "6.75 M tokens", "22 min", "$0.92"]
         await pilot.press("m", "y")
+        assert chart.text.startswith("╭─ mean loss over step")
+        assert len(app.screen._contenders[0].curve("mean loss", "$").buckets) == 240
+        await pilot.press("m")
         assert chart.text.startswith("╭─ held-out loss over step")
         assert "step 400" in chart.text
+
+
+@pytest.mark.parametrize(("axis", "ends"), [(0, ("309", "step 412")), (2, ("17 min", "22 min"))])
+async def test_zoom_shows_the_newest_part(
+    app_of: AppOf, settle: Settle, fleet: list[Run], axis: int, ends: tuple[str, str]
+) -> None:
+    app = app_of("compare")
+    app.marked = fleet[:2]
+    async with app.run_test(size=(120, 40)) as pilot:
+        await settle(pilot)
+        await pilot.press(*"a" * axis, "z")
+        chart = app.screen.query_one(LineChart)
+        assert "newest 1/4" in chart.text
+        foot = chart.text.splitlines()[-2].strip("│ ")
+        assert (foot[: len(ends[0])], foot[-len(ends[1]) :]) == ends
+        await pilot.press("z", "z")
+        assert "newest" not in chart.text
 
 
 async def test_a_live_run_grows(app_of: AppOf, settle: Settle, fleet: list[Run]) -> None:
