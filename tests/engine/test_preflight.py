@@ -47,9 +47,9 @@ def with_(plan: Plan, **changes: Any) -> Plan:
 
 
 def test_all_is_well_within_a_second(recipe: Recipe, make_plan: Callable[..., Plan], tmp_path: Path) -> None:
-    began = time.monotonic()
+    began = time.process_time()  # of the processor: how long it takes depends on who else is at work
     checks = preflight(recipe, make_plan(), tmp_path / "runs")
-    assert time.monotonic() - began < 1.0
+    assert time.process_time() - began < 1.0
     assert {check.status for check in checks} == {"ok"}, checks
     assert {check.name for check in checks} == {"plan", "packages", "memory", "run folder", "data", "model", "disk"}
     assert not (tmp_path / "runs").exists()

@@ -58,9 +58,9 @@ def test_large_files_are_estimated_quickly(tmp_path: Path, suffix: str) -> None:
     head, tail = {"jsonl": ("", ""), "json": ("[\n", '{"text": "x"}]'), "csv": ("text\n", "")}[suffix]
     path = tmp_path / f"x.{suffix}"
     path.write_text(head + f"{lines}\n" * count + tail)
-    began = time.perf_counter()
+    began = time.process_time()  # of the processor: how long it takes depends on who else is at work
     source = survey(recipe({"path": str(path)})).sources[0]
-    assert time.perf_counter() - began < 1.0
+    assert time.process_time() - began < 1.0
     assert source.rows_exact is False
     assert source.rows == pytest.approx(count, rel=0.05)
 
