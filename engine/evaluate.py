@@ -97,17 +97,27 @@ def held_out_loss(
     rank: int = 0,
     world: int = 1,
     context: contextlib.AbstractContextManager[Any] | None = None,
+    together: bool = False,
 ) -> HeldOut:
-    """Score all ``rows`` without gradients; every rank takes each ``world``-th batch and all get the same answer."""
+    """Score all ``rows`` without gradients; every rank takes each ``world``-th batch and all get the same answer.
+
+    Args:
+        together: each rank has a part of the model, so all call it equally often: one that has no batch left
+            computes its first rows once more, and does not count them.
+    """
     sums = torch.zeros(3, dtype=torch.float64)
     training = model.training
     model.eval()
     try:
         with torch.no_grad(), context or contextlib.nullcontext():
-            for start in range(rank * batch_size, len(rows), batch_size * world):
+            end = -(-len(rows) // (batch_size * world)) * batch_size * world if together else len(rows)
+            for place in range(rank * batch_size, end, batch_size * world):
+                start = place if place < len(rows) else 0
                 chosen = range(start, min(start + batch_size, len(rows)))
                 batch = {name: t.to(device) for name, t in collate([rows[i] for i in chosen]).items()}
                 scored = score(model, batch, fused=fused)
+                if place >= len(rows):
+                    continue
                 sums += torch.stack([scored.loss.double(), scored.trained.double(), scored.right.double()]).cpu()
     finally:
         model.train(training)

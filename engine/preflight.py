@@ -55,6 +55,7 @@ def checks(recipe: Recipe, plan: Plan, root: Path | None = None) -> Iterator[Che
         ("gpu", lambda: _gpus(plan) if plan.resolved.device == "cuda" else []),
         ("gpu", lambda: _locked(recipe, plan)),
         ("memory", lambda: _host_memory(plan) if plan.resolved.device == "cpu" else []),
+        ("memory", lambda: _put_together(plan) if plan.resolved.strategy == "fsdp" else []),
         ("shared memory", lambda: _shared_memory(plan)),
         ("run folder", lambda: _writable(folder)),
         ("data", lambda: _data(recipe, plan)),
@@ -194,6 +195,20 @@ def _host_memory(plan: Plan) -> list[Check]:
     told = f"{free / GIB:.1f} GiB free, about {need:.1f} needed"
     if free / GIB < need:
         return [Check("memory", "warn", told, "Close other programs, or use a smaller batch or sequence_length.")]
+    return [Check("memory", "ok", told)]
+
+
+def _put_together(plan: Plan) -> list[Check]:
+    """A model that is split passes whole through rank 0's host memory: as it is read, and with its optimiser's states
+    (two numbers for each weight, as the weight is stored) as it is saved."""
+    resolved = plan.resolved
+    width = 4 if resolved.precision in ("fp32", "bf16-mixed") else 2
+    need = plan.model.parameters * width * (3 if resolved.trains_base else 1)
+    have, limit = psutil.virtual_memory().total, memory_limit()
+    have = have if limit is None else min(have, limit.limit)
+    told = f"{have / GIB:.0f} GiB on the host, about {need / GIB:.0f} to read and save the whole model"
+    if need > have:
+        return [Check("memory", "fail", told, "Use a machine with more host memory, or tuning: lora.")]
     return [Check("memory", "ok", told)]
 
 

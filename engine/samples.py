@@ -57,8 +57,14 @@ def _prompt_of(row: Any) -> Prompt | None:
     return Prompt(list(ids[:start]), list(ids[start:end])) if 0 < start < end else None
 
 
-def answer(model: Any, tokenizer: Any, prompts: list[Prompt], step: int, emit: Emit, context: Any) -> None:
-    """Answer greedily and emit one Sample per prompt; prompts that there is no time for are left out."""
+def answer(
+    model: Any, tokenizer: Any, prompts: list[Prompt], step: int, emit: Emit, context: Any, *, together: bool = False
+) -> None:
+    """Answer greedily and emit one Sample per prompt; prompts that there is no time for are left out.
+
+    Args:
+        together: all ranks answer the same prompts, each with a part of the model.
+    """
     training = model.training
     model.eval()
     try:
@@ -72,10 +78,11 @@ def answer(model: Any, tokenizer: Any, prompts: list[Prompt], step: int, emit: E
                     max_new_tokens=min(96, len(prompt.expected) + 16),
                     max_time=(SECONDS_AFTER if step else SECONDS_BEFORE) / len(prompts),
                     use_cache=True,
+                    synced_gpus=together,
                 )
 
                 told = _text(tokenizer, out[0, len(prompt.ids) :].tolist())
-                emit(Sample(step, _question(tokenizer, prompt.ids), told, _text(tokenizer, prompt.expected)))
+                emit(Sample(step, question(tokenizer, prompt.ids), told, _text(tokenizer, prompt.expected)))
     finally:
         model.train(training)
 
@@ -84,7 +91,7 @@ def _text(tokenizer: Any, ids: list[int]) -> str:
     return str(tokenizer.decode(ids, skip_special_tokens=True)).strip()
 
 
-def _question(tokenizer: Any, ids: list[int]) -> str:
+def question(tokenizer: Any, ids: list[int]) -> str:
     """What the user asks in a prompt, without what the chat template puts around it."""
     if tokenizer.chat_template:
         frame = render(tokenizer, [Message("user", _PROBE)], "chat template", prompt=True)

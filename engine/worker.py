@@ -134,6 +134,7 @@ def work(run: Run, rank: Rank, log: EventLog, pulse: Pulse) -> None:
         read_ahead,
         tell_fallbacks,
     )
+    from .models.sharding import splits
     from .warmup import Warmup
 
     say(Phase("looking for the model", recipe.model))
@@ -141,7 +142,8 @@ def work(run: Run, rank: Rank, log: EventLog, pulse: Pulse) -> None:
     remote_code.check(folder, wanted=recipe.trust_remote_code, model=recipe.model)
     resume = _newest_checkpoint(run, rank, say)
     source = resume.path if resume is not None and resolved.trains_base else folder
-    reading = read_ahead(source, resolved, device)
+    divided = splits(resolved)
+    reading = None if divided else read_ahead(source, resolved, device)
     say(Phase("importing", "transformers, peft and trl"))
     numerics = Numerics.of(resolved)
     head = head_size(folder) if resolved.attention == "sdpa" else None
@@ -189,7 +191,12 @@ def work(run: Run, rank: Rank, log: EventLog, pulse: Pulse) -> None:
         rows=lambda: first_batches(rows.train, tokenizer),
         resumed=resume.path if resume is not None else None,
     )
-    model, whole_layers = _trainable_model(run, source, device, say, reading, ground)
+    if divided:
+        split, whole_layers = _split_model(run, rank, source, device, say, ground)
+        model = split.model
+    else:
+        split = None
+        model, whole_layers = _trainable_model(run, source, device, say, reading, ground)
     say(Phase("preparing the trainer"))
     order = order_for(recipe, resolved, rows, run_length.steps, rank.rank, rank.world)
     reporter = Reporter(
@@ -215,6 +222,7 @@ def work(run: Run, rank: Rank, log: EventLog, pulse: Pulse) -> None:
         emit=say,
         resumed=resume is not None,
         whole_layers=whole_layers,
+        split=split,
         identity=known,
     )
     trainer = make_trainer(job)
@@ -228,14 +236,17 @@ def work(run: Run, rank: Rank, log: EventLog, pulse: Pulse) -> None:
     if not before_training(trainer, job):
         reporter.stopped = True
         return
-    prompts = held_out_prompts(rows.evaluation) if rank.rank == 0 and resolved.method not in SHOWS_ITSELF else []
+    asks = (rank.rank == 0 or divided) and resolved.method not in SHOWS_ITSELF
+    prompts = held_out_prompts(rows.evaluation) if asks else []
 
     def sample(step: int) -> None:
         if prompts:
             say(Phase("answering held-out prompts"))
-            answer(trainer.model, tokenizer, prompts, step, say, job.numerics.context(device))
+            answer(trainer.model, tokenizer, prompts, step, say, job.numerics.context(device), together=divided)
+            if split is not None:
+                split.release()
 
-    waits = resume is None and can_wait(model)
+    waits = resume is None and not divided and can_wait(model)
 
     def after_first_step() -> None:
         tell_fallbacks(model, say)
@@ -259,8 +270,9 @@ def work(run: Run, rank: Rank, log: EventLog, pulse: Pulse) -> None:
     with averaged(trainer.optimizer):
         sample(trainer.state.global_step)
         say(Phase("writing the result", "output"))
-        if rank.rank == 0:
-            _write_result(run, trainer, tokenizer, folder)
+        with trainer.whole_model() as whole:
+            if rank.rank == 0:
+                _write_result(run, trainer.state.global_step, whole, tokenizer, folder)
     barrier()
 
 
@@ -337,16 +349,44 @@ def _trainable_model(run: Run, source: Any, device: Any, say: Any, reading: Any,
     return model, whole
 
 
-def _write_result(run: Run, trainer: Any, tokenizer: Any, folder: Any) -> None:
+def _split_model(run: Run, rank: Rank, source: Any, device: Any, say: Any, ground: Any) -> tuple[Any, bool]:
+    """As :func:`_trainable_model`, for a model that is split over the ranks; a resumed adapter is in it already."""
+    import torch
+
+    from .models.adapt import adapt
+    from .models.layers import checkpoint_layers
+    from .models.load import patch_kernels
+    from .models.sharding import load_whole, lowered_to, split, twin_of
+    from .models.stand_in import stood_in
+    from .trainers.state import read_adapter
+
+    recipe, resolved, first = run.recipe, run.plan.resolved, rank.rank == 0
+    model = load_whole(source, resolved, say)
+    with torch.device("cpu" if first else "meta"):
+        model = adapt(model, resolved, recipe.model, ground)
+    if first and ground.resumed is not None and not resolved.trains_base:
+        read_adapter(model, ground.resumed)
+    twin = twin_of(model) if first else None
+    whole = False
+    if device.type == "cuda":
+        say(Phase("putting kernels on the model"))
+        with stood_in(model, device, lowered_to(resolved)):
+            whole = patch_kernels(model, resolved, device, say)
+    if not whole:
+        checkpoint_layers(model, resolved, say)
+    say(Phase("splitting the model", f"{rank.world} ranks"))
+    return split(model, resolved, device, twin), whole
+
+
+def _write_result(run: Run, step: int, model: Any, tokenizer: Any, folder: Any) -> None:
     """The best weights where they were kept and did better, else the last ones; with a note which these are."""
     from .trainers.best import note, take_best, told_losses
     from .trainers.save import save_result
 
-    step = trainer.state.global_step
     last = told_losses(run).get(step)
     best = take_best(run.best_path, run.output_path, last)
     if best is None:
-        save_result(run.output_path, trainer.model, tokenizer, folder)
+        save_result(run.output_path, model, tokenizer, folder)
         note(run.output_path, step, last)
     else:
         run.append(LogLine(0, f"the result is of step {best}, which did best on held-out rows"))

@@ -47,10 +47,10 @@ _TILE: dict[States, tuple[int, int]] = {"8bit": (4, 4), "bf16": (8, 8), "fp32": 
 #: Of a thread that works on 8-bit states: six programs share a processor then, and one computes while others wait for
 #: memory. On an H200 that beat reading the next tile ahead, which takes 96 or more.
 _REGISTERS = 80
+_STAGES = 1  # tiles with 8-bit states that are read or worked on at a time; more than one lie in shared memory
 _COLUMNS = 7  # of the table: addresses of p, g, m, v and the scales of m and v; number of values
 _TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
-_8BIT = tl.constexpr(0)
-_BF16 = tl.constexpr(1)
+_8BIT, _BF16 = tl.constexpr(0), tl.constexpr(1)
 
 
 @triton.jit
@@ -116,7 +116,7 @@ def _pointer(table_ptr, tensor, COLUMN: tl.constexpr, COLUMNS: tl.constexpr, TYP
 def _kernel(
     table_ptr, tensor_ptr, chunk_ptr, values_ptr, factor_ptr, beta1, beta2, new1, new2, eps, decay, root2, key,
     P: tl.constexpr, G: tl.constexpr, STATE: tl.constexpr, STOCHASTIC: tl.constexpr, ALIGNED: tl.constexpr,
-    COLUMNS: tl.constexpr, TILES: tl.constexpr, BLOCKS: tl.constexpr, BLOCK: tl.constexpr,
+    COLUMNS: tl.constexpr, TILES: tl.constexpr, BLOCKS: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     tensor = tl.load(tensor_ptr + tl.program_id(0)).to(tl.int64)
     chunk = tl.load(chunk_ptr + tl.program_id(0)).to(tl.int64)
@@ -147,7 +147,7 @@ def _kernel(
     bits = _mix(seed + place.to(tl.uint32))
     if STATE == _8BIT:
         values = tl.load(values_ptr + tl.arange(0, 512))
-    for tile in range(TILES):
+    for tile in tl.range(TILES, num_stages=STAGES):
         block = tile * BLOCKS + tl.arange(0, BLOCKS)[:, None]
         some = block * BLOCK < left
         at = block * BLOCK + tl.arange(0, BLOCK)[None, :]
@@ -354,7 +354,8 @@ class AdamW(torch.optim.Optimizer):
                 _key(self._seed, t, members[0][0]),
                 P=_TYPES[kind.p], G=_TYPES[kind.g], STATE=STATES.index(kind.states),
                 STOCHASTIC=group["stochastic"] and kind.p == torch.bfloat16, ALIGNED=kind.aligned,
-                COLUMNS=_COLUMNS, TILES=_TILES, BLOCKS=blocks, BLOCK=BLOCK, num_warps=warps,
+                COLUMNS=_COLUMNS, TILES=_TILES, BLOCKS=blocks, BLOCK=BLOCK,
+                STAGES=_STAGES if kind.states == "8bit" else 1, num_warps=warps,
                 **({"maxnreg": _REGISTERS} if limited else {}),
             )  # fmt: skip
 

@@ -7,6 +7,7 @@ output out of that graph, for the caller to keep, to move or to compute again.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import Any
@@ -103,7 +104,7 @@ def attend(
         return head if len(packed.shape) == head.dim() else _end_to_end(head)
 
     with torch.enable_grad():
-        leaves = _Source.apply(torch.zeros((), requires_grad=True), q, k, v)
+        leaves = _Source.apply(_anchor(), q, k, v)
         queries, keys, values = leaves
         with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
             if documents is not None:
@@ -111,9 +112,18 @@ def attend(
             else:
                 out = _over_rows(queries, keys, values, mask, scale)
     heads = (q, k, v, out)
+    memories = [_memory(head) for head in heads]
     for item in saved:
         assert item.tensor is not None
-        item.place = next((place for place, head in enumerate(heads) if _is_view(item.tensor, head)), -1)
+        mine = _memory(item.tensor)
+        item.place = next(
+            (
+                place
+                for place, (memory, head) in enumerate(zip(memories, heads, strict=True))
+                if mine == memory and _is_view(item.tensor, head)
+            ),
+            -1,
+        )
         if item.place >= 0:
             item.shape, item.tensor = item.tensor.shape, None
     edges = [torch.autograd.graph.get_gradient_edge(leaf) for leaf in leaves]
@@ -179,18 +189,28 @@ def _end_to_end(heads: torch.Tensor) -> torch.Tensor:
     return heads.transpose(1, 2).reshape(-1, heads.shape[1], heads.shape[3])
 
 
+@functools.cache
+def _anchor() -> torch.Tensor:
+    """What makes a function's outputs part of a graph; it is given no gradient, so one serves all."""
+    return torch.zeros((), requires_grad=True)
+
+
+def _memory(tensor: torch.Tensor) -> tuple[Hashable, ...]:
+    """What views of the same values have in common."""
+    return _address(tensor), tensor.numel(), tensor.dtype
+
+
 def _is_view(tensor: torch.Tensor, head: torch.Tensor) -> bool:
-    """Whether a tensor shows the memory of queries, keys, values or outputs, as they are or end to end.
+    """Whether a tensor of a head's memory shows queries, keys, values or outputs as they are or end to end.
 
     A step along a dimension of one element is never taken, and what it would be differs from view to view.
     """
-    if (_address(tensor), tensor.numel(), tensor.dtype) != (_address(head), head.numel(), head.dtype):
-        return False
     if tensor.dim() == 3 and head.dim() == 4:
         head = _end_to_end(head)  # a copy, if it can't be a view; its memory is another then
-    same = tensor.shape == head.shape and _address(tensor) == _address(head)
+    if tensor.shape != head.shape or _address(tensor) != _address(head):
+        return False
     steps = zip(tensor.shape, tensor.stride(), head.stride(), strict=False)
-    return same and all(size == 1 or mine == other for size, mine, other in steps)
+    return all(size == 1 or mine == other for size, mine, other in steps)
 
 
 def _address(tensor: torch.Tensor) -> Hashable:

@@ -30,7 +30,7 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 
 from . import selfcheck
-from .launch import INTERPRETED, MAX_COLUMNS, as_rows, on, row_tile
+from .launch import INTERPRETED, MAX_COLUMNS, as_rows, cdiv, launch, row_tile
 from .nf4 import scratch
 
 E4M3 = torch.float8_e4m3fn
@@ -166,19 +166,14 @@ def quantise(x: torch.Tensor, fold: torch.Tensor | None = None, *, power: bool =
     data = torch.empty(rows, columns, dtype=torch.float32 if INTERPRETED else E4M3, device=x.device)
     scale = torch.empty(rows, dtype=torch.float32, device=x.device)
     tile_rows, block, _ = row_tile(columns)
+    tensors, how = (x, scale if fold is None else fold, data, scale), (fold is not None, power)
     if x.numel() and columns > _WHOLE:
-        with on(x):
-            _quantise_pieces_kernel[(rows,)](
-                x, scale if fold is None else fold, data, scale, columns, x.stride(0),
-                FOLD=fold is not None, POWER=power, BLOCK=_PIECE, num_warps=_PIECE_WARPS,
-            )  # fmt: skip
+        sizes: tuple[int, ...] = (columns, x.stride(0))
+        launch(_quantise_pieces_kernel, (rows,), tensors, sizes, (*how, _PIECE), num_warps=_PIECE_WARPS)
     elif x.numel():
-        with on(x):
-            _quantise_kernel[(triton.cdiv(rows, tile_rows),)](
-                x, scale if fold is None else fold, data, scale, rows, columns, x.stride(0),
-                FOLD=fold is not None, POWER=power, ROWS=tile_rows, BLOCK=block,
-                num_warps=4 if block <= 4096 else 8,
-            )  # fmt: skip
+        sizes, warps = (rows, columns, x.stride(0)), 4 if block <= 4096 else 8
+        grid = (cdiv(rows, tile_rows),)
+        launch(_quantise_kernel, grid, tensors, sizes, (*how, tile_rows, block), num_warps=warps)
     return Quantised(data.to(E4M3).view(torch.uint8), scale)
 
 
@@ -198,10 +193,8 @@ def dequantise(weight: FP8, out: torch.Tensor | None = None) -> torch.Tensor:
     if not multiplies(out.device) or not weight.data.is_contiguous():
         return out.copy_(weight.data.view(E4M3).float() * weight.scale[:, None])
     block = 1024
-    with on(out):
-        _dequantise_kernel[(rows, triton.cdiv(columns, block))](
-            weight.data.view(E4M3), weight.scale, out, columns, BLOCK=block, num_warps=4
-        )
+    tensors = (weight.data.view(E4M3), weight.scale, out)
+    launch(_dequantise_kernel, (rows, cdiv(columns, block)), tensors, (columns,), (block,), num_warps=4)
     return out
 
 
@@ -211,10 +204,8 @@ def transposed(data: torch.Tensor) -> torch.Tensor:
     out = scratch((columns, rows), torch.uint8, data.device)
     if not multiplies(data.device):
         return out.copy_(data.t())
-    with on(data):
-        _transpose_kernel[(triton.cdiv(rows, _TILE), triton.cdiv(columns, _TILE))](
-            data, out, rows, columns, data.stride(0), out.stride(0), TILE=_TILE, num_warps=8
-        )
+    numbers = (rows, columns, data.stride(0), out.stride(0))
+    launch(_transpose_kernel, (cdiv(rows, _TILE), cdiv(columns, _TILE)), (data, out), numbers, (_TILE,), num_warps=8)
     return out
 
 

@@ -35,15 +35,28 @@ _BLOCK = 1024  # 8 bf16 values (16 bytes) per thread and array at 4 warps
 
 
 @triton.jit
-def _activate(gate, ACTIVATION: tl.constexpr):
+def _sigmoid(x, QUICK: tl.constexpr):
+    """1 / (1 + e⁻ˣ). A division takes eight instructions and e to a power six; quick, 1/√² takes two and 2 to a power
+    two, and what is rounded to 16 bits afterwards knows no difference.
+    """
+    if QUICK:
+        root = tl.rsqrt(1.0 + tl.exp2(x * -1.4426950408889634))
+        sigma = root * root
+    else:
+        sigma = tl.sigmoid(x)
+    return sigma
+
+
+@triton.jit
+def _activate(gate, ACTIVATION: tl.constexpr, QUICK: tl.constexpr):
     """f and f' of fp32 values."""
     if ACTIVATION == _SILU:
-        sigma = tl.sigmoid(gate)
+        sigma = _sigmoid(gate, QUICK)
         value = gate * sigma
         slope = sigma * (1.0 + gate * (1.0 - sigma))
     elif ACTIVATION == _GELU_TANH:
         square = gate * gate
-        sigma = tl.sigmoid(1.5957691216057308 * gate * (1.0 + 0.044715 * square))
+        sigma = _sigmoid(1.5957691216057308 * gate * (1.0 + 0.044715 * square), QUICK)
         value = gate * sigma
         slope = sigma + value * (1.0 - sigma) * 1.5957691216057308 * (1.0 + 0.134145 * square)
     else:
@@ -65,7 +78,7 @@ def _forward(
     inside = column < n_columns
     gate = tl.load(gate_ptr + row * gate_stride + column, mask=inside, other=0.0).to(tl.float32)
     up = tl.load(up_ptr + row * up_stride + column, mask=inside, other=0.0).to(tl.float32)
-    value, _ = _activate(gate, ACTIVATION)
+    value, _ = _activate(gate, ACTIVATION, False)
     tl.store(h_ptr + row * h_stride + column, (value * up).to(h_ptr.dtype.element_ty), mask=inside)
 
 
@@ -82,7 +95,7 @@ def _backward(
     dh = tl.load(dh_ptr + row * dh_stride + column, mask=inside, other=0.0).to(tl.float32)
     gate = tl.load(gate_ptr + row * gate_stride + column, mask=inside, other=0.0).to(tl.float32)
     up = tl.load(up_ptr + row * up_stride + column, mask=inside, other=0.0).to(tl.float32)
-    value, slope = _activate(gate, ACTIVATION)
+    value, slope = _activate(gate, ACTIVATION, False)
     # Every load stands before every store, so an output may share its memory with an input.
     tl.store(dgate_ptr + row * dgate_stride + column, (dh * up * slope).to(dgate_ptr.dtype.element_ty), mask=inside)
     tl.store(dup_ptr + row * dup_stride + column, (dh * value).to(dup_ptr.dtype.element_ty), mask=inside)

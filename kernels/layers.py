@@ -53,7 +53,7 @@ class Found:
 
     Args:
         mlp: the names of its parts; qkv: the names of attention's.
-        norms: their forms, by where they stand.
+        norms: their forms, by where they stand; names: their own, and whether they are attention's, likewise.
         layout: of the rotary embedding; None if the layer does not use its tables.
         residual: what is added to the hidden states is multiplied by it.
         rotates_first: queries and keys are normed after the rotary embedding.
@@ -62,6 +62,7 @@ class Found:
 
     mlp: recognise.GatedMLP
     norms: dict[str, recognise.Norm]
+    names: dict[str, tuple[str, bool]]
     qkv: tuple[str, ...]
     layout: Layout | None
     policy: Policy
@@ -156,7 +157,9 @@ def found(module: Any, dtype: torch.dtype, policy: Policy, *, parks: bool = Fals
     if isinstance(mlp, str):
         return mlp
     residual, first = getattr(module, "residual_multiplier", 1.0), _rotates_first(attention, inner)
-    return Found(mlp, norms, qkv, layout, policy, residual=residual, rotates_first=first, parks=parks)
+    return Found(
+        mlp, norms, _norm_names(module), qkv, layout, policy, residual=residual, rotates_first=first, parks=parks
+    )
 
 
 def build(module: Any, what: Found, x: torch.Tensor) -> tuple[Layer, list[torch.Tensor]] | str:
@@ -171,7 +174,9 @@ def build(module: Any, what: Found, x: torch.Tensor) -> tuple[Layer, list[torch.
         return f"its input is {x.dtype} and computes in {dtype}"
     gate_up = [getattr(mlp, name) for name in (what.mlp.gate, what.mlp.up) if name]
     modules = [*(getattr(attention, name) for name in (*what.qkv, "o_proj")), *gate_up, getattr(mlp, what.mlp.down)]
-    norms = norm_modules(module)
+    norms = {
+        place: (attention if inner else module)._modules[name] for place, (name, inner) in what.names.items()
+    }  # fmt: skip
     if adapters.hooked(attention, mlp, *modules, *norms.values()):
         return "something listens to its parts"
     if module.training and getattr(attention, "attention_dropout", 0.0):
@@ -302,9 +307,17 @@ def own_forward(self: Any, what: Found, args: tuple[Any, ...], kwargs: dict[str,
 def norm_modules(module: Any) -> dict[str, Any]:
     """The norms of a layer by where they stand, in the order of :class:`.decoder_layer.Norms`."""
     attention = module.self_attn
+    return {
+        place: getattr(attention if inner else module, name) for place, (name, inner) in _norm_names(module).items()
+    }
+
+
+def _norm_names(module: Any) -> dict[str, tuple[str, bool]]:
+    """The names of these norms, and whether they are attention's; the same of every layer that is built alike."""
+    attention = module.self_attn
     inner = next((names for names in _INNER if all(hasattr(attention, name) for name in names)), {})
-    modules = {place: getattr(module, name) for name, place in _around(module).items()}
-    return modules | {place: getattr(attention, name) for name, place in inner.items()}
+    around = {place: (name, False) for name, place in _around(module).items()}
+    return around | {place: (name, True) for name, place in inner.items()}
 
 
 def _children(module: nn.Module) -> list[str]:

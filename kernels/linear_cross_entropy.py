@@ -32,7 +32,7 @@ import triton
 import triton.language as tl
 from torch.autograd.function import once_differentiable
 
-from .launch import as_rows, next_power_of_2, on
+from .launch import as_rows, cdiv, launch, next_power_of_2
 from .token_weights import Weighting, token_weights, top_entropy
 from .wide import add_mm_fp32, mm_fp32
 
@@ -41,6 +41,10 @@ CHUNK_ROWS = 1024
 #: Of 28 ways to go through a row of 128,256 words on an H200 the fastest; it is read twice, from memory and from cache.
 _BLOCK, _WARPS = 16384, 32
 _LANE = 8  # values of a block that lie with one thread
+#: Blocks that are read or worked on at a time: more than one lie in shared memory, and from 128 KiB of it on a
+#: processor has one row under way, so that fewer wait in the cache for their second reading.
+_STAGES = 1
+_LAST_USE = "evict_first"  # of the cache, what a row is done with goes before what is read again
 _WEIGHTINGS: dict[Weighting, int] = {"nll": 0, "dft": 1, "eaft": 2}
 
 
@@ -53,9 +57,9 @@ def _tanh(x):
 
 
 @triton.jit
-def _logits(base, column, n_columns, scale, cap, CAPPED: tl.constexpr):
+def _logits(base, column, n_columns, scale, cap, CAPPED: tl.constexpr, EVICT: tl.constexpr):
     """Logits as they are stored, to the base 2 (times log2(e)), and the slope of the cap there."""
-    read = tl.load(base + column, mask=column < n_columns, other=0.0).to(tl.float32)
+    read = tl.load(base + column, mask=column < n_columns, other=0.0, eviction_policy=EVICT).to(tl.float32)
     slope = 1.0
     if CAPPED:
         capped = _tanh(read * (scale / cap))
@@ -70,6 +74,7 @@ def _logits(base, column, n_columns, scale, cap, CAPPED: tl.constexpr):
 def _rows_kernel(
     logits_ptr, label_ptr, loss_ptr, right_ptr, weight_ptr, stride, n_columns, scale, cap, z_weight,
     CAPPED: tl.constexpr, GRADIENT: tl.constexpr, WEIGHTING: tl.constexpr, BLOCK: tl.constexpr, LANE: tl.constexpr,
+    STAGES: tl.constexpr, LAST_USE: tl.constexpr,
 ):  # fmt: skip
     """Loss of one row, and its gradient written over its logits. A row labelled -1 has neither.
 
@@ -87,12 +92,14 @@ def _rows_kernel(
                 inside = start + column < n_columns
                 tl.store(base + start + column, tl.zeros([BLOCK], logits_ptr.dtype.element_ty), mask=inside)
     else:
+        known = (label >= 0) & (label < n_columns)
+        target, slope_there = _logits(base, tl.where(known, label, n_columns), n_columns, scale, cap, CAPPED, "")
         # Each thread keeps the largest value and the sum of what it has seen; they meet once, behind the loop. Not
         # −∞: the difference of two such is no number.
         tops = tl.full([BLOCK // LANE], -1e30, tl.float32)
         totals = tl.zeros([BLOCK // LANE], tl.float32)
-        for start in range(0, n_columns, BLOCK):
-            z, _ = _logits(base, start + column, n_columns, scale, cap, CAPPED)
+        for start in tl.range(0, n_columns, BLOCK, num_stages=STAGES):
+            z, _ = _logits(base, start + column, n_columns, scale, cap, CAPPED, "")
             z = tl.reshape(tl.where(start + column < n_columns, z, float("-inf")), [BLOCK // LANE, LANE])
             new_tops = tl.maximum(tops, tl.max(z, axis=1))
             totals = totals * tl.exp2(tops - new_tops) + tl.sum(tl.exp2(z - new_tops[:, None]), axis=1)
@@ -101,8 +108,6 @@ def _rows_kernel(
         lse2 = top + tl.log2(tl.sum(totals * tl.exp2(tops - top), axis=0))
         lse = lse2 * 0.6931471805599453
 
-        known = (label >= 0) & (label < n_columns)
-        target, _ = _logits(base, tl.where(known, label, n_columns), n_columns, scale, cap, CAPPED)
         weight = 1.0
         if WEIGHTING == 1:
             weight = tl.exp2(target - lse2)
@@ -115,13 +120,17 @@ def _rows_kernel(
 
         if GRADIENT:
             factor = (weight + 2.0 * z_weight * lse) * scale
-            drop = weight * scale
-            for step in range(0, n_columns, BLOCK):
+            for step in tl.range(0, n_columns, BLOCK, num_stages=STAGES):
                 start = (tl.cdiv(n_columns, BLOCK) - 1) * BLOCK - step  # what was read last is still in the cache
-                z, slope = _logits(base, start + column, n_columns, scale, cap, CAPPED)
-                dz = tl.exp2(z - lse2) * factor - tl.where(start + column == label, drop, 0.0)
-                inside = start + column < n_columns
-                tl.store(base + start + column, (dz * slope).to(logits_ptr.dtype.element_ty), mask=inside)
+                at = start + column
+                z, slope = _logits(base, at, n_columns, scale, cap, CAPPED, LAST_USE)
+                dz = (tl.exp2(z - lse2) * factor * slope).to(logits_ptr.dtype.element_ty)
+                # Rows that are still to be read again need the cache more.
+                tl.store(base + at, dz, mask=at < n_columns, eviction_policy=LAST_USE)
+            # The label's own value is put right afterwards: looked for on the way, it is two of five instructions.
+            tl.debug_barrier()
+            dz = (tl.exp2(target - lse2) * factor - weight * scale) * slope_there
+            tl.store(base + label, dz.to(logits_ptr.dtype.element_ty), mask=known)
 
 
 @triton.jit
@@ -230,7 +239,6 @@ class _LinearCrossEntropy(torch.autograd.Function):
         # Rows that start at multiples of 64 values let cuBLAS and the row kernel use wide loads and stores.
         pitch = -(-words // 64) * 64
         buffer = torch.empty(min(n, wait), pitch, dtype=h.dtype, device=h.device)[:, :words]
-        block = min(_BLOCK, max(_LANE, next_power_of_2(words)))
         for first in range(0, n, max(1, wait)):
             index = rows[first : first + wait]
             part = h.index_select(0, index.clamp_max(h.shape[0] - 1))
@@ -239,13 +247,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 mine = part[start : start + chunk_rows]
                 torch.mm(mine, w.t(), out=logits)
                 weights = top_entropy(logits, logit_scale, softcap) if weighting == "eaft" else losses
-                with on(h):
-                    _rows_kernel[(mine.shape[0],)](
-                        logits, targets[among], losses[among], right[among], weights, logits.stride(0), words,
-                        float(logit_scale), float(softcap or 1.0), float(z_loss),
-                        CAPPED=softcap is not None, GRADIENT=h_grad or w_grad, WEIGHTING=_WEIGHTINGS[weighting],
-                        BLOCK=block, LANE=_LANE, num_warps=max(1, min(_WARPS, block // (32 * _LANE))),
-                    )  # fmt: skip
+                figures = (targets[among], losses[among], right[among], weights)
+                rows_of_loss(logits, figures, logit_scale, softcap, z_loss, weighting, gradient=h_grad or w_grad)
                 if dh is not None:
                     _place(mm_fp32(logits, w), index[start : start + chunk_rows], factor, dh)
             if dw is not None:
@@ -270,11 +273,29 @@ class _LinearCrossEntropy(torch.autograd.Function):
         (dh, dw), ctx.gradients = ctx.gradients, None
         for gradient in (dh, dw):
             if gradient is not None and gradient.numel():
-                with on(gradient):
-                    _scale_kernel[(triton.cdiv(gradient.numel(), 4096),)](
-                        gradient, dloss, gradient.numel(), BLOCK=4096, num_warps=8
-                    )
+                n = gradient.numel()
+                launch(_scale_kernel, (cdiv(n, 4096),), (gradient, dloss), (n,), (4096,), num_warps=8)
         return dh.view(ctx.shape) if dh is not None else None, dw, None, None, None
+
+
+def rows_of_loss(
+    logits: torch.Tensor, figures: tuple[torch.Tensor, ...], logit_scale: float, softcap: float | None, z_loss: float,
+    weighting: Weighting, *, gradient: bool,
+) -> None:  # fmt: skip
+    """The loss of each row of ``logits`` ``[rows, words]``, which become its gradient if that is asked for.
+
+    Args:
+        figures: for each row its target, int64, -1 for none; then, to be filled, its loss in fp32 and whether no logit
+            is above its target's, int32; then how much it counts, which only ``eaft`` looks at.
+    """
+    words = logits.shape[1]
+    block = min(_BLOCK, max(_LANE, next_power_of_2(words)))
+    launch(
+        _rows_kernel, (logits.shape[0],), (logits, *figures),
+        (logits.stride(0), words, float(logit_scale), float(softcap or 1.0), float(z_loss)),
+        (softcap is not None, gradient, _WEIGHTINGS[weighting], block, _LANE, _STAGES, _LAST_USE),
+        num_warps=max(1, min(_WARPS, block // (32 * _LANE))),
+    )  # fmt: skip
 
 
 def _rows_that_wait(n: int, features: int, chunk_rows: int) -> int:
@@ -323,10 +344,8 @@ def _select(
 def _place(source: torch.Tensor, rows: torch.Tensor, factor: torch.Tensor, out: torch.Tensor) -> None:
     columns = source.shape[1]
     block = min(2048, next_power_of_2(columns))
-    with on(source):
-        _place_kernel[(source.shape[0], triton.cdiv(columns, block))](
-            source, rows, factor, out, columns, out.stride(0), BLOCK=block, num_warps=4
-        )
+    grid, strides = (source.shape[0], cdiv(columns, block)), (columns, out.stride(0))
+    launch(_place_kernel, grid, (source, rows, factor, out), strides, (block,), num_warps=4)
 
 
 def linear_cross_entropy_reference(

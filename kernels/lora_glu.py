@@ -31,6 +31,7 @@ MAX_RANK = 64
 _FORWARD = (32, 128, 4)
 _BACKWARD = (32, 64, 4)
 _STAGES = 2  # of the loop over rows: the next tile is on its way while one is worked on
+_REGISTERS: int | None = None  # of a thread of the backward pass: fewer let more programs share a processor
 #: Programs that walk down the rows, per processor.
 _WAVES = 8
 
@@ -71,7 +72,7 @@ def _forward(
     b_u = _load(b_u_ptr + first_column * rank, at, small)
     gate = _times(xa_g, b_g, WIDE) * s_g + g.to(tl.float32)
     up = _times(xa_u, b_u, WIDE) * s_u + u.to(tl.float32)
-    value, _ = _activate(gate, ACTIVATION)
+    value, _ = _activate(gate, ACTIVATION, g_ptr.dtype.element_ty != tl.float32)
     h = (value * up).to(h_ptr.dtype.element_ty)
     tl.store(h_ptr + first_row * h_stride + first_column + row[:, None] * h_stride + column[None, :], h, mask=inside)
 
@@ -108,7 +109,7 @@ def _backward(
         ).to(tl.float32)
         gate = _times(xa_g, b_g, WIDE) * s_g + _load(g_at, g_tile, inside).to(tl.float32)
         up = _times(xa_u, b_u, WIDE) * s_u + _load(u_at, u_tile, inside).to(tl.float32)
-        value, slope = _activate(gate, ACTIVATION)
+        value, slope = _activate(gate, ACTIVATION, g_ptr.dtype.element_ty != tl.float32)
         dg = (dh * up * slope).to(g_ptr.dtype.element_ty)
         du = (dh * value).to(g_ptr.dtype.element_ty)
         tl.store(g_at + g_tile, dg, mask=inside)
@@ -197,7 +198,7 @@ def backward(
         _backward, (blocks, pieces), (dh, g, u, *xa, *b, down, sums),
         (n_rows, n_columns, rank, length, *strides, *scalings),
         (ACTIVATIONS.index(activation), dha is not None, padded, wide, rows, columns),
-        num_warps=warps, num_stages=_STAGES,
+        num_warps=warps, num_stages=_STAGES, **({} if _REGISTERS is None else {"maxnreg": _REGISTERS}),
     )  # fmt: skip
     launch(_add_kernel, (cdiv(n_columns, 64), 2), (sums, db), (n_columns, rank, pieces), (padded, 64), num_warps=4)
     return Gradients(db[0], db[1], torch.sum(sums[:, 2, :rank], dim=0) if dha is not None else None)

@@ -31,6 +31,9 @@ Form = Literal["cast-first", "cast-last", "one-plus"]
 FORMS: tuple[Form, ...] = get_args(Form)
 
 _PROGRAMS = 2  # per processor where the weight is trained: each leaves one row of partial sums
+#: Tiles of such a program that are on their way while one is worked on, and what they may take of shared memory: two
+#: programs share the 100 KiB of an Ada processor; a wide row's has one to itself.
+_AHEAD, _AHEAD_BYTES, _ALONE_BYTES = 2, 48 * 1024, 96 * 1024
 _CAST_FIRST = tl.constexpr(0)
 _ONE_PLUS = tl.constexpr(2)
 
@@ -70,26 +73,20 @@ def _backward(
     dy_ptr, dsum_ptr, x_ptr, weight_ptr, rstd_ptr, dx_ptr, dweight_ptr,
     n_rows, n_columns, dy_stride, dsum_stride, x_stride,
     FORM: tl.constexpr, ADD: tl.constexpr, WEIGHT_GRAD: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
     column = tl.arange(0, BLOCK)
     weight = tl.load(weight_ptr + column, mask=column < n_columns, other=0.0).to(tl.float32)
     if FORM == _ONE_PLUS:
         weight += 1.0
     dweight = tl.zeros([BLOCK], dtype=tl.float32)
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS).to(tl.int64)
-    inside = (row < n_rows)[:, None] & (column < n_columns)[None, :]
-    next_x = tl.load(x_ptr + row[:, None] * x_stride + column[None, :], mask=inside, other=0.0)
-    next_dy = tl.load(dy_ptr + row[:, None] * dy_stride + column[None, :], mask=inside, other=0.0)
-    # With a frozen weight there is one program per tile and this loop runs once.
-    for tile in range(tl.program_id(0), tl.cdiv(n_rows, ROWS), tl.num_programs(0)):
+    # With a frozen weight there is one program per tile and this loop runs once; else the next tiles are on their way
+    # through shared memory while this one is worked on, whose registers are full.
+    for tile in tl.range(tl.program_id(0), tl.cdiv(n_rows, ROWS), tl.num_programs(0), num_stages=STAGES):
         row = tile * ROWS + tl.arange(0, ROWS).to(tl.int64)
         inside = (row < n_rows)[:, None] & (column < n_columns)[None, :]
-        x, dy = next_x.to(tl.float32), next_dy.to(tl.float32)
-        if WEIGHT_GRAD:  # the next tile is on its way while this one is worked on
-            ahead = row + tl.num_programs(0) * ROWS
-            there = (ahead < n_rows)[:, None] & (column < n_columns)[None, :]
-            next_x = tl.load(x_ptr + ahead[:, None] * x_stride + column[None, :], mask=there, other=0.0)
-            next_dy = tl.load(dy_ptr + ahead[:, None] * dy_stride + column[None, :], mask=there, other=0.0)
+        x = tl.load(x_ptr + row[:, None] * x_stride + column[None, :], mask=inside, other=0.0).to(tl.float32)
+        dy = tl.load(dy_ptr + row[:, None] * dy_stride + column[None, :], mask=inside, other=0.0).to(tl.float32)
         rstd = tl.load(rstd_ptr + row, mask=row < n_rows, other=0.0)
         normed = x * rstd[:, None]
         scaled = dy * weight[None, :]
@@ -167,21 +164,28 @@ def backward(
     tile_rows, block, warps = row_tile(columns)
     tiles = cdiv(n_rows, tile_rows)
     programs = min(tiles, _PROGRAMS * processors(x.device)) if weight_grad else tiles
+    tensors = (x, dy_rows) if dsum is None else (x, dy_rows, dsum_rows)
+    stages = _stages(tile_rows * block * sum(t.element_size() for t in tensors)) if weight_grad else 1
     # Partial sums are added in a fixed order afterwards, so that the weight's gradient is repeatable.
     partial = torch.empty((programs, columns), dtype=torch.float32, device=x.device) if weight_grad else rstd
     if n_rows:
         launch(
             _backward, (programs,), (dy_rows, dsum_rows, x, weight, rstd, dx, partial),
             (n_rows, columns, dy_rows.stride(0), dsum_rows.stride(0), x.stride(0)),
-            (FORMS.index(form), dsum is not None, weight_grad, tile_rows, block), num_warps=warps,
+            (FORMS.index(form), dsum is not None, weight_grad, tile_rows, block, stages), num_warps=warps,
         )  # fmt: skip
     if dy_rows is not dy:
         dx = dx.view(dy.shape)
     if not weight_grad:
         return dx, None
     dweight = torch.empty(columns, dtype=weight.dtype, device=x.device)
-    launch(_sum_rows, (cdiv(columns, 32),), (partial, dweight), (programs, columns), (64, 32), num_warps=4)
+    launch(_sum_rows, (cdiv(columns, 32),), (partial, dweight), (programs, columns), (128, 32), num_warps=8)
     return dx, dweight
+
+
+def _stages(tile_bytes: int) -> int:
+    """Of the loop over tiles: one that is worked on, and those that are read ahead."""
+    return 1 + min(_AHEAD, max(_AHEAD_BYTES // tile_bytes, int(tile_bytes <= _ALONE_BYTES)))
 
 
 class _RMSNorm(torch.autograd.Function):

@@ -55,7 +55,8 @@ def activation_bytes(
         if eager:  # softmax, in fp32 and in 16 bits, and a soft cap's tanh; keys and values copied for every head
             scores = (4.0 if architecture.model_type == "gpt_oss" else 8.0) * architecture.heads * sequence_length
             attention += scores + 2 * c * (q - kv)
-        dense = layer.inner - round(layer.experts_per_token * layer.expert_width)
+        routed_width = round(layer.experts_per_token * layer.expert_width)
+        dense = layer.inner - routed_width
         inner = dense * c * _mlp_tensors(architecture, stack, c, tuning == "full" and not mixed)
         trained = tuning == "full" or architecture.expert_lora(layer, 1, targets) > 0
         routed = _routed(architecture, layer, c, stack, trained=trained, counted=tuning == "full")
@@ -69,14 +70,18 @@ def activation_bytes(
                 size += 3 * c * hidden  # what the norm answers in fp32 is cast for each of five products by itself
         else:
             if kind in KEPT:
-                size += KEPT[kind].per_token(chosen[number]) + (c * layer.norm_width if kind == "norms" else 0.0)
+                norms = kind in ("norms", "adapter-v2")  # whose weights are trained
+                size += KEPT[kind].per_token(chosen[number]) + (c * layer.norm_width if norms else 0.0)
             else:
                 size += _adapter_inputs(layer, chosen[number], rank, adapter, c, stack, dropout)
                 if kind == "adalora":  # what its singular values scaled is divided by their number
                     size += (c if stack.autocast else adapter) * sum(module.d_out for module in chosen[number])
             # DoRA keeps its scaled output and that of base and pair (measured with saved-tensor hooks).
             size += dora * 3 * c * sum(module.d_out for module in chosen[number])
-        grow = _backward_growth(tuning, hidden, layer.inner, adapter, c, stack) + scores
+        at_once = layer.inner
+        if stack.linear_experts and layer.experts:  # one expert after the other, each over its share of the rows
+            at_once = dense + round(routed_width / layer.experts)
+        grow = _backward_growth(tuning, hidden, at_once, adapter, c, stack) + scores
         kinds.append((layer.count, size, grow))
     return kinds, max(size + grow for _, size, grow in kinds)
 

@@ -65,6 +65,7 @@ KEPT: dict[str, Kept] = {
     "trainable-tokens": Kept(),
     "adaption-prompt": Kept(),
     "norms": Kept(),
+    "adapter-v2": Kept(outputs=2.0),  # each output, which a trained factor scales (arXiv:2304.15010)
     "boft": Kept(inputs=2.0, outputs=2.0, square=6.0),
     "hra": Kept(inputs=4.0, square=4.0, square_by_rank=True),
     "c3a": Kept(inputs=4.0),

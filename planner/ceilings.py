@@ -39,6 +39,7 @@ class Ceilings:
         copy_gb_s: a copy within the device's memory, bytes read plus bytes written.
         to_device_gb_s, to_host_gb_s: copies from and to pinned host memory.
         all_reduce_gb_s: bus bandwidth of an all-reduce over all devices, 2 (n - 1) / n times its size over its time.
+        launch_us: microseconds from one kernel to the next of an eager layer that Python starts one by one.
         disk_gb_s: reading a file on the disk of the runs that is not in the page cache.
     """
 
@@ -52,6 +53,7 @@ class Ceilings:
     to_device_gb_s: float = 0.0
     to_host_gb_s: float = 0.0
     all_reduce_gb_s: float = 0.0
+    launch_us: float = 0.0
     disk_gb_s: float = 0.0
 
     def on(self, gpu: Gpu) -> Gpu:
@@ -67,6 +69,8 @@ class Ceilings:
             changes["fp32_tflops"] = self.fp32_tflops / gpu.achievable or gpu.fp32_tflops
         elif self.bf16_tflops:
             changes["achievable"] = min(1.0, self.bf16_tflops / gpu.bf16_tflops)
+        if self.launch_us:
+            changes["launch_s"] = self.launch_us / 1e6
         for field, measured, share in (
             ("bandwidth_gb_s", self.copy_gb_s, COPY_SHARE),
             ("pcie_gb_s", min(self.to_device_gb_s, self.to_host_gb_s), BUS_SHARE),

@@ -25,6 +25,8 @@ _CHARACTERS = 4
 _SHORTEST_ESTIMATE = 512
 #: How much longer than estimated the longest row is taken to be where memory is predicted.
 _ESTIMATE_MARGIN = 2
+#: Strategies of several devices.
+_SEVERAL = ("ddp", "fsdp")
 
 
 class Frame:
@@ -161,9 +163,10 @@ class Frame:
         if request.strategy == "single" and len(chosen) > 1:
             do = "Set hardware.gpus: 1, or strategy: ddp."
             raise RecipeError(f"strategy single can't use {len(chosen)} devices", where="hardware.strategy", do=do)
-        if request.strategy == "ddp" and len(chosen) < 2:
+        if request.strategy in _SEVERAL and len(chosen) < 2:
             do = "Set hardware.gpus to 2 or more on a machine that has them, or strategy: single."
-            raise HardwareError("strategy ddp needs at least two devices", where="hardware.strategy", do=do)
+            what = f"strategy {request.strategy} needs at least two devices"
+            raise HardwareError(what, where="hardware.strategy", do=do)
         return chosen
 
     def _batch(self) -> int:
@@ -204,7 +207,7 @@ class Frame:
     def _give_up_devices(self, batch: int) -> None:
         """Leave devices idle that were not asked for, until the rest share the batch evenly."""
         micro = self.recipe.micro_batch if self.recipe.micro_batch != "auto" else 1
-        fewest = 2 if self.recipe.hardware.strategy == "ddp" else 1
+        fewest = 2 if self.recipe.hardware.strategy in _SEVERAL else 1
         if self.recipe.hardware.gpus != "auto":
             return
         even = [n for n in range(len(self.gpus), fewest - 1, -1) if batch % (n * micro) == 0]

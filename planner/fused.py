@@ -89,6 +89,9 @@ def stack_on(architecture: Architecture, settings: Settings, stack: Stack, gpu: 
     Where layers do not run as one function, their norms and gated MLPs still have kernels of their own.
     """
     if not stack.whole_layers:
+        if stack.kbit_upcast and settings.sharing.weights and settings.quantization.startswith("nf4"):
+            # TRL and Axolotl leave 4-bit models that are sharded as they are (sft_trainer.py, loaders/model.py).
+            return _without_upcast(stack)
         return stack
     # Other adapters run as PEFT's own modules.
     known = settings.kind in ("", "lora-fp8", "freeze") and not settings.dora
@@ -96,6 +99,11 @@ def stack_on(architecture: Architecture, settings: Settings, stack: Stack, gpu: 
         return stack
     singly = settings.kernels and gpu.kind == "cuda" and architecture.gated and not architecture.layer_norm
     return _without_layers(stack, singly, gpu.kind == "cuda")
+
+
+@lru_cache(maxsize=32)
+def _without_upcast(stack: Stack) -> Stack:
+    return replace(stack, kbit_upcast=False)
 
 
 @lru_cache(maxsize=16)
@@ -171,7 +179,7 @@ def _inner_norms(architecture: Architecture, layer: Layer) -> int:
 
 def cast_bytes(architecture: Architecture, settings: Settings) -> float:
     """Bytes of the 16-bit copies of fp32 weights that one layer's products take: attention's or the MLP's at a time."""
-    if settings.weight_bytes == settings.compute_bytes or settings.quantized:
+    if settings.worked_bytes == settings.compute_bytes or settings.quantized:
         return 0.0
     blocks = [block for layer in architecture.layers for block in (layer.attention, layer.mlp)]
     return float(settings.compute_bytes) * max(sum(module.weight for module in block) for block in blocks)

@@ -53,6 +53,8 @@ class Gpu:
     link_gb_s: float = 0.0
     pcie_gb_s: float = 16.0
     kind: Literal["cuda", "cpu"] = "cuda"
+    launch_s: float = 0.0
+    """Seconds from one kernel to the next where Python starts them, if its host was measured."""
     source: str = ""
     aliases: tuple[str, ...] = ()
 

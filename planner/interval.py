@@ -19,7 +19,10 @@ FLOOR = 0.15 * 2**30
 #: What else may be unknown, to the share of (stored, moving) it may change.
 UNKNOWN: dict[str, tuple[float, float]] = {
     "stack": (0.05, 0.35),  # what the framework keeps was taken from its documentation
+    "program": (0.1, 0.5),  # which program ran is not known: it is taken for one on transformers' Trainer
     "length": (0.0, 0.35),  # only a bound on the longest row is known
+    "batch": (0.0, 1.0),  # how many rows a micro-batch has is left out, and taken for one
+    "short": (0.0, 0.8),  # rows are said to be short, whatever that is
     "checkpointing": (0.0, 0.4),  # whether layers compute again is what the program does unless told otherwise
     "metric": (0.03, 0.15),  # allocated, reserved or device: the figure's source does not say
     "compiled": (0.0, 0.25),  # a compiler decides what is kept and what is computed again
@@ -34,9 +37,9 @@ UNKNOWN: dict[str, tuple[float, float]] = {
 #: How far a prediction leans towards more where something is unknown, as a share of what that may change: too little
 #: memory ends a run, too much of it costs a few percent of a card.
 LEAN = 0.15
-#: Unknowns that need no leaning: a bound on the length is taken for it, a kernel that falls back is told, and of
-#: all ways to share, each device with a copy of its own needs most.
-_UPRIGHT = frozenset({"length", "kernels", "strategy"})
+#: Unknowns that need no leaning: a bound on the length is taken for it, a short row for a longer one, a kernel that
+#: falls back is told, and of all ways to share, each device with a copy of its own needs most.
+_UPRIGHT = frozenset({"length", "short", "kernels", "strategy"})
 
 
 def lean(*, stored: float, moving: float, unknown: tuple[str, ...] = ()) -> float:

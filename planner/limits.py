@@ -20,8 +20,8 @@ class HardwareRequest(Section):
     """Plan for this GPU of the catalog instead of for this machine."""
     gpus: Auto | Annotated[int, Field(ge=1)] | list[Annotated[int, Field(ge=0)]] = "auto"
     """How many GPUs, or which (``[0, 1]``). On the CPU: how many processes."""
-    strategy: Literal["auto", "single", "ddp"] = "auto"
-    """How several GPUs share the work."""
+    strategy: Literal["auto", "single", "ddp", "fsdp"] = "auto"
+    """How several GPUs share the work: under ``ddp`` each holds the whole model, ``fsdp`` splits it among them."""
     checkpointing: Literal["auto", "none", "selective", "offload", "full"] = "auto"
     """Activation checkpointing: recompute layers in the backward pass instead of keeping what they made. ``selective``
     recomputes as many as memory asks for, ``offload`` lets less be recomputed by keeping it in host memory."""
@@ -33,9 +33,9 @@ class HardwareRequest(Section):
     """Fused Triton kernels. ``auto`` uses those that prove themselves on this GPU."""
     shared: bool = False
     """Start although another run of finetui is at work on one of these GPUs."""
-    graphs: bool = False
+    graphs: Auto | bool = "auto"
     """Replay steps as CUDA graphs: for small models, whose kernels end sooner than the host launches the next. For sft
-    and pretrain on one GPU."""
+    and pretrain on one GPU. ``auto`` does so for adapters on packed rows, where that is predicted to pay."""
     usd_per_h: float | None = Field(None, gt=0)
     """What the machine costs per hour; without it a local one is free and others cost their cheapest offer."""
 

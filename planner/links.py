@@ -51,7 +51,7 @@ def communication_s(
         gradients = float(pairs * settings.adapter_bytes(stack))
     weights = float(width * architecture.parameters)
     if settings.quantized:
-        packed = architecture.linear_weights
+        packed = architecture.linear_weights + (architecture.expert_weights if stack.quantizes_experts else 0)
         weights = QUANTIZED_BYTES[settings.quantization] * packed + width * (architecture.parameters - packed)
     each, once = sent_bytes(how, world, weights=weights, gradients=gradients)
     link = _link(gpu, world)

@@ -58,6 +58,7 @@ def _device(kind: Literal["cuda", "cpu"], bf16: bool, generation: str) -> Gpu:
 def _peak_memory(
     architecture: Architecture, settings: Settings, stack: Stack, gpu: Gpu, unknown: tuple[str, ...]
 ) -> Memory:
+    settings = settings.under(stack)
     stack = stack_for(settings.method, stack_on(architecture, settings, stack, gpu))
     fixed = stored(architecture, settings, stack)
     shared = shares(architecture, settings, stack, fixed)
@@ -71,7 +72,7 @@ def _peak_memory(
     need, moving, unknown = needs[moment]
     terms, raised, allocated = moments[moment], need - moving, static + need
     slack = slack_bytes(moments, stack, gpu) + shared.whole.stranded
-    context = context_bytes(gpu, settings.world_size)
+    context = context_bytes(gpu, settings.world_size) + stack.context_gib * GIB
     device = allocated + slack + context
     parts = {
         "weights": shared.weights,
@@ -103,7 +104,10 @@ def unknowns(
     """What is not known: what the caller says, and what follows from model, settings and stack."""
     found = {
         "shapes": not architecture.exact,
-        "experts": settings.quantized and stack.quantizes_experts and architecture.expert_weights > 0,
+        "experts": settings.quantized
+        and stack.quantizes_experts
+        and not stack.linear_experts
+        and architecture.expert_weights > 0,
         "packed": settings.quantized and stack.keeps_packed_inputs > 0,
         "kernels": stack.whole_layers,
         "sharding": bool(settings.sharing.gathers) and moment != "optimizer",  # whose shares are plain fractions
@@ -137,6 +141,9 @@ def moments_of(
         "temporary": 0.0,
     }
     activations, gradients = _largest_backward(stages, settings, fixed, shared, 2.0 * hidden * tokens)
+    last = held_to_the_end(stages, settings, stack, 2.0 * hidden * tokens)
+    if last + shared.gradients + shared.whole.gradients > activations + gradients:
+        activations, gradients = last, shared.gradients + shared.whole.gradients
     # Autocast's 16-bit copies of the layers that are kept, and of the one that is computed again.
     copied = min((settings.kept(architecture.num_layers) + 1) / max(architecture.num_layers, 1), 1.0)
     layer = {
@@ -187,7 +194,7 @@ def stages_of(
             full = settings.tuning == "full"  # whose MLPs' rows go through at once
             adapters = 0 if full else max(len(modules) for _, modules in architecture.targeted(settings.targets))
             policy = policy if policy != "selective" else "full"
-            width, stream = settings.compute_bytes, 0 if settings.quantized else settings.weight_bytes
+            width, stream = settings.compute_bytes, 0 if settings.quantized else settings.worked_bytes
             need = layer_bytes(
                 architecture, settings.rank, adapters, policy, 0 if full else tokens, width=width,
                 stream=stream or width,
@@ -269,6 +276,22 @@ def _largest_backward(
     return worst
 
 
+def held_to_the_end(stages: list[Stage], settings: Settings, stack: Stack, each: float) -> float:
+    """Activations at the end of backward under FSDP1 over frozen layers, which holds what it should let go of; else 0.
+
+    When the first layer is at work, gradients of the inputs of all but two others have come to what forward kept.
+
+    Args:
+        each: bytes of one layer's input.
+    """
+    sharded = settings.sharing.gathers == "layers" and settings.tuning != "full"
+    again = [stage for stage in stages if stage.kept < stage.work]
+    if not (stack.holds_input_gradients and sharded and again):
+        return 0.0
+    kept = sum(stage.count * stage.kept for stage in stages)
+    return kept + again[-1].work + each * max(sum(stage.count for stage in again) - 2, 0)
+
+
 def kv_cache_bytes(architecture: Architecture, settings: Settings) -> float:
     """Keys and values of all answers that one optimiser step learns from: they are generated at once.
 
@@ -309,7 +332,9 @@ def slack_bytes(moments: dict[Moment, dict[str, float]], stack: Stack, gpu: Gpu)
         # Those of a whole step: which layer of backward is the worst, and what has a gradient by then, may change.
         gradients = max(moments["loss"]["gradients"], moments["optimizer"]["gradients"])
         return 0.005 * moving + 0.12 * GIB + 0.15 * gradients
-    share = 0.5 if stack.loss == "logits" else 0.1
+    share = 0.1
+    if stack.loss == "logits":  # as much as its widest copy and the 16-bit one: 6 to 7 bytes a logit, fused or not
+        share = min(stack.logit_gaps / max(stack.logit_forward, stack.logit_backward, 1.0), 0.8)
     return 0.04 * moving + share * moments["loss"]["logits"] + 0.05 * GIB
 
 
@@ -346,7 +371,7 @@ def _lowers(name: str, settings: Settings, *, cpu: bool, packs: bool) -> str:
         if name == "activations" and settings.checkpointing in ("none", "selective"):
             return "hardware.checkpointing: full"
         return "micro_batch: 1" if settings.micro_batch > 1 else "a shorter sequence_length"
-    if name == "optimizer" and not cpu and settings.optimizer == "adamw":
+    if name == "optimizer" and not cpu and settings.optimizer == "adamw" and not settings.sharing.weights:
         return "optimizer.name: adamw-8bit"
     if settings.tuning == "full":
         return "tuning: lora"

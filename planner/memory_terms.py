@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from .architecture import Architecture
 from .fused import stack_on
-from .hardware import Gpu
+from .hardware import GIB, Gpu
 from .interval import lean
 from .loss import loss_bytes, tail_bytes
 from .masks import mask_bytes
@@ -14,6 +14,7 @@ from .memory import (
     Stage,
     context_bytes,
     cublas_workspaces,
+    held_to_the_end,
     kv_cache_bytes,
     moments_of,
     scratch_bytes,
@@ -39,6 +40,7 @@ _QUANTIZED = {"nf4": "4 bits (NF4)", "nf4-single": "4 bits (NF4)", "int8": "8 bi
 
 def memory_parts(architecture: Architecture, settings: Settings, stack: Stack, gpu: Gpu) -> dict[str, Reckoned]:
     """Each term of :attr:`.plan.Memory.terms` with its formula and its parts in bytes."""
+    settings = settings.under(stack)
     stack = stack_for(settings.method, stack_on(architecture, settings, stack, gpu))
     fixed = stored(architecture, settings, stack)
     shared = shares(architecture, settings, stack, fixed)
@@ -179,6 +181,11 @@ class _At:
     def _worst_layer(self, stages: Sequence[Stage], wanted: float) -> list[Part]:
         """The parts of the instant of backward whose activations are ``wanted``."""
         tokens = self.settings.tokens
+        to_the_end = held_to_the_end(list(stages), self.settings, self.stack, 2.0 * self.architecture.hidden * tokens)
+        if to_the_end and abs(to_the_end - wanted) < 1.0:
+            how = "all layers' inputs and the gradients of all but two of them"
+            work = stages[-1].work
+            return [("kept to the end by FSDP1's hooks", how, to_the_end - work), ("the layer at work", "", work)]
         total, done = sum(stage.count * stage.kept for stage in stages), 0
         count = sum(stage.count for stage in stages)
         for stage in stages:
@@ -259,7 +266,7 @@ class _At:
     def context(self) -> Reckoned:
         """The driver's."""
         several = context_bytes(self.gpu, 2) - context_bytes(self.gpu, 1) if self.settings.world_size > 1 else 0.0
-        alone = context_bytes(self.gpu, 1)
+        alone = context_bytes(self.gpu, 1) + self.stack.context_gib * GIB
         name = "Python and its libraries" if self.gpu.kind == "cpu" else "CUDA context with lazily loaded kernels"
         parts: list[Part] = [(name, "", alone), ("NCCL", "buffers of its channels", several)]
         return "what the driver takes before anything is allocated", "", parts

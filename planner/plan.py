@@ -95,7 +95,7 @@ class Resolved:
     checkpointing: Checkpointing
     attention: Literal["sdpa", "eager"]
     kernels: Literal["auto", "on", "off"]
-    strategy: Literal["single", "ddp"]
+    strategy: Literal["single", "ddp", "fsdp"]
     device: Literal["cuda", "cpu"]
     gpus: list[int]
     checkpoint_every: int

@@ -22,7 +22,7 @@ EQUALLY_FAST = 0.02
 _ORDER = (
     "basis", "workload", "gpus", "strategy", "rollout", "sequence_length", "packing", "row_tokens", "batch_size",
     "micro_batch", "checkpointing", "quantization", "precision", "optimizer", "learning_rate", "train_on",
-    "eval_every", "checkpoint_every", "kernels", "price",
+    "eval_every", "checkpoint_every", "kernels", "graphs", "price",
 )  # fmt: skip
 
 
@@ -45,8 +45,7 @@ def explain_choice(recipe: Recipe, best: Candidate, tried: Sequence[Candidate], 
         )
         reasons.append(Reason("kernels", "off" if gpu.kind == "cpu" else "auto", why))
     if recipe.hardware.strategy == "auto" and chosen.world_size > 1:
-        why = "each device holds the whole model and takes its share of the batch"
-        reasons.append(Reason("strategy", "ddp", why))
+        reasons.append(Reason("strategy", chosen.strategy, _strategy(best, tried, limit)))
     return reasons
 
 
@@ -123,6 +122,15 @@ def _checkpointing(best: Candidate, tried: Sequence[Candidate], limit: float) ->
     if other is None:
         return head
     return f"{head}; {other.settings.checkpointing} {_against(best, other, limit)}"
+
+
+def _strategy(best: Candidate, tried: Sequence[Candidate], limit: float) -> str:
+    if best.settings.strategy != "fsdp":
+        return "each device holds the whole model and takes its share of the batch"
+    world = best.settings.world_size
+    split = f"weights, gradients and optimiser states are split over {world} devices, layer by layer"
+    other = _runner_up([c for c in tried if c.settings.strategy == "ddp"], lambda c: -c.memory.device_gib)
+    return f"{split}; ddp, which holds all of them on each, {_against(best, other, limit)}" if other else split
 
 
 def _precision(best: Candidate, tried: Sequence[Candidate], gpu: Gpu, limit: float) -> str:

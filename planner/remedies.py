@@ -14,6 +14,7 @@ from .options import TuningOptions
 from .settings import Settings
 from .speed import step_speed
 from .stacks import Stack
+from .strategies import ELEMENTWISE
 
 if TYPE_CHECKING:
     from .recipe import Recipe
@@ -46,7 +47,7 @@ class Remedy:
 
 def nearest_changes(
     architecture: Architecture, settings: Settings, stack: Stack, node: Node, limit: float, tokens: float,
-    said: frozenset[str] = frozenset(), aside: Callable[[Gpu], float] = lambda gpu: 0.0,
+    said: frozenset[str] = frozenset(), aside: Callable[[Gpu], float] = lambda gpu: 0.0, *, splits: bool = False,
 ) -> list[Remedy]:  # fmt: skip
     """Up to three changes, the smallest first.
 
@@ -56,6 +57,7 @@ def nearest_changes(
         said: fields of the settings that the recipe sets, so that a change of them has to be told; all others follow
             by themselves.
         aside: GiB of a GPU that are not for training.
+        splits: finetui's engine can split the model over several GPUs.
     """
     offer = cheapest_offers().get((node.gpu.name, 1)) if not node.local else None
     price = offer.usd_per_h * settings.world_size if offer and offer.usd_per_h else None
@@ -65,7 +67,7 @@ def nearest_changes(
         remedy = _remedy(change, architecture, settings, stack, node.gpu, node.gpu.memory_gib, tokens)
         found += [remedy] if remedy else []
     shorter = False
-    for change, changes in _ways(settings, node.gpu):
+    for change, changes in _ways(settings, node.gpu, splits=splits):
         if change.startswith("sequence_length") and shorter:
             continue
         told = _told(change, changes, settings, said)
@@ -83,7 +85,7 @@ def nearest_changes(
 #: Fields of the settings by the keys of a recipe that set them.
 _KEYS = {
     "checkpointing": "hardware.checkpointing", "micro_batch": "micro_batch", "precision": "hardware.precision",
-    "optimizer": "optimizer.name", "world_size": "hardware.gpus",
+    "optimizer": "optimizer.name", "world_size": "hardware.gpus", "strategy": "hardware.strategy",
 }  # fmt: skip
 
 
@@ -92,7 +94,7 @@ def said_in(recipe: Recipe) -> frozenset[str]:
     hardware = recipe.hardware
     fields = {
         "checkpointing": hardware.checkpointing, "micro_batch": recipe.micro_batch, "precision": hardware.precision,
-        "optimizer": recipe.optimizer.name, "world_size": hardware.gpus,
+        "optimizer": recipe.optimizer.name, "world_size": hardware.gpus, "strategy": hardware.strategy,
     }  # fmt: skip
     return frozenset(name for name, value in fields.items() if value != "auto")
 
@@ -112,12 +114,15 @@ def _fewest(settings: Settings) -> int:
     return min(settings.micro_batch, 2 if settings.method == "kto" else 1)
 
 
-def _ways(settings: Settings, gpu: Gpu) -> Iterator[tuple[str, dict[str, Any]]]:
+def _ways(settings: Settings, gpu: Gpu, *, splits: bool) -> Iterator[tuple[str, dict[str, Any]]]:
     """What could be changed, the smallest change to what is learned first."""
     fewest = _fewest(settings)
     again = settings.accumulation * settings.micro_batch // fewest
     small: dict[str, Any] = {"micro_batch": fewest, "accumulation": again, "checkpointing": "full"}
     lean = {**small, "precision": "bf16" if gpu.bf16 else settings.precision}
+    plain = settings.optimizer in ELEMENTWISE
+    if splits and settings.world_size > 1 and settings.strategy == "ddp":
+        yield "hardware.strategy: fsdp", {**small, "strategy": "fsdp", **({} if plain else {"optimizer": "adamw"})}
     if settings.checkpointing in ("none", "selective"):
         yield "hardware.checkpointing: full", {"checkpointing": "full"}
     if settings.micro_batch > fewest:
@@ -132,10 +137,10 @@ def _ways(settings: Settings, gpu: Gpu) -> Iterator[tuple[str, dict[str, Any]]]:
     }  # fmt: skip
     if settings.tuning == "full":
         if settings.optimizer == "adamw" and gpu.kind == "cuda":
-            yield "optimizer.name: adamw-8bit", {**lean, "optimizer": "adamw-8bit"}
+            yield "optimizer.name: adamw-8bit", {**lean, "optimizer": "adamw-8bit", "strategy": "ddp"}
         yield "tuning: lora", {**adapters, "tuning": "lora", "quantization": "none"}
     if settings.tuning != "qlora":
-        yield "tuning: qlora", {**adapters, "tuning": "qlora", "quantization": "nf4"}
+        yield "tuning: qlora", {**adapters, "tuning": "qlora", "quantization": "nf4", "strategy": "ddp"}
 
 
 def _remedy(
@@ -155,7 +160,7 @@ def _larger_gpus(
     """Larger single GPUs on which it fits, the cheapest run first."""
     fewest = _fewest(settings)
     accumulation = settings.accumulation * settings.micro_batch * settings.world_size // fewest
-    changes: dict[str, Any] = {"micro_batch": fewest, "checkpointing": "full", "world_size": 1}
+    changes: dict[str, Any] = {"micro_batch": fewest, "checkpointing": "full", "world_size": 1, "strategy": "single"}
     alone = replace(settings, accumulation=accumulation, **changes)
     offers = cheapest_offers()
     fitting = []

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from .methods import METHODS
@@ -98,6 +98,11 @@ class Settings:
         return 4
 
     @property
+    def worked_bytes(self) -> int:
+        """Bytes per weight as a layer is handed it: what is gathered in 16 bits needs no copies of its own."""
+        return self.compute_bytes if self.sharing.lowers else self.weight_bytes
+
+    @property
     def between(self) -> str:
         """The precision of what passes from layer to layer: sharded mixed precision computes as pure 16 bits do."""
         mixed = self.precision == "bf16-mixed" and self.tuning == "full" and self.sharing.lowers
@@ -123,6 +128,13 @@ class Settings:
     @property
     def compute_bytes(self) -> int:
         return 4 if self.precision == "fp32" else 2
+
+    def under(self, stack: Stack) -> Settings:
+        """As the stack runs them: accelerate shards what is trained as fp32 masters, whatever it was loaded in."""
+        whole = self.tuning == "full" and self.precision == "bf16" and not self.sharing.masters
+        if not (whole and stack.upcasts_shards and self.sharing.lowers):
+            return self
+        return replace(self, precision="bf16-mixed")
 
     def adapter_bytes(self, stack: Stack) -> int:
         if self.precision in ("fp32", "fp16"):  # the gradient scaler of fp16 needs fp32 parameters

@@ -95,6 +95,9 @@ def gathered(
         # gathered at the two ends of a pass, leave the largest gaps.
         live = max(compute * LIVE_ELEMENTS, compute * root / 2, 2 * layer_bytes)
         return Gathered(live, live, 2 * width * trained_layer, live + compute * root)
+    if strategy.gradients and strategy.masters and not trained_layer:
+        # DeepSpeed allocates its bucket whole as backward begins, however little there is to reduce (``ipg_buffer``).
+        return Gathered(compute * BUCKET_ELEMENTS, compute * BUCKET_ELEMENTS)
     if strategy.gradients:
         buckets = 2 * compute * min(BUCKET_ELEMENTS, trained_root + trained_layer * 64)
         return Gathered(0.0, buckets, width * trained_layer, buckets)

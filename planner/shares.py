@@ -10,7 +10,7 @@ from .settings import Settings
 from .sharding import SUB_GROUP_ELEMENTS, Gathered, gathered
 from .stacks import Stack
 from .storage import Fixed, fixed_bytes
-from .trained import shared_bytes, trained_parameters
+from .trained import saved_parameters, shared_bytes, trained_parameters
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ def stored(architecture: Architecture, settings: Settings, stack: Stack) -> Fixe
         architecture, settings.tuning, settings.rank, settings.targets, settings.quantization, settings.weight_bytes,
         settings.compute_bytes, settings.adapter_bytes(stack), settings.optimizer, stack,
         METHODS[settings.method].scalar_head, trained_parameters(architecture, settings),
-        shared_bytes(architecture, settings), settings.updates,
+        shared_bytes(architecture, settings), settings.updates, saved_parameters(architecture, settings),
     )  # fmt: skip
 
 
@@ -73,7 +73,8 @@ def shares(architecture: Architecture, settings: Settings, stack: Stack, fixed: 
             trained_root=root if full else 0.0, trained_layer=layer if full or flat else 0.0,
             width=width if full else settings.compute_bytes,
         )  # fmt: skip
-    split = 1.0 if stack.accumulates_whole and settings.accumulation > 1 else how.share("gradients", world)
+    add_up = stack.accumulates_whole or (stack.accumulates_adapters and not full)
+    split = 1.0 if add_up and settings.accumulation > 1 else how.share("gradients", world)
     weights = fixed.weights
     if settings.beside.copy:
         weights += settings.compute_bytes * architecture.parameters

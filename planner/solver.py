@@ -12,22 +12,25 @@ from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Self, get_args
 
+from . import replay
 from .architecture import Architecture
 from .candidate import Candidate
 from .cost import Overhead, checkpoint_bytes, cost_of, overhead
 from .disk import disk_of
 from .errors import HardwareError, RecipeError
 from .frame import PACKED_FILL, Frame
+from .fused import stack_on
 from .hardware import Node, Offer
 from .memory import peak_memory
 from .methods import METHODS
-from .options import CUDA_ONLY, NOT_RECOMPUTED, TUNING_KEYS
+from .options import NOT_RECOMPUTED, TUNING_KEYS
 from .packed import check_packed
 from .passes import passes_of
 from .plan import Checkpointing, Cost, HardwareSummary, ModelSummary, Plan, Resolved, Workload
 from .policies import ways_to_checkpoint
 from .reasons import EQUALLY_FAST, explain_choice, explain_experts, in_order
 from .settings import Settings
+from .space import Space
 from .speed import LAYER_SHARE, step_speed
 from .stacks import Stack, find_stack
 from .trained import trained_parameters
@@ -36,9 +39,6 @@ from .vllm import set_aside_gib
 if TYPE_CHECKING:
     from .calibration import Correction, Finished
     from .recipe import Recipe
-
-#: The largest micro-batch that is looked at, and how much larger than the one before each is.
-_LARGEST_MICRO_BATCH, _NEXT_MICRO_BATCH = 64, 1.3
 
 
 def make_plan(
@@ -83,7 +83,7 @@ class Solver:
         if recipe.hardware.kernels == "on" and node.gpu.kind == "cpu":
             do = "Use kernels: auto, or off."
             raise HardwareError("fused kernels need a CUDA GPU", where="hardware.kernels", do=do)
-        if recipe.hardware.graphs and (node.gpu.kind == "cpu" or recipe.method not in ("sft", "pretrain")):
+        if recipe.hardware.graphs is True and (node.gpu.kind == "cpu" or recipe.method not in ("sft", "pretrain")):
             what = "steps are replayed on a CUDA GPU, under sft and pretrain"
             raise HardwareError(what, where="hardware.graphs", do="Remove it.")
         if recipe.limits.cost_usd is not None and node.local and recipe.hardware.usd_per_h is None:
@@ -94,7 +94,8 @@ class Solver:
         self.frame = Frame(recipe, architecture, self.node, workload)
         self.correction = _correction(finished, architecture, node, recipe.tuning.type, stack.name)
         self.because, self.warnings = self.frame.because, self.frame.warnings
-        self.passes = passes_of(recipe, self.frame.row_tokens()) if stack.name == "finetui" else None
+        passes = passes_of(recipe, self.frame.row_tokens()) if stack.name == "finetui" else None
+        self.space = Space(recipe, architecture, self.node, stack, self.frame, passes)
         aside = set_aside_gib(recipe, architecture, node.gpu)
         if aside:
             self.because("rollout", "vllm", f"{aside:.1f} GiB of the GPU are left to vLLM's copy of the model")
@@ -108,76 +109,6 @@ class Solver:
     ) -> Self:  # fmt: skip
         """A solver for a framework by its name; arguments as of :func:`make_plan`."""
         return cls(recipe, architecture, node, workload, find_stack(framework), finished)
-
-    def _storages(self) -> list[tuple[str, str]]:
-        """Precision and optimiser, best first: what the user left open is tried in this order until it fits."""
-        tuning, gpu = self.recipe.tuning.family, self.node.gpu
-        asked, optimizer = self.recipe.hardware.precision, self.recipe.optimizer.name
-        if (asked == "bf16-mixed" and not gpu.bf16) or (asked == "bf16" and not gpu.bf16):
-            do = "Use precision: fp16, or auto."
-            raise HardwareError(f"{gpu.name} can't compute in bf16", where="hardware.precision", do=do)
-        if asked == "fp16" and self.frame.cpu:
-            raise HardwareError("the CPU can't train in fp16", where="hardware.precision", do="Use fp32 or bf16.")
-        if asked != "auto":
-            precisions: list[str] = [asked]
-        elif self.frame.cpu:
-            precisions = ["fp32"]
-        elif not gpu.bf16:
-            precisions = ["fp16"]
-        else:
-            precisions = ["bf16-mixed", "bf16"] if tuning == "full" else ["bf16"]
-        if self.frame.cpu and optimizer in CUDA_ONLY:
-            raise HardwareError(f"{optimizer} needs a CUDA GPU", where="optimizer.name", do="Use adamw, or auto.")
-        names = [optimizer] if optimizer != "auto" else ["adamw"]
-        pairs = [(precision, name) for precision in precisions for name in names]
-        if optimizer == "auto" and not self.frame.cpu:
-            pairs += [(precisions[-1], "adamw-8bit"), (precisions[-1], "paged-adamw-8bit")]
-        return pairs
-
-    def _micro_batches(self) -> list[int]:
-        if self.recipe.micro_batch != "auto":
-            return [self.recipe.micro_batch]
-        share = max(self.frame.batch // len(self.frame.gpus), 1)
-        fewest = 2 if self.recipe.method == "kto" else 1  # its KL needs another row's answer
-        sizes: list[int] = []
-        for size in range(fewest, min(share, _LARGEST_MICRO_BATCH) + 1):
-            if share % size == 0 and size >= _NEXT_MICRO_BATCH * (sizes[-1] if sizes else 0):
-                sizes.append(size)
-        return sizes or [fewest]
-
-    def _settings(self, micro: int, storage: tuple[str, str]) -> Settings:
-        tuning = self.recipe.tuning
-        targets = tuning.targets if isinstance(tuning.targets, str) else tuple(tuning.targets)
-        return Settings(
-            tuning=tuning.family,
-            kind=tuning.type if tuning.type != tuning.family else "",
-            options=tuning.options,
-            updates=self.recipe.optimizer.options,
-            dora=tuning.use_dora,
-            method=self.recipe.method,
-            kernels=self.recipe.hardware.kernels != "off",
-            graphs=self.recipe.hardware.graphs,
-            sequence_length=self.frame.row_tokens(),
-            micro_batch=micro,
-            accumulation=max(self.frame.batch // (micro * len(self.frame.gpus)), 1),
-            rank=tuning.rank,
-            dropout=tuning.dropout > 0,
-            targets=targets,
-            quantization=tuning.stored,
-            precision=storage[0],  # type: ignore[arg-type]
-            optimizer=storage[1],
-            world_size=len(self.frame.gpus),
-            masked=self.frame.packing or self._masks_padding(micro, storage[0]),
-            passes=self.passes,
-        )
-
-    def _masks_padding(self, micro: int, precision: str) -> bool:
-        """Whether padded rows come with a mask; where the loss takes labelled positions alone, finetui drops it."""
-        dropped = (
-            self.stack.loss == "rows" and self.stack.name == "finetui" and self.recipe.method in ("sft", "pretrain")
-        )
-        dropped &= not self.frame.cpu and precision != "fp16"
-        return micro > 1 and not dropped and self.frame.padding_share(micro) < 1.0
 
     def rows_of(self, settings: Settings) -> tuple[Settings, float, float | None]:
         """Settings as an average step sees them, the useful share of its tokens, and what attention spans."""
@@ -207,13 +138,13 @@ class Solver:
         kept = None if hardware.kept_layers == "auto" else hardware.kept_layers
         tried: list[Candidate] = []
         unsure: Candidate | None = None  # fits, but not at the high end of its interval
-        for storage in self._storages():
+        for strategy, storage in self.space.ways():
             found = [
                 self._evaluate(settings)
-                for micro in self._micro_batches()
+                for micro in self.space.micro_batches()
                 for settings in ways_to_checkpoint(
                     self.architecture,
-                    self._settings(micro, storage),
+                    self.space.settings(micro, storage, strategy),
                     self.stack,
                     self.node,
                     limit,
@@ -249,6 +180,7 @@ class Solver:
         limit = self.limit
         fits = best.fits(limit)
         self._explain(best, tried, limit)
+        best = self._replayed(best)
         if self.correction:
             runs = f"{self.correction.runs} finished runs of this GPU, family, size and tuning"
             factors = f"memory x {self.correction.memory:.2f}, speed x {self.correction.speed:.2f}"
@@ -297,6 +229,26 @@ class Solver:
             disk=disk_of(self.recipe, self.architecture, best.settings, trainable),
         )
 
+    def _replayed(self, best: Candidate) -> Candidate:
+        """The same with steps replayed as CUDA graphs, where that was left open and pays."""
+        if self.recipe.hardware.graphs != "auto" or self.stack.name != "finetui" or self.node.gpu.kind != "cuda":
+            return best
+        ours = stack_on(self.architecture, best.settings, self.stack, self.node.gpu).whole_layers
+        if replay.obstacle(self.recipe, best, whole_layers=ours, packing=self.frame.packing, steps=self._steps()):
+            return best
+        replayed = self._evaluate(replace(best.settings, graphs=True))
+        why = replay.pays(best, replayed, self.limit)
+        if not why:
+            return best
+        self.because("graphs", True, why)
+        return replayed
+
+    def _steps(self) -> int:
+        """Of the optimiser, over the whole run."""
+        per_epoch = math.ceil(self.frame.rows() / self.frame.batch)
+        steps = max(math.ceil(per_epoch * self.recipe.epochs), 1)
+        return steps if self.recipe.max_steps is None else min(steps, self.recipe.max_steps)
+
     def _hold_against_limits(self, time_s: float, cost: Cost) -> None:
         limits, elsewhere = self.recipe.limits, "finetui gpus ranks the machines that keep to it."
         if limits.hours is not None and time_s > 3600 * limits.hours:
@@ -315,6 +267,7 @@ class Solver:
         ways = nearest_changes(
             self.architecture, best.settings, self.stack, self.node, limit, tokens, said_in(self.recipe),
             partial(set_aside_gib, self.recipe, self.architecture),
+            splits=self.stack.name == "finetui" and self.space.obstacle is None and not self.frame.cpu,
         )  # fmt: skip
         return [str(way) for way in ways] or ["No single change makes it fit: use a smaller model."]
 
@@ -328,10 +281,7 @@ class Solver:
 
     def _resolve(self, best: Candidate) -> Resolved:
         recipe, settings, full = self.recipe, best.settings, self.recipe.tuning.family == "full"
-        per_epoch = math.ceil(self.frame.rows() / self.frame.batch)
-        steps = max(math.ceil(per_epoch * recipe.epochs), 1)
-        if recipe.max_steps is not None:
-            steps = min(steps, recipe.max_steps)
+        steps = self._steps()
         warmup = math.ceil(recipe.optimizer.warmup_ratio * steps)
         rate = recipe.optimizer.learning_rate
         if rate == "auto":
@@ -375,10 +325,10 @@ class Solver:
             precision=settings.precision,
             checkpointing=settings.checkpointing,
             kept_layers=settings.kept_layers,
-            graphs=recipe.hardware.graphs,
+            graphs=settings.graphs,
             attention="sdpa",
             kernels="off" if self.frame.cpu and recipe.hardware.kernels == "auto" else recipe.hardware.kernels,
-            strategy="ddp" if len(self.frame.gpus) > 1 else "single",
+            strategy=settings.strategy if len(self.frame.gpus) > 1 else "single",  # type: ignore[arg-type]
             device="cpu" if self.frame.cpu else "cuda",
             gpus=self.frame.gpus,
             checkpoint_every=self._checkpoint_every(steps, best.speed.step_s),

@@ -48,6 +48,9 @@ _LAUNCH_S, _LAUNCH_BACKWARD_S = 32e-6, 12e-6
 #: The same of a layer that runs as one function, whose kernels Python starts one by one: 76 ms for a micro-batch of
 #: 1,344 on an H200's host (``tests/bench/packed_runs.py``, rows of 200 tokens).
 _LAUNCH_WHOLE_S = 5e-5
+#: Seconds of ZeRO-3's own Python around each module of each pass, which fetches and releases its weights: full
+#: fine-tuning of a 1.8B model took 260 to 275 ms a micro-batch on an A100 for 256 to 1,024 tokens alike (QwenLM/Qwen).
+_HOOK_S = 3.5e-4
 #: The same on a CPU, where each operation also starts and joins its threads.
 _LAUNCH_CPU_S = 20e-6
 
@@ -72,6 +75,7 @@ def step_speed(
         tokens/s over all devices, padding not counted; ``mfu`` is useful model FLOPs (6 N per token, 4 N frozen, no
         recomputation) over the device's peak.
     """
+    settings = settings.under(stack)
     stack = stack_for(settings.method, stack_on(architecture, settings, stack, gpu))
     method = METHODS[settings.method]
     tokens = settings.tokens
@@ -111,10 +115,13 @@ def step_speed(
     if gpu.kind == "cpu":  # nothing is launched ahead: each operation waits for the one before
         terms["launch"] = (ahead + behind) * _LAUNCH_CPU_S
     else:
-        host_s = ahead * _LAUNCH_S + behind * _LAUNCH_BACKWARD_S
+        slower = gpu.launch_s / _LAUNCH_S if gpu.launch_s else 1.0
+        host_s = slower * (ahead * _LAUNCH_S + behind * _LAUNCH_BACKWARD_S)
         if stack.whole_layers:  # Python starts backward's too
-            host_s = (ahead + behind) * _LAUNCH_WHOLE_S
+            host_s = (ahead + behind) * (gpu.launch_s or _LAUNCH_WHOLE_S)
         host_s = 0.0 if settings.graphs else host_s  # replayed, they are one
+        if settings.sharing.gathers == "live":
+            host_s += _hooks_s(architecture, settings)
         terms["launch"] = max(0.0, host_s - sum(terms.values()))
     if settings.checkpointing == "offload":
         forward_s = (sum(terms.values()) - terms["recompute"]) / 3
@@ -143,6 +150,12 @@ def step_speed(
         mfu=model_flops / step_s / peak,
         terms=terms,
     )
+
+
+def _hooks_s(architecture: Architecture, settings: Settings) -> float:
+    """Seconds of one micro-batch that ZeRO-3's hooks take on the host: of every module with weights, in every pass."""
+    modules = sum(layer.count * (len(layer.linears) + 2) for layer in architecture.layers) + 3
+    return _HOOK_S * modules * (2.0 + settings.recomputed(architecture.num_layers))
 
 
 def _attention_rate(gpu: Gpu, span: float, head_dim: int, *, recent: bool) -> float:
@@ -236,6 +249,6 @@ def _rollout_s(architecture: Architecture, settings: Settings, gpu: Gpu) -> floa
     """
     bandwidth = gpu.bandwidth_gb_s * 1e9 * BANDWIDTH_SHARE
     weights = 2.0 * architecture.parameters
-    launch = KERNELS * architecture.num_layers * (_LAUNCH_S if gpu.kind == "cuda" else _LAUNCH_CPU_S)
+    launch = KERNELS * architecture.num_layers * ((gpu.launch_s or _LAUNCH_S) if gpu.kind == "cuda" else _LAUNCH_CPU_S)
     each = max((weights + kv_cache_bytes(architecture, settings) / 2) / bandwidth, launch)
     return settings.beside.completion * each / settings.beside.updates

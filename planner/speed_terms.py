@@ -44,6 +44,7 @@ def speed_parts(
 ) -> dict[str, Reckoned]:
     """Each term of :attr:`.plan.Speed.terms` with its formula and its parts; arguments as of :func:`.step_speed`."""
     total = step_speed(architecture, settings, stack, gpu, useful=useful, mean_length=mean_length)
+    settings = settings.under(stack)
     stack = stack_for(settings.method, stack_on(architecture, settings, stack, gpu))
     tokens, times = settings.tokens, settings.accumulation
     peak = gpu.bf16_tflops if settings.compute_bytes == 2 else gpu.fp32_tflops

@@ -90,6 +90,9 @@ class Stack:
     outlive backward, until the loop lets go of the old loss, which is after the next forward."""
     logit_alive: float = 0.0
     """Bytes per logit that the loop holds on to while backward runs."""
+    logit_gaps: float = 7.0
+    """Bytes per logit that the allocator keeps of a loss over all logits beyond what is allocated (runs on A100-80GB
+    that state both: 5.7 to 7.5, with 14 bytes a logit in eager operations as with 8 in a fused kernel)."""
     logit_held_full: float = 0.0
     """``logit_held`` where the whole model is trained, if that is another."""
     merges_pairs: bool = False
@@ -113,8 +116,22 @@ class Stack:
     """FSDP1's flat parameters: where some of a layer is trained, the whole layer gets gradients."""
     accumulates_whole: bool = False
     """Gradients of several micro-batches add up before they are reduced and split (``no_sync``)."""
+    accumulates_adapters: bool = False
+    """The same of adapters alone."""
     offloads_checkpoints: bool = False
     """Checkpointed activations wait in host memory."""
+    saves_in_fp32: bool = False
+    """What is trained whole beside adapters (``modules_to_save``) is turned to fp32 too; PEFT leaves it as it is."""
+    context_gib: float = 0.0
+    """What the driver's context takes beyond that of CUDA 12 and later."""
+    linear_experts: bool = False
+    """Each expert is linear modules of its own, as in transformers before 5: quantised and sharded like any other."""
+    upcasts_shards: bool = False
+    """What is trained is turned to fp32 before FSDP splits it (accelerate, ``prepare_model`` for FSDP1 and
+    ``fsdp2_prepare_model``, wherever mixed precision is on)."""
+    holds_input_gradients: bool = False
+    """FSDP1 over frozen layers that compute again: their reshard hooks (``register_multi_grad_hook``) hold on to the
+    gradients of their inputs until backward is over."""
     source: str = ""
 
 
@@ -129,6 +146,7 @@ _TILES = {
     "recent_attention": True,
     "waits_s": _TRAINER_S,
     "followed": True,
+    "upcasts_shards": True,
 }
 
 #: Framework to what it does. The first is what finetui's own engine runs: TRL's SFTTrainer with PEFT.
@@ -146,6 +164,8 @@ STACKS: dict[str, Stack] = {
             whole_layers=True,
             keeps_scratch=True,
             flat_optimizer=True,
+            saves_in_fp32=True,
+            accumulates_adapters=True,
             expandable_segments=True,
             followed=True,
             waits_s=_TRAINER_S,
@@ -187,6 +207,7 @@ STACKS: dict[str, Stack] = {
             kbit_upcast=True,
             quantizes_experts=True,
             stock_model=False,
+            upcasts_shards=True,
             certain=False,
             source="its example configurations: CutCrossEntropy or Liger's fused linear cross-entropy",
         ),
@@ -212,6 +233,7 @@ STACKS: dict[str, Stack] = {
             logit_backward=14.0,
             adapter_bytes_4bit=4,
             kbit_upcast=True,
+            upcasts_shards=True,
             source="bytes per logit measured on transformers 5 (loss_utils.ForCausalLMLoss)",
         ),
         Stack(
@@ -222,6 +244,7 @@ STACKS: dict[str, Stack] = {
             logit_forward=10.0,
             logit_backward=14.0,
             adapter_bytes_4bit=4,
+            upcasts_shards=True,
             certain=False,
             source="transformers' ForCausalLMLoss and PEFT's dtypes under Seq2SeqTrainer; scripts of examples/train",
         ),
@@ -233,6 +256,7 @@ STACKS: dict[str, Stack] = {
             logit_forward=10.0,
             logit_backward=14.0,
             adapter_bytes_4bit=4,
+            upcasts_shards=True,
             certain=False,
             source="transformers' ForCausalLMLoss under its Seq2SeqTrainer; all that is trained upcast to fp32 "
             "(model/adapter.py), on 4-bit weights too",
@@ -276,6 +300,7 @@ STACKS: dict[str, Stack] = {
             autocast=False,
             casts_inputs=False,
             fused_optimizer=False,
+            holds_input_gradients=True,
             source="train.py: pure bf16, adapters in the compute dtype, transformers 4.38's loss with its shifted copy",
         ),
         Stack(

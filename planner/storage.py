@@ -53,7 +53,7 @@ class Fixed:
 def fixed_bytes(
     architecture: Architecture, tuning: str, rank: int, targets: str | tuple[str, ...], quantization: str, weight: int,
     compute: int, adapter: int, optimizer: str, stack: Stack, scalar_head: bool = False, counted: int | None = None,
-    beside: float = 0.0, updates: OptimizerOptions = _USUAL,
+    beside: float = 0.0, updates: OptimizerOptions = _USUAL, saved: int = 0,
 ) -> Fixed:  # fmt: skip
     head = architecture.vocab * architecture.hidden
     parameters, full = architecture.parameters, tuning == "full"
@@ -70,7 +70,8 @@ def fixed_bytes(
         unpacked_head = 2.0 * head
     other = 4 if packed and stack.kbit_upcast else weight
     weights = packed * quantized + other * (parameters - quantized)
-    experts = architecture.expert_weights if packed and stack.quantizes_experts else 0
+    apart = packed and stack.quantizes_experts and not stack.linear_experts
+    experts = architecture.expert_weights if apart else 0
     # bitsandbytes' parametrisation of them does not quantise the scales again.
     packed_experts = (QUANTIZED_BYTES["nf4-single"] if quantization == "nf4" else packed) * experts
     weights += packed_experts - packed * experts
@@ -83,6 +84,11 @@ def fixed_bytes(
         state = low_rank_bytes(architecture, optimizer, updates)
     series = width * trained if optimizer == "adamw" and not stack.fused_optimizer else 0
     states = state * trained
+    # Modules that are trained whole keep the width of the base.
+    kept = saved if not full and width > weight and not stack.saves_in_fp32 else 0
+    narrower = (width - weight) * kept
+    states -= (state - optimizer_bytes(optimizer, weight)[0]) * kept
+    series -= narrower if series else 0
     if optimizer.endswith("8bit") and full and not optimizer.startswith("paged"):
         states += (ADAM32_BYTES - state) * head  # embeddings keep 32-bit states
     unpacked = quantization == "gptq" and not stack.unpacks_in_kernel
@@ -98,8 +104,8 @@ def fixed_bytes(
         packable = largest_layer.linear_weights + (largest_layer.expert_weights if stack.quantizes_experts else 0)
     return Fixed(
         weights=weights,
-        adapter=pairs * adapter + beside,
-        gradients=trained * width,
+        adapter=pairs * adapter - narrower + beside,
+        gradients=trained * width - narrower,
         head_gradient=head * width if full and not some else 0.0,
         optimizer=states,
         optimizer_temporary=temporary * largest + series,

@@ -14,6 +14,8 @@ from .storage import QUANTIZED_BYTES
 #: of transformers 5.23 and peft 0.21 under autocast, views left out: 38 forward and 71 backward, of a layer with seven
 #: pairs 94 and 130.
 KERNELS, _KERNELS_LORA = 40, 8
+#: Those of them that a fused kernel for each of two norms spares: squares, mean, root, two products and casts.
+_KERNELS_NORMS = 10
 #: The same of a layer that runs as one function, and what its backward launches against its forward.
 _KERNELS_WHOLE, _KERNELS_WHOLE_LORA = 14, 2
 #: Series of small operations in fp32 and back reach three quarters of the speed of plain copies.
@@ -113,13 +115,16 @@ def dequantized_bytes(
         )
         return 2.0 * architecture.linear_weights + settings.tokens * each
     again = settings.recomputed(architecture.num_layers)
+    weights = float(architecture.linear_weights)
+    if stack.quantizes_experts:  # a micro-batch of some thousand tokens passes all of them
+        weights += architecture.expert_weights
     moved = QUANTIZED_BYTES[settings.quantization] + 2 * settings.compute_bytes
     if settings.quantization == "gptq" and not stack.unpacks_in_kernel:
         moved = _GPTQ_BYTES
     if stack.whole_layers:  # backward unpacks the MLP's weights once, for what is made again and for gradients
         attention = sum(layer.count * module.weight for layer in architecture.layers for module in layer.attention)
         return moved * (2.0 * architecture.linear_weights + again * attention)
-    return (2.0 + again) * moved * architecture.linear_weights
+    return (2.0 + again) * moved * weights
 
 
 def launches(architecture: Architecture, settings: Settings, stack: Stack) -> tuple[float, float]:
@@ -127,6 +132,7 @@ def launches(architecture: Architecture, settings: Settings, stack: Stack) -> tu
     modules = 0 if settings.tuning == "full" else sum(len(m) for _, m in architecture.targeted(settings.targets))
     few = stack.whole_layers or stack.compiled
     base, pair = (_KERNELS_WHOLE, _KERNELS_WHOLE_LORA) if few else (KERNELS, _KERNELS_LORA)
+    base -= _KERNELS_NORMS if stack.fused_norm and not few else 0
     per_layer = base + pair * modules / max(len(architecture.layers), 1)
     if settings.quantized:
         per_layer += 2 if few else 14

@@ -57,9 +57,7 @@ def _count(
         return options.virtual_tokens * 2 * architecture.kv_width * architecture.num_layers
     if kind == "xlora":
         return _mixer(architecture, len(options.experts))
-    whole = sum(module_parameters(architecture, name, "tuning.modules_to_save") for name in options.modules_to_save)
-    if architecture.tied and _both_ends(options.modules_to_save):
-        whole -= architecture.vocab * architecture.hidden
+    whole = _saved(architecture, options.modules_to_save)
     rows = len(options.new_tokens) * architecture.hidden * (1 if architecture.tied else 2)
     return _adapters(architecture, kind, rank, targets, options) + whole + rows
 
@@ -84,6 +82,17 @@ def _adapters(
         what = f"{kind} can't be put on {architecture.name}, whose projections are no plain linear layers"
         raise RecipeError(what, where="tuning.type", do="Use lora, vera or ia3.")
     return _over(adapted(architecture, targets), counts[kind])
+
+
+def saved_parameters(architecture: Architecture, settings: Settings) -> int:
+    """Parameters of the modules that are trained whole beside adapters."""
+    return _saved(architecture, settings.options.modules_to_save) if settings.options.modules_to_save else 0
+
+
+@lru_cache(maxsize=64)
+def _saved(architecture: Architecture, names: tuple[str, ...]) -> int:
+    whole = sum(module_parameters(architecture, name, "tuning.modules_to_save") for name in names)
+    return whole - (architecture.vocab * architecture.hidden if architecture.tied and _both_ends(names) else 0)
 
 
 def shared_bytes(architecture: Architecture, settings: Settings) -> float:

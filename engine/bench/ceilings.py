@@ -20,6 +20,7 @@ from ...planner.ceilings import Ceilings
 from ...planner.hardware import Node, cpu_node, this_machine
 from ..run import default_root
 from .clock import Time, stopwatch
+from .launches import KERNELS, LAYERS, small_layers
 
 #: Rows, inputs and outputs of matrix products: attention's output, gate and up in one, and down, of an 8B model; and
 #: a small one. On a CPU those of a 0.1B model, which take as long there.
@@ -58,7 +59,7 @@ def measure(tell: Callable[[str], None] = lambda _: None) -> tuple[Ceilings, lis
     parts = (
         _products(device, node),
         _memory(device, node),
-        *((_bus(device, node), _all_reduce(node)) if cuda else ()),
+        *((_launches(device), _bus(device, node), _all_reduce(node)) if cuda else ()),
         _disk(default_root()),
     )
     for part in parts:
@@ -110,6 +111,12 @@ def _memory(device: torch.device, node: Node) -> Figures:
     took = stopwatch(lambda: target.copy_(source), device)
     nominal = node.gpu.bandwidth_gb_s if device.type == "cuda" else 0.0
     yield "copy_gb_s", _rate("copy in memory, read plus written", 2 * size / 1e9, took, nominal)
+
+
+def _launches(device: torch.device) -> Figures:
+    took, kernels = stopwatch(small_layers(device), device), KERNELS * LAYERS
+    value, low, high = (1e6 * seconds / kernels for seconds in (took.median, took.low, took.high))
+    yield "launch_us", Figure("from one kernel to the next, eager", value, low, high, "µs")
 
 
 def _bus(device: torch.device, node: Node) -> Figures:

@@ -8,6 +8,7 @@ there before goes on with its own, a new one begins with some that nobody else h
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Literal
 
 from ...planner.errors import RunError
 from ...planner.plan import Plan, Reason
@@ -48,7 +49,9 @@ def spread(run: Run, gpus: int | list[int]) -> Plan:
         raise RunError(what, where=run.name, do=f"Choose a number of GPUs among {able}.")
     share = batch // world
     micro = max(size for size in range(1, min(share, resolved.micro_batch) + 1) if share % size == 0)
-    strategy = "ddp" if world > 1 else "single"
+    strategy: Literal["single", "ddp", "fsdp"] = "single"
+    if world > 1:
+        strategy = "fsdp" if resolved.strategy == "fsdp" else "ddp"
     wanted = {"hardware.gpus": chosen if resolved.device == "cuda" else world, "hardware.strategy": strategy}
     new = plan_for(recipe.with_overrides({**pinned(recipe, plan, micro), **wanted}))
     if not new.fits:

@@ -23,17 +23,18 @@ from ...planner.plan import Resolved
 from ..checkpoints import store
 from ..durable import reported_as_disk_error
 from ..evaluate import reduce_sum
-from ..models.initial import as_trained
 from ..models.load import Emit, Numerics
+from ..models.sharding import Split
 from .adalora import PATTERN, TakesRanks, add_penalty, allocates, load_state, state_of
 from .adalora import STATE as ADALORA
+from .best import KeepsBest
 from .flat import flatten, shorten_walks
 from .fused_adamw import clipped_on_the_way, fused_adamw
 from .optimizers import OWN, averaged, optimizer_for
 from .order import Order
 from .saving import Saver
+from .shards import NAMED, Shards, numbered
 from .state import (
-    ADAPTER,
     OPTIMIZER,
     Part,
     Snapshot,
@@ -42,6 +43,7 @@ from .state import (
     descriptions,
     random_state,
     rank_file,
+    read_adapter,
     set_random_state,
     weights_of,
 )
@@ -63,6 +65,7 @@ class RunTrainer(_Trainer):
         emit: receives events (of rank 0).
         resolved: the plan, for an optimiser that the trainer does not have.
         identity: what a checkpoint notes down so that a resume can tell whether it goes on with the same run.
+        split: the model where it is split over the ranks; an adapter to go on from has been read then.
         rest: what the trainer of TRL takes.
     """
 
@@ -81,8 +84,10 @@ class RunTrainer(_Trainer):
         numerics: Numerics,
         resolved: Resolved | None = None,
         identity: dict[str, Any] | None = None,
+        split: Split | None = None,
         **rest: Any,
     ) -> None:
+        self.shards = Shards(split) if split is not None else None
         self.order, self.held_out = order, held_out
         self.emit, self.numerics, self.resolved = emit, numerics, resolved
         self.tokens = 0
@@ -102,6 +107,9 @@ class RunTrainer(_Trainer):
             super().__init__(**rest)
         if allocates(self.model):
             self.add_callback(TakesRanks(self.model))
+        for callback in self.callback_handler.callbacks:
+            if isinstance(callback, KeepsBest):
+                callback.whole_model = self.whole_model
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
         """The recipe's optimiser; over many small tensors it takes its steps as over one."""
@@ -113,6 +121,7 @@ class RunTrainer(_Trainer):
         adam = self.args.optim in ("adamw_torch_fused", "adamw_bnb_8bit") and not own
         # The scaler of fp16 looks for each tensor's gradient in the optimiser.
         on_gpu = self.args.device.type == "cuda" and self.numerics.autocast is not torch.float16
+        on_gpu &= self.shards is None  # which lie in the memory that is gathered
         # Adapters are small: one more copy of a whole model, for a moment, would not be.
         if new and adam and on_gpu and hasattr(self.model, "peft_config"):
             flatten(optimizer)
@@ -131,22 +140,44 @@ class RunTrainer(_Trainer):
             for decays, decay in ((True, self.args.weight_decay), (False, 0.0))
         ]
         stock = partial(self.get_optimizer_cls_and_kwargs, self.args, model)
-        return optimizer_for(model, self.resolved, groups, stock)
+        if self.shards is None:
+            return optimizer_for(model, self.resolved, groups, stock)
+        named = self.trained_parameters()
+        asked = optimizer_for(model, self.resolved, groups, stock, named)
+        kind, given = asked or fused_adamw(model, self.args, self.emit, [p for _, p in named]) or stock()
+        return kind, {"params": groups, **given}
 
     def trained_parameters(self) -> list[tuple[str, torch.nn.Parameter]]:
         """What is updated, by name; found once, since a walk over a large model takes as long as a layer."""
         model: Any = self.model
+        if self.shards is not None:
+            return self.shards.named
         if not self._trained:
             self._trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
         return self._trained
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
         """Forward and backward of one micro-batch, with what an adapter adds to its loss."""
+        if self.shards is not None:
+            self.shards.split.begin_micro_batch(last=self.accelerator.sync_gradients)
         loss: torch.Tensor = super().training_step(model, inputs, num_items_in_batch)
         if allocates(self.model):
             scaler = self.accelerator.scaler
             add_penalty(self.model, (scaler.get_scale() if scaler else 1.0) / self.args.gradient_accumulation_steps)
         return loss
+
+    # --- a model in shards, which nobody else may move or wrap
+
+    def _move_model_to_device(self, model: Any, device: torch.device) -> None:
+        if self.shards is None:
+            super()._move_model_to_device(model, device)
+
+    def _wrap_model(self, model: Any, *args: Any, **kwargs: Any) -> Any:
+        if self.shards is None:
+            return super()._wrap_model(model, *args, **kwargs)
+        model.forward = self.numerics.context(self.args.device)(model.forward)
+        model._is_accelerate_prepared = True
+        return model
 
     # --- data
 
@@ -186,6 +217,8 @@ class RunTrainer(_Trainer):
 
     def _clip_grad_norm(self, model: Any) -> Any:
         """As the trainer does it, but over what has gradients: a walk over all modules takes as long as a layer."""
+        if self.shards is not None:
+            return self.shards.clip(self.optimizer, self.args.max_grad_norm)
         if self.accelerator.distributed_type not in (DistributedType.NO, DistributedType.MULTI_GPU):
             return super()._clip_grad_norm(model)
         trained = [p for _, p in self.trained_parameters()]
@@ -193,8 +226,15 @@ class RunTrainer(_Trainer):
         return norm if norm is not None else self.accelerator.clip_grad_norm_(trained, self.args.max_grad_norm)
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
+        if self.shards is not None and grad_norm is None:
+            grad_norm = self.shards.clip(self.optimizer, 0.0)
         self.grad_norm = super()._get_grad_norm(model, grad_norm=grad_norm)
         return self.grad_norm
+
+    def norms(self, tensors: list[torch.Tensor]) -> list[float]:
+        """The norm of each tensor, one for each trained parameter; of shards, over all ranks."""
+        found = torch.stack(torch._foreach_norm(tensors))
+        return (found if self.shards is None else self.shards.over_ranks(found)).tolist()
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """Not counted here: the planner knows the model's arithmetic better than a parameter count does."""
@@ -212,6 +252,8 @@ class RunTrainer(_Trainer):
             metrics = {f"eval_{name}": value for name, value in self.measure().items()}
             with self.model_to_save():  # by whoever keeps the best weights
                 self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+            if self.shards is not None:
+                self.shards.split.release()
         return metrics
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -232,6 +274,10 @@ class RunTrainer(_Trainer):
         """The model as its checkpoint shall have it."""
         return contextlib.nullcontext(self.model)
 
+    def whole_model(self) -> contextlib.AbstractContextManager[Any]:
+        """The model as rank 0 can write it; every rank has to come here."""
+        return contextlib.nullcontext(self.model) if self.shards is None else self.shards.split.whole()
+
     def own_state(self) -> Any:
         """What each rank of a method needs beside weights, optimiser and random numbers: a tree; most need nothing."""
         return None
@@ -244,14 +290,17 @@ class RunTrainer(_Trainer):
         step = self.state.global_step
         mine = {"random": random_state(self.args.device), "own": self.own_state()}
         ranks = gathered(copied_tree(mine), self.args.should_save)
-        with self._all_or_none():
+        split = None if self.shards is None else (self.shards.state(self.optimizer), self.shards.split.whole())
+        with split[1] if split else contextlib.nullcontext() as whole, self._all_or_none():
             if self.args.should_save:
                 facts = {**self.identity, "tokens": self.tokens, "world_size": self.args.world_size}
                 facts |= {"rows": self.order.rows, "batch_size": self.order.batch_size}
-                self.saver.save(step, self._snapshot(ranks), facts, self.on_saved)
+                snapshot = self._snapshot(ranks, (split[0], whole) if split else None)
+                self.saver.save(step, snapshot, facts, self.on_saved)
 
-    def _snapshot(self, ranks: list[Any]) -> Snapshot:
-        with self.model_to_save() as model:
+    def _snapshot(self, ranks: list[Any], put_together: tuple[Any, Any] | None = None) -> Snapshot:
+        """What a checkpoint holds; ``put_together``: optimiser states and model of shards."""
+        with contextlib.nullcontext(put_together[1]) if put_together else self.model_to_save() as model:
             if not self._described:  # a tokenizer does not change, and may be many megabytes
                 self._described = descriptions(model, self.processing_class)
             parts, weights, arrange = weights_of(model)
@@ -259,7 +308,8 @@ class RunTrainer(_Trainer):
         scaler = getattr(self.accelerator, "scaler", None)
         optimizer: Any = self.optimizer
         scheduler: Any = self.lr_scheduler
-        state = {"optimizer": optimizer.state_dict(), "scheduler": scheduler.state_dict()}
+        updates = put_together[0] if put_together else optimizer.state_dict()
+        state = {"optimizer": updates, "scheduler": scheduler.state_dict()}
         state["scaler"] = scaler.state_dict() if scaler is not None else None
         parts[OPTIMIZER] = as_part(state)
         for rank, own in enumerate(ranks):
@@ -269,7 +319,7 @@ class RunTrainer(_Trainer):
             parts[ADALORA] = Part(tensors)
             files[PATTERN] = pattern
         files["trainer_state.json"] = json.dumps(_plain(self.state), indent=1).encode()
-        return Snapshot(files, parts, weights, arrange)
+        return Snapshot(files, parts, weights, arrange, private=put_together is not None)
 
     def agree_on_failed_save(self, failed: bool) -> None:
         """After all ranks have learned of it: every rank ends, the one that could not write with the reason."""
@@ -307,16 +357,12 @@ class RunTrainer(_Trainer):
         """Adapters are read back in place; a full model was loaded from the checkpoint in the first place."""
         folder = Path(resume_from_checkpoint)
         self.tokens = json.loads((folder / store.MANIFEST).read_text(encoding="utf-8"))["facts"]["tokens"]
-        self._resumed_state = read_tree(folder / OPTIMIZER)
+        if self.shards is None:
+            self._resumed_state = read_tree(folder / OPTIMIZER)
         if allocates(self.model):
             load_state(self.model, folder)
-        elif (folder / ADAPTER).is_file():
-            from peft import set_peft_model_state_dict
-            from safetensors.torch import load_file
-
-            result: Any = set_peft_model_state_dict(self.model, as_trained(load_file(folder / ADAPTER), self.model))
-            strange = set(result.unexpected_keys) - {"prompt_embeddings"}  # read by name into the prompt encoder
-            assert not strange, f"adapter of another shape: {sorted(strange)[:3]}"
+        elif self.shards is None:
+            read_adapter(self.model, folder)
         mine = folder / rank_file(self.args.process_index)
         if mine.is_file():
             self._resumed_rank = read_tree(mine)
@@ -324,6 +370,11 @@ class RunTrainer(_Trainer):
             self.load_own_state(self._resumed_rank["own"])
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if self.shards is not None and checkpoint is not None:
+            self._resumed_state = self.shards.read(self.optimizer, Path(checkpoint) / OPTIMIZER)
+        elif self._resumed_state is not None and NAMED in self._resumed_state["optimizer"]:
+            updates = numbered(self.optimizer, self.trained_parameters(), self._resumed_state["optimizer"])
+            self._resumed_state["optimizer"] = updates
         if self._resumed_state is not None:
             optimizer: Any = self.optimizer
             scheduler: Any = self.lr_scheduler

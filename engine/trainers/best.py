@@ -6,8 +6,10 @@ What was measured before is read from the run's own events, so that a run that i
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +35,8 @@ class KeepsBest(TrainerCallback):
 
     def __init__(self, run: Run, tokenizer: Any, base: Path, emit: Emit, patience: int | None) -> None:
         self.run, self.tokenizer, self.base, self.emit, self.patience = run, tokenizer, base, emit, patience
+        self.whole_model: Callable[[], contextlib.AbstractContextManager[Any]] | None = None
+        """Gives the model to write; every rank has to ask. None: the one that the trainer hands to callbacks."""
         self.measured: dict[int, float] = {}
         """Loss (the negative of a reward) by step."""
 
@@ -55,9 +59,11 @@ class KeepsBest(TrainerCallback):
         loss = metrics["eval_loss"] if "eval_loss" in metrics else -metrics["eval_reward"]
         before = min(self.measured.values(), default=float("inf"))
         self.measured[state.global_step] = loss
-        if loss < before and args.should_save:
-            save_result(self.run.best_path, more["model"], self.tokenizer, self.base)
-            note(self.run.best_path, state.global_step, loss)
+        if loss < before:
+            with self.whole_model() if self.whole_model else contextlib.nullcontext(more["model"]) as model:
+                if args.should_save:
+                    save_result(self.run.best_path, model, self.tokenizer, self.base)
+                    note(self.run.best_path, state.global_step, loss)
         since = self._since()
         if self.patience is not None and since >= self.patience and state.global_step < state.max_steps:
             best = min(self.measured, key=lambda step: (self.measured[step], step))

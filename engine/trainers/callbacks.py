@@ -213,9 +213,8 @@ class Reporter(TrainerCallback):
         likewise of other adapters, all of which are products with a factor that begins at 0.
         """
         names = [name for name, _ in named]
-        weights = torch.stack(torch._foreach_norm([p.detach() for _, p in named])).tolist()
-        zeros = [torch.zeros(()) if p.grad is None else p.grad for _, p in named]
-        gradients = [float(norm) for norm in torch._foreach_norm(zeros)]
+        weights = self.trainer.norms([p.detach() for _, p in named])
+        gradients = self.trainer.norms([p.new_zeros(()) if p.grad is None else p.grad for _, p in named])
         unborn = {_layer_of(name) for name, weight in zip(names, weights, strict=True) if weight == 0} - {""}
         silent = [
             name

@@ -16,6 +16,8 @@ import torch
 BLOCK = 256
 #: Below this bitsandbytes keeps its states in 32 bits, so these tensors stay by themselves.
 SMALLEST = 4096
+#: Where an optimiser keeps what :func:`flatten` joined: one long tensor's id to its members.
+_JOINED = "_finetui_joined"
 
 
 def flatten(optimizer: torch.optim.Optimizer) -> int:
@@ -50,9 +52,16 @@ def flatten(optimizer: torch.optim.Optimizer) -> int:
             whole.grad = None
 
     if joined:
+        vars(optimizer)[_JOINED] = {id(whole): members for whole, members in joined}
         optimizer.register_step_pre_hook(gather)
         optimizer.register_step_post_hook(release)
     return sum(len(members) for _, members in joined)
+
+
+def members_of(optimizer: torch.optim.Optimizer, parameter: torch.nn.Parameter) -> list[torch.nn.Parameter]:
+    """The parameters of the model that one of an optimiser's stands for, end to end."""
+    members: list[torch.nn.Parameter] = vars(optimizer).get(_JOINED, {}).get(id(parameter), [parameter])
+    return members
 
 
 def _end_to_end(parts: list[torch.Tensor | None]) -> torch.Tensor | None:

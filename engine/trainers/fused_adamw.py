@@ -18,16 +18,17 @@ _STATES = {"adamw_torch_fused": "bf16", "adamw_bnb_8bit": "8bit"}
 
 
 def fused_adamw(
-    model: Any, args: Any, emit: Callable[[Any], object]
+    model: Any, args: Any, emit: Callable[[Any], object], shards: list[torch.nn.Parameter] | None = None
 ) -> tuple[type[torch.optim.Optimizer], dict[str, Any]] | None:
     """The class and its arguments, in the form that a trainer takes; None if the trainer's own optimiser serves.
 
     Args:
         args: the trainer's settings.
         emit: is told where the trainer's own has to serve though this one was due.
+        shards: what the optimiser is given in place of the parameters of a model that is split over ranks.
     """
     optim = str(getattr(args.optim, "value", args.optim))
-    trained = [p for p in model.parameters() if p.requires_grad]
+    trained = [p for p in model.parameters() if p.requires_grad] if shards is None else shards
     if optim not in _STATES or not trained or any(p.dtype != torch.bfloat16 or not p.is_cuda for p in trained):
         return None
     why = _unusable(trained)

@@ -64,8 +64,10 @@ def give_token_loss(model: Any, context: contextlib.AbstractContextManager[Any])
         return "something listens to the output head"
     if not hasattr(causal, "base_model") or causal.base_model is causal:
         return "the model has no backbone of its own"
+    # Of a model in shards the root alone gathers what is no layer's.
+    called = model if hasattr(model, "unshard") else causal
     with context:
-        why = _disagreement(causal, scale, cap)
+        why = _disagreement(causal, scale, cap, called)
     if why:
         return why
     stock = causal.forward
@@ -111,8 +113,12 @@ def _logit_shape(config: Any) -> tuple[float, float | None]:
     return scale, getattr(config, "final_logit_softcapping", None)
 
 
-def _disagreement(causal: Any, scale: float, cap: float | None) -> str:
-    """Whether logits as we make them are those that the model makes, on a few words."""
+def _disagreement(causal: Any, scale: float, cap: float | None, called: Any = None) -> str:
+    """Whether logits as we make them are those that the model makes, on a few words.
+
+    Args:
+        called: the model, or what is around it.
+    """
     device = causal.get_output_embeddings().weight.device
     words = torch.arange(4, device=device).unsqueeze(0)
     training, made = causal.training, list[Any]()
@@ -120,7 +126,7 @@ def _disagreement(causal: Any, scale: float, cap: float | None) -> str:
     listening = causal.base_model.register_forward_hook(lambda _module, _inputs, out: made.append(out[0]))
     try:
         with torch.no_grad():  # once: a start waits for it, and all layers of a large model take half a second
-            theirs = causal(input_ids=words, use_cache=False).logits.float()
+            theirs = (called or causal)(input_ids=words, use_cache=False).logits.float()
             if len(made) != 1:
                 return "it does not call its backbone once"
             hidden = made[0]

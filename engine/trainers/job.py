@@ -18,6 +18,7 @@ from .settings import Length, settings
 
 if TYPE_CHECKING:
     from ..data.prepare import Prepared
+    from ..models.sharding import Split
     from ..run import Run
     from .callbacks import Reporter
 
@@ -30,6 +31,7 @@ class Job:
         folder: where the base model lies.
         model: loaded, adapted and with its kernels.
         resumed: training goes on from a checkpoint.
+        split: the model where it is split over the ranks.
         whole_layers: its layers recompute by themselves what they do not keep.
         emit: tells an event on behalf of all ranks.
     """
@@ -48,6 +50,7 @@ class Job:
     emit: Emit
     resumed: bool
     whole_layers: bool = False
+    split: Split | None = None
     identity: dict[str, Any] = field(default_factory=dict)
     """What checkpoints note down about the run that they belong to."""
 
@@ -89,6 +92,7 @@ class Job:
             "numerics": self.numerics,
             "resolved": self.resolved,
             "identity": self.identity,
+            "split": self.split,
             "model": self.model,
             "train_dataset": self.rows.train,
             "processing_class": self.tokenizer,

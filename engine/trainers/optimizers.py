@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -26,19 +26,22 @@ Group = dict[str, Any]
 OWN = frozenset({"sgd", "lion", "muon", "galore", "apollo", "apollo-mini", "schedule-free", "adopt", "came"})
 
 
-def optimizer_for(model: Any, resolved: Resolved, groups: list[Group], stock: Any) -> tuple[Any, dict[str, Any]] | None:
+def optimizer_for(
+    model: Any, resolved: Resolved, groups: list[Group], stock: Any, named: Iterable[tuple[str, Tensor]] | None = None
+) -> tuple[Any, dict[str, Any]] | None:
     """Class and arguments of the plan's optimiser, in the form that a trainer takes; None if its own serves.
 
     Args:
         groups: trained parameters with their weight decay, as the trainer would group them.
         stock: gives the trainer's own class and arguments for the plan's settings.
+        named: what is in the groups, if that is not the model's own parameters.
     """
     options, ratio = resolved.updates, resolved.options.lora_plus_ratio
     name, rate = resolved.optimizer, resolved.learning_rate
     if name not in OWN and ratio == 1.0:
         return None
     if ratio > 1.0:
-        groups = with_faster_b(model, groups, rate, ratio)
+        groups = with_faster_b(named or model.named_parameters(), groups, rate, ratio)
     if name not in OWN:
         kind, given = stock()
         return kind, {**given, "params": groups}
@@ -81,9 +84,9 @@ def inner_matrices(model: Any) -> set[int]:
     return {id(p) for p in model.parameters() if p.requires_grad and p.dim() == 2 and id(p) not in outside}
 
 
-def with_faster_b(model: Any, groups: list[Group], rate: float, ratio: float) -> list[Group]:
+def with_faster_b(named: Iterable[tuple[str, Tensor]], groups: list[Group], rate: float, ratio: float) -> list[Group]:
     """Groups in which the B matrices of LoRA have ``ratio`` times the rate."""
-    fast = {id(p) for name, p in model.named_parameters() if "lora_B" in name}
+    fast = {id(p) for name, p in named if "lora_B" in name}
     split: list[Group] = []
     for group in groups:
         split.append({**group, "params": [p for p in group["params"] if id(p) not in fast]})

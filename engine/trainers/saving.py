@@ -105,7 +105,7 @@ class Saver:
         if limit is not None:
             free = min(free, limit.limit - limit.used)
         free += self._host.bytes  # from the checkpoint before
-        if snapshot.bytes <= _SHARE * free:
+        if snapshot.private or snapshot.bytes <= _SHARE * free:
             return True
         if not self._told_of_room:
             self._told_of_room = True

@@ -194,6 +194,7 @@ class TokenMeanTrainer(RunTrainer, SFTTrainer):
             rank=self.args.process_index,
             world=self.args.world_size,
             context=self.numerics.context(self.args.device),
+            together=self.shards is not None,
         )
         return {"loss": measured.loss, "accuracy": measured.accuracy}
 

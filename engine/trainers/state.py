@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..models.initial import as_on_disk
+from ..models.initial import as_on_disk, as_trained
 from .tree import Tree, put_together, taken_apart, write_tensors
 
 OPTIMIZER, WEIGHTS, ADAPTER = "optimizer.safetensors", "model.safetensors", "adapter_model.safetensors"
@@ -51,12 +51,14 @@ class Snapshot:
         parts: files of tensors, by name.
         weights: a full model's own weights, by their names in the model.
         arrange: from those to what is stored, by file: a model may keep weights in another form than its checkpoint.
+        private: training can't reach any of it as it is.
     """
 
     files: dict[str, bytes]
     parts: dict[str, Part]
     weights: dict[str, Tensor] = field(default_factory=dict)
     arrange: Callable[[dict[str, Tensor]], dict[str, Part | bytes]] = lambda weights: {}
+    private: bool = False
 
     @property
     def bytes(self) -> int:
@@ -68,13 +70,15 @@ class Snapshot:
 
     def copied(self, host: HostMemory) -> Snapshot:
         """The same with tensors of its own, in host memory."""
+        if self.private:
+            return self
         with host.copying() as copy_one:
             parts = {
                 file: Part({name: copy_one(f"{file}/{name}", t) for name, t in part.tensors.items()}, part.metadata)
                 for file, part in self.parts.items()
             }
             weights = {name: copy_one(name, tensor) for name, tensor in self.weights.items()}
-        return Snapshot(self.files, parts, weights, self.arrange)
+        return Snapshot(self.files, parts, weights, self.arrange, private=True)
 
     def write(self, folder: Path) -> dict[str, str]:
         """Write all files; returns the SHA-256 of each, taken from memory.
@@ -171,6 +175,18 @@ def _adapter(model: Any) -> dict[str, Tensor]:
         # Embeddings are not trained, and "auto" would ask the Hub whether their size has changed.
         stored: dict[str, Tensor] = get_peft_model_state_dict(model, state_dict=state, save_embedding_layers=False)
     return stored
+
+
+def read_adapter(model: Any, folder: Path) -> None:
+    """Read the adapter of a checkpoint, if it holds one, into a model that has its like."""
+    if not (folder / ADAPTER).is_file():
+        return
+    from peft import set_peft_model_state_dict
+    from safetensors.torch import load_file
+
+    result: Any = set_peft_model_state_dict(model, as_trained(load_file(folder / ADAPTER), model))
+    strange = set(result.unexpected_keys) - {"prompt_embeddings"}  # read by name into the prompt encoder
+    assert not strange, f"adapter of another shape: {sorted(strange)[:3]}"
 
 
 def _arranged(model: Any, weights: dict[str, Tensor]) -> dict[str, Part | bytes]:

@@ -8,9 +8,11 @@ while a thread writes. Format: https://huggingface.co/docs/safetensors, "Format"
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -123,10 +125,53 @@ def read_tree(path: Path) -> Tree:
         OSError: the file can't be read.
         ValueError: it is another file.
     """
+    with opened_tree(path) as tree:
+        return loaded(tree)
+
+
+def loaded(tree: Tree) -> Tree:
+    """A tree of :func:`opened_tree` with its tensors, on the CPU."""
+    if isinstance(tree, Stored):
+        return tree.whole()
+    if isinstance(tree, dict):
+        return {key: loaded(item) for key, item in tree.items()}
+    if isinstance(tree, list | tuple):
+        return type(tree)(loaded(item) for item in tree)
+    return tree
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A tensor of a tree that is still in its file."""
+
+    file: Any
+    name: str
+
+    def whole(self) -> torch.Tensor:
+        """All of it."""
+        tensor: torch.Tensor = self.file.get_tensor(self.name)
+        return tensor
+
+    def rows(self, which: slice) -> torch.Tensor:
+        """Some of its rows, the others of which are not read; a scalar has none and is read whole."""
+        found = self.file.get_slice(self.name)
+        tensor: torch.Tensor = found[which] if found.get_shape() else self.whole()
+        return tensor
+
+
+@contextlib.contextmanager
+def opened_tree(path: Path) -> Iterator[Tree]:
+    """In the block, what :func:`write_tree` wrote with a :class:`Stored` in the place of each tensor.
+
+    Raises:
+        OSError: the file can't be read.
+        ValueError: it is another file.
+    """
     from safetensors import safe_open
 
     with safe_open(path, "pt") as file:
         told = (file.metadata() or {}).get("tree")
         if told is None:
             raise ValueError(f"{path} holds no tree")
-        return put_together(json.loads(told), {name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
+        places: Any = {name: Stored(file, name) for name in file.keys()}  # noqa: SIM118
+        yield put_together(json.loads(told), places)

@@ -98,7 +98,8 @@ class Session:
             modes = [mode for mode in modes if not (self.dry and (mode == "offload" or "+" in mode))]
             yield Job(f"engine {name}", self._beside(name, shape, tuning, modes, more), 240, least=90)
         profile = ["--profile", str(self.out / "profile.txt"), "--arms", "finetui"]
-        command = self._beside("profile", "llama-1b", "lora", ["none"], profile)
+        modes = ["none"] if self.dry else ["none", "none+graphs"]
+        command = self._beside("profile", "llama-1b", "lora", modes, profile)
         yield Job("engine profile of 1b", command, 120, least=45)
 
     def _beside(self, name: str, shape: str, tuning: str, modes: list[str], more: list[str]) -> list[str]:
@@ -129,7 +130,19 @@ class Session:
         more = ["--help"] if self.dry else ["--json", str(self.out / "kernels.json")]
         yield Job("kernels", [*script, *more], 240)
         tune = [*_PYTHON, "-m", "finetui.tests.bench.tune", "--json", str(self.out / "tune.json")]
-        yield Job("tune", [*tune, *(["--check", "--only", "nf4"] if self.dry else ["--seconds", "210"])], 240)
+        below = [
+            "--only",
+            "rms_norm",
+            "rows of the loss",
+            "adamw",
+            "gated",
+            "narrow",
+            "--warm",
+            "8",
+            "--seconds",
+            "210",
+        ]
+        yield Job("tune", [*tune, *(["--check", "--only", "nf4"] if self.dry else below)], 240)
 
     def _start(self) -> Iterator[Job]:
         """Twice: the first call fills what is kept between runs (compiled modules, kernels, verdicts)."""

@@ -18,7 +18,8 @@ from finetui.planner.settings import Settings
 from finetui.planner.stacks import Stack
 
 from .measured_names import architecture_of, gpu_of, memory_of
-from .measured_stacks import is_compiled, stack_of, usual_checkpointing, usual_strategy
+from .measured_sizes import usual_of_size
+from .measured_stacks import is_compiled, knows, stack_of, usual_checkpointing, usual_strategy, with_own_loss
 from .measured_words import (
     Refused,
     accumulation_of,
@@ -27,6 +28,7 @@ from .measured_words import (
     kind_of,
     length_of,
     method_of,
+    not_stated,
     offload_of,
     optimizer_of,
     precision_of,
@@ -59,6 +61,8 @@ class Question:
     """What the run can have held: it finished on this GPU."""
     beside_gib: float = 0.0
     """What vLLM holds of the same GPU."""
+    loading_gib: float = 0.0
+    """What is allocated while the model comes to where it is trained, if steps may need less."""
 
 
 def question(row: dict[str, str], configs: Path | None = None) -> Question:
@@ -69,23 +73,40 @@ def question(row: dict[str, str], configs: Path | None = None) -> Question:
     """
     text = " ".join((row["framework"], row["method"], row["notes"])).lower()
     unknown: list[str] = []
-    architecture = architecture_of(row["model"], configs)
+    architecture = _architecture(row["model"], configs, unknown)
     settings = _settings(row, text, architecture, unknown)
     stack = stack_of(row["framework"], row["fused"], row["method"], row["notes"])
+    if not knows(row["framework"]):
+        unknown.append("program")
+    plain = not stack.upcasts_shards and not settings.quantized  # no mixed precision
+    stack = with_own_loss(stack, architecture, row["fused"], autocast=not plain)
     if is_compiled(row["framework"], row["fused"]):
         unknown.append("compiled")
-    metric = _metric(row["notes"], unknown)
+    metric = _metric(row["notes"], row["framework"], unknown)
     gpu = gpu_of(row["gpu"])  # memory hardly depends on it, speed does
     most = _most(row["gpu"], gpu)
     if "strategy" in unknown:
         held = peak_memory(architecture, settings, stack, gpu or find_gpu("A100")).allocated_gib
         if gpu is None or held > most:
             raise Refused("several GPUs: how they share is not stated, and a copy on each does not fit")
-    times = gpu is not None and "length" not in unknown and sequence_shards_of(text) == 1
+    whole_rows = sequence_shards_of(text) == 1 and not {"length", "short", "batch"} & {*unknown}
+    across = re.search(r"multi-?node", text)  # whose network is not stated
+    times = gpu is not None and whole_rows and not across
     return Question(
         architecture, settings, stack, gpu or find_gpu("A100"), metric, tuple(unknown), times, most,
-        _generating(text, settings.method, gpu),
+        _generating(text, settings.method, gpu), _loading(text, architecture, settings, stack),
     )  # fmt: skip
+
+
+def _architecture(model: str, configs: Path | None, unknown: list[str]) -> Architecture:
+    try:
+        return architecture_of(model, configs)
+    except Refused:
+        usual = usual_of_size(model)
+        if usual is None:
+            raise
+        unknown.append("shapes")
+        return usual
 
 
 def _generating(text: str, method: str, gpu: Gpu | None) -> float:
@@ -96,13 +117,22 @@ def _generating(text: str, method: str, gpu: Gpu | None) -> float:
     return float(said.group(1) if said else 0.3) * gpu.memory_gib
 
 
+def _loading(text: str, architecture: Architecture, settings: Settings, stack: Stack) -> float:
+    """GiB of a quantised model that accelerate brings to FSDP2: whole on each GPU, and then its shard beside it
+    (``fsdp2_prepare_model`` leaves out the way over the meta device for bitsandbytes' weights)."""
+    if not (settings.quantized and settings.sharing.gathers == "layers" and stack.upcasts_shards and "fsdp2" in text):
+        return 0.0
+    whole = peak_memory(architecture, replace(settings, world_size=1), stack, find_gpu("A100")).terms["weights"]
+    return whole * (1 + 1 / settings.world_size)
+
+
 def _most(name: str, gpu: Gpu | None) -> float:
     """GiB of a GPU. Some of a kind have more than that of the catalog: then what the row says."""
     said = memory_of(name)
     return max(gpu.memory_gib, said) if gpu else said or math.inf
 
 
-def _metric(notes: str, unknown: list[str]) -> str:
+def _metric(notes: str, framework: str, unknown: list[str]) -> str:
     stated = re.search(r"metric=([^;]*)", notes)
     text = (stated.group(1) if stated else notes).lower()
     if "nvidia-smi" in text or "nvml" in text:
@@ -111,6 +141,8 @@ def _metric(notes: str, unknown: list[str]) -> str:
         return "reserved"
     if not stated or "not stated" in text:
         unknown.append("metric")
+        if "torchtune" in framework.lower():  # its README prints the peak of what is active
+            return "allocated"
         # Figures without a word on it are mostly read off nvidia-smi, unless the framework prints its own.
         return "device" if "not stated" in text and "logs" not in text else "reserved"
     return "allocated"
@@ -125,6 +157,12 @@ def _settings(row: dict[str, str], text: str, architecture: Architecture, unknow
     if usual and re.fullmatch(r"\W*|(the )?(framework'?s? )?default( \(?not stated\)?)?", checkpoint):
         checkpoint = usual
         unknown.append("checkpointing")
+    elif not_stated(checkpoint):
+        checkpoint = "no" if "plain loop" in framework else "yes"
+        unknown.append("checkpointing")
+    elif re.fullmatch(r"\W*(selective|partial|half)\W*", checkpoint):  # of what is not said: torchtitan's default
+        checkpoint = "selective op"
+        unknown.append("checkpointing")
     policy, kept, outputs = checkpointing_of(checkpoint, architecture.num_layers)
     if "calls them estimates" in text:
         raise Refused("the source calls its figures estimates")
@@ -133,7 +171,8 @@ def _settings(row: dict[str, str], text: str, architecture: Architecture, unknow
     if "checkpointing off (not stated)" in text:
         raise Refused("the optimiser or checkpointing is not stated")
     # Qwen's script for GPTQ weights on one device runs them under DeepSpeed's ZeRO-2.
-    alone = "zero2" if quantization == "gptq" and "qwen" in text else "ddp"
+    alone = "zero2" if quantization == "gptq" and "qwen" in text else strategy_of(text, "ddp")
+    alone = alone if alone.startswith("zero") else "ddp"  # DeepSpeed keeps its masters on one device too
     strategy = strategy_of(text, usual_strategy(framework)) if world > 1 else alone
     if not strategy:  # torchrun without a word on sharding; too large a model is refused below
         strategy = "ddp"
@@ -145,10 +184,12 @@ def _settings(row: dict[str, str], text: str, architecture: Architecture, unknow
     return Settings(
         method=method,
         tuning=tuning,  # type: ignore[arg-type]
-        sequence_length=max(length_of(row["seq_len"], unknown) // sequence_shards_of(text), 1),
-        micro_batch=whole(row["micro_batch"], "micro batch"),
+        sequence_length=max(length_of(row["seq_len"], unknown) // sequence_shards_of(text), 1)
+        + _virtual_tokens(row, kind, architecture),
+        micro_batch=_rows(row["micro_batch"], unknown),
         accumulation=accumulation_of(text),
-        dropout=not full and bool(re.search(r"lora_dropout=0\.0*[1-9]|lit-?gpt", text)),  # 0.05 in LitGPT's scripts
+        # LitGPT's scripts and Qwen's finetune.py drop 0.05.
+        dropout=not full and bool(re.search(r"lora_dropout=0\.0*[1-9]|lit-?gpt|remote-code qwen", text)),
         rank=rank_of(row["lora_r"]) if not full else 16,
         kind=kind,
         trained=_counted(row, architecture, kind),
@@ -187,6 +228,20 @@ def _options(row: dict[str, str], kind: str) -> TuningOptions:
     if kind == "oft":
         return TuningOptions(block_size=max(rank, 2))
     return TuningOptions(initial_rank=round(1.5 * rank)) if kind == "adalora" else TuningOptions()
+
+
+def _rows(text: str, unknown: list[str]) -> int:
+    """Rows of a micro-batch; one, what memory tables mostly mean, where it is left out."""
+    if not_stated(text) and "auto" not in text.lower():
+        unknown.append("batch")
+        return 1
+    return whole(text, "micro batch")
+
+
+def _virtual_tokens(row: dict[str, str], kind: str, architecture: Architecture) -> int:
+    """Learned tokens that stand before every row: as many as were trained, each as wide as hidden states."""
+    said = re.search(r"trainable=([\d,]+)", row["notes"])
+    return int(said.group(1).replace(",", "")) // architecture.hidden if kind == "prompt" and said else 0
 
 
 def _counted(row: dict[str, str], architecture: Architecture, kind: str) -> int:

@@ -37,6 +37,13 @@ _ALIASES = {
     "gemma-3-12b": "gemma-3-12b-pt", "gemma-3-27b": "gemma-3-27b-pt", "llama-3.3-70b": "llama-3.3-70b-instruct",
     "magistral-small-2506": "mistral-small-24b-base-2501", "plano-orchestrator-4b": "qwen3-4b",
     "mistral-small-24b": "mistral-small-24b-base-2501", "zephyr-7b-beta": "mistral-7b-v0.1",
+    "gpt-j": "gpt-j-6b", "smollm3": "smollm3-3b", "starcoder-15b": "starcoder", "command-r": "c4ai-command-r-v01",
+    "mistral-large": "mistral-large-instruct-2407", "gpt-oss": "gpt-oss-20b", "gpt-neox": "gpt-neox-20b",
+    "santacoder": "gpt_bigcode-santacoder", "devstral-small": "mistral-small-24b-base-2501",
+    "olmo-2-1b": "olmo-2-0425-1b", "olmo-2-7b": "olmo-2-1124-7b", "olmo-2-13b": "olmo-2-1124-13b",
+    "orpheus-3b": "llama-3.2-3b", "internlm2.5-7b": "internlm2-7b", "internlm2.5-20b": "internlm2-20b",
+    "llama-3.2-11b-vision": "llama-3.1-8b", "llama-3.2-90b-vision": "llama-3.1-70b", "llava-1.5-7b": "llama-2-7b",
+    "llava-1.5-13b": "llama-2-13b", "llama-4-scout": "llama-4-scout-17b-16e",
 }  # fmt: skip
 
 
@@ -44,6 +51,9 @@ _ALIASES = {
 _TUNED = (
     (r"^(?:qwen2\.5|qwen2)-(?:coder-|math-)?(\d[\d.]*b)$", r"qwen2.5-\1"),
     (r"^qwq-32b.*$", "qwen2.5-32b"),
+    (r"^qwen2(?:\.5)?-(?:vl|audio|omni)-(\d[\d.]*b)$", r"qwen2.5-\1"),
+    (r"^qwen3-vl-(\d[\d.]*b)$", r"qwen3-\1"),
+    (r"^(?:devstral|magistral|mistral)-small.*$", "mistral-small-24b-base-2501"),
     (r"^.*llama-3\.[13].*-70b.*$", "llama-3.1-70b"),
     (r"^granite-3\.\d-([28])b.*$", r"granite-3.3-\1b-base"),
     (r"^stablelm-2-1\.6b$", "stablelm-2-1-6b"),

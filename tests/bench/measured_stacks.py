@@ -4,18 +4,26 @@ from __future__ import annotations
 
 import re
 from dataclasses import replace
+from functools import lru_cache
 
+from finetui.planner.architecture import Architecture
 from finetui.planner.stacks import STACKS, Stack
 
 from .measured_words import Refused, method_of
 
-#: transformers up to 4.48 as fms-acceleration ran it: the loss copies its shifted logits (14 B per logit in all), AdamW
-#: is the foreach series (torch 2.4), and the model's own forward runs under autocast.
+#: transformers 4 as fms-acceleration ran it: models turn their logits to fp32 and shift a copy of them (12 B per logit
+#: in all), AdamW is the foreach series (torch 2.4), and the model's own forward runs under autocast. Experts are linear
+#: modules.
 _TRANSFORMERS_4 = replace(
-    STACKS["transformers"], logit_forward=14.0, logit_backward=14.0, fused_optimizer=False, kbit_upcast=True
-)
+    STACKS["transformers"], logit_forward=12.0, logit_backward=12.0, fused_optimizer=False, kbit_upcast=True,
+    quantizes_experts=True, linear_experts=True,
+)  # fmt: skip
+#: From 4.46 on the loss is ``ForCausalLMLoss``, beside which the 16-bit logits live on.
+_TRANSFORMERS_4_46 = replace(_TRANSFORMERS_4, logit_forward=14.0, logit_backward=14.0)
 #: The fast kernels of the same repository: fused cross-entropy over 16-bit logits, fused norms and rotary embedding.
 _FOAK = replace(_TRANSFORMERS_4, logit_forward=8.1, logit_backward=8.1, fused_norm=True, kbit_upcast=False)
+#: From transformers 4.46 on its kernel is handed what ``ForCausalLMLoss`` makes.
+_FOAK_4_46 = replace(_FOAK, logit_forward=9.3, logit_backward=9.3)
 _FLCE = {"loss": "chunks", "logit_forward": 8.0, "logit_backward": 8.0}
 #: Cut Cross-Entropy makes no logits at all; its blocks are smaller than a chunk of Liger's (arXiv:2411.09009).
 _CCE = {"loss": "chunks", "logit_forward": 4.0, "logit_backward": 4.0, "chunk_tokens": 128}
@@ -25,8 +33,10 @@ _PLAIN = replace(STACKS["transformers"], autocast=False, fused_optimizer=False)
 #: Qwen's remote code keeps 16-bit logits, a shifted copy and their log-softmax; DeepSpeed casts adapters to 16 bits.
 _QWEN_1 = replace(
     STACKS["transformers"], logit_forward=6.0, logit_backward=8.0, kbit_upcast=False, adapter_bytes=2,
-    adapter_bytes_4bit=2, casts_inputs=False, fused_norm=True, fused_optimizer=False, certain=False,
+    adapter_bytes_4bit=2, casts_inputs=False, fused_norm=True, fused_optimizer=False, certain=False, logit_gaps=0.0,
 )  # fmt: skip
+#: The same without DeepSpeed, under autocast: its loss is in fp32, of a shifted copy.
+_QWEN_1_ALONE = replace(_QWEN_1, logit_forward=14.0, logit_backward=14.0, adapter_bytes=4, casts_inputs=True)
 #: Its scripts of 2023 run the longest row first, so nothing of an earlier step is as large.
 _LIT_GPT = replace(STACKS["litgpt"], logit_held=8.0, keeps_packed_inputs=1)
 #: Programs on transformers' own Trainer whose memory was not followed.
@@ -44,6 +54,13 @@ _TORCHTITAN = replace(_OWN_LOOP, waits_s=0.0, expandable_segments=True)
 _TRL_0 = replace(_TRAINER, logit_forward=6.0, logit_backward=8.0)
 #: TRL went through the head tile by tile from 1.0 on, and on transformers 5.
 _BEFORE_TILES = r"trl[ =v_-]*0\.\d|(?:\btf|transformers)[ =v_-]*4\.\d|alignment-handbook"
+#: fms-acceleration's benchmark of transformers 4.48 sets a dtype and no mixed precision (``scenarios.yaml``), those of
+#: 4.45 set ``bf16`` too (``scenarios-granite.yaml``, ``scenarios-liger.yaml``).
+_PLAIN_16_BITS = r"fms-hf-tuning.*\btf ?4\.48|mixed_precision[= :]+'?no\b"
+#: Further GiB of a context of CUDA 11 (nvidia-smi of runs from 1.8B to 72B: 1.2 to 2.9).
+_CUDA_11_GIB = 1.2
+#: Families whose own code makes the loss of 16-bit logits (transformers before 5).
+_OWN_LOSS = frozenset({"gpt2", "gpt_bigcode", "gpt_neox", "opt", "bloom", "mpt", "falcon", "codegen", "gptj"})
 #: PEFT 0.12 began to turn adapters on 16-bit weights to fp32 (``autocast_adapter_dtype``).
 _ADAPTERS_UPCAST = 12
 
@@ -114,14 +131,28 @@ _USUAL = (
 )  # fmt: skip
 
 
+def knows(framework: str) -> bool:
+    """Whether a framework's name is in the table; others are taken for programs on transformers' Trainer."""
+    return any(part in framework.lower() for part, _ in _FRAMEWORKS)
+
+
 def stack_of(framework: str, fused: str, method: str, notes: str = "") -> Stack:
     """The stack that a row's framework and kernels make.
 
     Raises:
-        Refused: nothing here knows it.
+        Refused: it splits layers over devices, or runs on other devices.
     """
     words = f"{framework} {method} {notes}".lower()
-    found = _stack_of(framework, fused, method, before_tiles=bool(re.search(_BEFORE_TILES, words)))
+    before = bool(re.search(_BEFORE_TILES, words))
+    found = _stack_of(framework, fused, method, words, before_tiles=before)
+    if before and found.stock_model and not found.quantizes_experts:
+        found = _before_5(found)
+    if re.search(r"fsdp(?!\s?2|_version[= :]+2)", words) and found.upcasts_shards:
+        found = replace(found, holds_input_gradients=True)
+    if re.search(_PLAIN_16_BITS, words):
+        found = replace(found, upcasts_shards=False)
+    if re.search(r"\bcu(da)? ?11", words):
+        found = replace(found, context_gib=_CUDA_11_GIB)
     if "expandable_segments" in words:
         found = replace(found, expandable_segments=True)
     peft = re.search(r"peft[ =v]*0\.(\d+)", words)
@@ -130,15 +161,25 @@ def stack_of(framework: str, fused: str, method: str, notes: str = "") -> Stack:
     return found
 
 
-def _stack_of(framework: str, fused: str, method: str, *, before_tiles: bool) -> Stack:
+@lru_cache(maxsize=32)
+def _before_5(stack: Stack) -> Stack:
+    """The stack on transformers 4, whose experts are linear modules, which bitsandbytes quantises."""
+    return replace(stack, quantizes_experts=True, linear_experts=True)
+
+
+def _stack_of(framework: str, fused: str, method: str, words: str, *, before_tiles: bool) -> Stack:
     name, fused = framework.lower(), fused.strip().lower()
     if _NOT_MODELLED.search(name) and "swift" not in name:
         raise Refused(f"framework not modelled: {framework.split(',')[0]}")
     found = next((stack for part, stack in _FRAMEWORKS if part in name), None)
     if found is None:
-        raise Refused(f"framework not known: {framework.split(',')[0]}")
-    if found is _TRANSFORMERS_4:
-        base = _FOAK if "foak" in fused or fused == "liger" else found
+        found = _TRAINER
+    if found is _QWEN_1 and "deepspeed" not in name and "gptq" not in method.lower():
+        return _QWEN_1_ALONE
+    if found is _TRANSFORMERS_4 and re.search(r"\btf ?4\.(4[6-9]|5)", words) and "liger" not in fused:
+        found = _FOAK_4_46 if "foak" in fused else _TRANSFORMERS_4_46
+    if found in (_TRANSFORMERS_4, _TRANSFORMERS_4_46, _FOAK_4_46):
+        base = found if found is not _TRANSFORMERS_4 else _FOAK if "foak" in fused or fused == "liger" else found
         plain = "accelerated" in fused or "gptq" in method.lower()  # PEFT upcasts nothing beside GPTQ weights
         base = replace(base, kbit_upcast=base.kbit_upcast and not plain, unpacks_in_kernel="accelerated" in fused)
         return replace(base, **_FLCE) if "liger" in fused or "flce" in fused else base
@@ -160,6 +201,18 @@ def _stack_of(framework: str, fused: str, method: str, *, before_tiles: bool) ->
     if "liger" in fused or ("liger" in name and "no liger" not in name):
         return STACKS["trl-liger"] if found.name == "trl" else replace(found, **_LIGER)
     return found
+
+
+def with_own_loss(stack: Stack, architecture: Architecture, fused: str, *, autocast: bool) -> Stack:
+    """The stack where the model's own code makes the loss of logits as they are, as GPT-2 and its kin do before 5.
+
+    In 16 bits these are logits, their shifted copy, log-softmax and gradient; autocast runs the loss in fp32. A kernel
+    for the loss spares a copy of each (gpt_bigcode on transformers 4.48: 6.5, 8, 14 and 18 B per logit).
+    """
+    if not stack.linear_experts or stack.loss != "logits" or architecture.model_type not in _OWN_LOSS:
+        return stack
+    width = (18.0 if autocast else 8.0) - ((4.0 if autocast else 1.5) if "foak" in fused.lower() else 0.0)
+    return replace(stack, logit_forward=width, logit_backward=width)
 
 
 def usual_strategy(framework: str) -> str:

@@ -28,8 +28,9 @@ _KINDS = (
     (r"\bloha", "loha"), (r"\blokr", "lokr"), (r"\bhra\b", "hra"), (r"\bc3a\b", "c3a"), (r"fourier", "fourierft"),
     (r"wave-?ft", "waveft"), (r"\bhira\b", "hira"), (r"\bglora\b", "glora"), (r"\bdeft\b", "deft"),
     (r"\blily\b", "lily"), (r"\bosf\b", "osf"), (r"\bpeanut", "peanut"), (r"\bpsoft", "psoft"),
-    (r"tiny-?lora", "tinylora"), (r"uni-?lora", "unilora"),
+    (r"tiny-?lora", "tinylora"), (r"uni-?lora", "unilora"), (r"super-?tuning", "shira"),
     (r"\bshira", "shira"), (r"\broad", "road"), (r"\bmiss\b|\bbone\b", "miss"),
+    (r"adapter[ _-]?v2", "adapter-v2"),
     (r"p-?tuning|prompt encoder", "p-tuning"), (r"prefix", "prefix"), (r"prompt[ _-]?tuning", "prompt"),
     (r"adapt(ion|er)[ _-]?prompt|llama-adapter|\badapter\b", "adaption-prompt"),
     (r"trainable[ _-]?tokens", "trainable-tokens"), (r"\bln[ _-]?tuning|layer ?norm tuning", "norms"),
@@ -42,15 +43,15 @@ _STRATEGIES = (
     (r"shard_grad_op|hybrid_shard_zero2", "shard-grad-op"), (r"full_shard|hybrid_shard|fsdp|fully[ -]shard", "fsdp"),
 )  # fmt: skip
 #: Programs that quantise the scales of NF4 weights again unless told not to; bitsandbytes itself and others do not.
-_DOUBLE = re.compile(r"axolotl|unsloth|swift|llama[ -]?factory|torchtune|torchao|finetui|fsdp_qlora")
+_DOUBLE = re.compile(r"axolotl|unsloth|swift|llama[ -]?factory|torchtune|torchao|finetui|fsdp_qlora|\bfms")
 _OPTIMIZERS = (
     (r"paged.*lion", "paged-lion-8bit"), (r"lion.*8|8.*lion", "lion-8bit"), (r"lion", "lion"),
     (r"q-?galore|galore", "galore"), (r"apollo[ _-]?mini", "apollo-mini"), (r"apollo", "apollo"), (r"muon", "muon"),
     (r"adafactor", "adafactor"), (r"schedule[ _-]?free", "schedule-free"), (r"\bsgd\b", "sgd"),
     (r"paged.*32|paged_adamw$|paged adamw$", "paged-adamw"), (r"paged", "paged-adamw-8bit"),
     (r"adam\w*4-?bit|4-?bit.*adam", "adamw-4bit"), (r"adam.*8|8.*adam", "adamw-8bit"),
-    (r"ada-?lomo", "adafactor"), (r"\blomo", "sgd"), (r"adam-?mini|\bcame\b", "lion"),  # one state as wide as weights
-    (r"adam|lora-?fa|loftq|\bhf default", "adamw"),
+    (r"ada-?lomo", "adafactor"), (r"\blomo", "sgd"), (r"adam-?mini", "lion"),  # one state as wide as weights
+    (r"(?<![a-z])came(?![a-z])", "came"), (r"adam|lora-?fa|loftq|\bhf default", "adamw"),
 )  # fmt: skip
 _MODULES = {"q": "q", "query": "q", "k": "k", "key": "k", "v": "v", "value": "v", "o": "o", "projection": "o"}
 _SIDES = {
@@ -61,6 +62,11 @@ _SIDES = {
 }
 #: Of attention with a latent space for keys and values (DeepSeek's), where a row names a side, not a module.
 _LATENT = {"q": ("q_a_proj", "q_b_proj"), "k": ("kv_a_proj_with_mqa", "kv_b_proj"), "v": ("kv_b_proj",), "o": ()}
+#: Tokens of a short row.
+_SHORT = 256
+#: Words for what is trained for, not how.
+_TASKS = frozenset({"sft", "train", "training", "finetune", "finetuning", "supervised", "classification", "embedding",
+                    "qat", "instruct", "chat", "alignment", "rlhf"})  # fmt: skip
 _WORDS_OF_MLP = {"gate": "gate_proj", "up": "up_proj", "down": "down_proj"}
 
 
@@ -81,11 +87,15 @@ def kind_of(text: str) -> str:
 def tuning_of(text: str, rank: str, framework: str = "") -> tuple[str, str]:
     """Tuning and quantisation."""
     name = text.lower()
-    if re.search(r"\b(awq|hqq|aqlm|eetq|vptq|gguf)\b", name):
+    if re.search(r"\bhqq\b", name):  # a 16-bit scale and zero per 64 weights
+        return "qlora", "nf4-single"
+    if re.search(r"\beetq\b", name):
+        return "lora", "int8"
+    if re.search(r"\b(aqlm|vptq|gguf)\b", name):
         raise Refused(f"quantisation not modelled: {text}")
     if re.search(r"fp8.*lora|lora.*fp8", name):
         return "lora", "fp8"
-    if "gptq" in name:
+    if re.search(r"gptq|\bawq\b", name):  # both a 16-bit scale and a 4-bit zero per 128 weights
         return "qlora", "gptq"
     if re.search(r"int-?8|8-?bit|llm\.int8", name) and not re.search(r"full", name):
         return "lora", "int8"
@@ -98,17 +108,24 @@ def tuning_of(text: str, rank: str, framework: str = "") -> tuple[str, str]:
         return "lora", "none"
     if re.search(r"freeze|frozen|last \d+ layers|lisa\b", name):
         raise Refused(f"which layers are trained is not stated: {text}")
-    if re.search(r"^(sft|fine-?tun|train|supervised)", name.strip()) or method_of(text) != "sft":
-        return ("lora" if rank.strip() else "full"), "none"
-    raise Refused(f"method not modelled: {text}")
+    # What is left names no way of tuning (a task, an objective), or an adapter as yet unheard of.
+    unheard = re.fullmatch(r"\w+", name.strip()) and name.strip() not in _TASKS and method_of(text) == "sft"
+    return ("lora" if _is_number(rank) or unheard else "full"), "none"
+
+
+def _is_number(text: str) -> bool:
+    return bool(re.search(r"\d", text))
 
 
 def length_of(text: str, unknown: list[str]) -> int:
     """Tokens of the widest row; a bound that rows nearly reach is noted in ``unknown``."""
     words = text.lower().replace(",", "").replace("_", "")
-    if re.search(r"\bshort\b|^\W*<=?\s*\d+k? unpacked", words):
+    if re.search(r"^\W*<=?\s*\d+k? unpacked", words):
         raise Refused("how long the rows really were is not stated")
     numbers = _numbers(words)
+    if re.search(r"\bshort\b", words):  # a chat of a few lines, far below the bound
+        unknown.append("short")
+        return min([_SHORT, *(number for number in numbers if number)])
     if not numbers or numbers[0] < 1:
         raise Refused("how long the rows really were is not stated")
     if both := prompt_and_answer(text):
@@ -140,7 +157,9 @@ def _numbers(words: str) -> list[int]:
 def whole(text: str, what: str) -> int:
     """One number: ``8``, ``8.0``, ``2x8``, ``2 nodes x 8``, ``8 (1 node)``."""
     plain = re.sub(r"\(.*?\)", "", text.lower())
-    plain = re.sub(r"nodes?|gpus?|per device|per gpu|each", " ", plain).strip(" ,=")
+    plain = re.sub(r"nodes?|gpus?|per device|per gpu|each|\b(mbs|bs|b|n)\b|batch( size)?", " ", plain)
+    plain = re.sub(r"\b(one|single|a)\b", "1", plain).strip(" ,=:")
+    plain = re.sub(r"^(\d+)\s*[x×*]\s*[a-z].*$", r"\1", plain)  # 4 x A100
     product = re.fullmatch(r"(\d+)\s*[x×*]\s*(\d+)", plain)
     if product:
         return int(product.group(1)) * int(product.group(2))
@@ -174,14 +193,19 @@ def optimizer_of(text: str, *, matters: bool) -> str:
         matters: the whole model is trained, so that its states weigh as much as the model.
     """
     name = text.lower()
-    if "unclear" in name or "?" in name:
-        raise Refused("the optimiser or checkpointing is not stated")
+    if matters and ("unclear" in name or "?" in name):
+        raise Refused("the optimiser is not stated")
     if re.search(r"sophia|shampoo|\bsoap\b|badam", name) and matters:
         raise Refused(f"optimiser not modelled: {text[:40]}")
     found = next((known for pattern, known in _OPTIMIZERS if re.search(pattern, name)), None)
-    if found is None and matters and name.strip():
-        raise Refused(f"the optimiser is not known: {text[:40]}")
     return found or "adamw"
+
+
+def not_stated(text: str) -> bool:
+    """Whether a cell says nothing, or that its source says nothing."""
+    words = re.sub(r"\W+", " ", text.lower()).strip()
+    nothing = "default|not stated|unknown|unclear|unspecified|auto|n ?a"
+    return bool(re.fullmatch(rf"|(the )?(framework s )?({nothing})( .*)?", words))
 
 
 def checkpointing_of(text: str, layers: int) -> tuple[str, int, bool]:
@@ -207,7 +231,7 @@ def checkpointing_of(text: str, layers: int) -> tuple[str, int, bool]:
     if "offload" in words:
         return "offload", 0, False
     if re.match(
-        r"(yes|true|on|full|fsdp|unsloth|enabled?|1|y|all|per|each|layer|block|with|non|re|act|grad|ac)", words
+        r"(yes|true|on|full|fsdp|unsloth|enabled?|1|y|all|per|each|every|layer|block|with|non|re|act|grad|ac)", words
     ):
         return "full", 0, False
     raise Refused(f"checkpointing is not stated: {text[:30]!r}")
@@ -250,8 +274,10 @@ def offload_of(text: str) -> str:
 
 def targets_of(text: str, architecture: Architecture) -> str | tuple[str, ...]:
     """The named modules as this architecture calls them; of regular expressions the names they hold."""
-    if not text.strip() or re.search(r"all[ _.-]*linear|^all\b|train\.py default|every linear|^\*$", text.lower()):
+    if not text.strip() or re.search(r"(^|all[ _.-]*|every )linear|^all\b|train\.py default|^\*$", text.lower()):
         return "all-linear"
+    if re.search(r"\bdefaults?\b", text.lower()):  # PEFT's for most families: queries and values
+        text = "q,v"
     known = {module.name for layer in architecture.layers for module in layer.linears}
     by_lower = {name.lower(): name for name in known}
     mlp = {module.name for layer in architecture.layers for module in layer.mlp}
@@ -272,8 +298,10 @@ def targets_of(text: str, architecture: Architecture) -> str | tuple[str, ...]:
             chosen |= {"gate_up_proj"} & known or mlp
     if "c_attn" in text and "w1" in text:
         return "all-linear"
+    if re.search(r"query_key_value|wqkv|c_attn|qkv_proj|in_proj", text.lower()):  # one module in some families
+        chosen |= {*_SIDES["q"], *_SIDES["k"], *_SIDES["v"]} & known
     if not chosen:
-        raise Refused(f"adapter targets not known: {text[:40]}")
+        return "all-linear"
     return tuple(sorted(chosen))
 
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import csv
 import json
+import re
 import statistics
 import sys
 from collections import Counter, defaultdict
@@ -25,7 +26,7 @@ from typing import Any
 
 from finetui.planner.errors import UserError
 from finetui.planner.hardware import GIB
-from finetui.planner.memory import peak_memory
+from finetui.planner.memory import context_bytes, peak_memory
 from finetui.planner.plan import Memory
 from finetui.planner.speed import step_speed
 
@@ -101,15 +102,24 @@ def _held(memory: Memory, asked: Question) -> float:
 
     Where memory runs short, the allocator gives back the gaps that :func:`.memory.slack_bytes` counts.
     """
-    most = asked.most_gib - (0.0 if asked.metric == "device" else memory.terms["context"])
-    return min(getattr(memory, f"{asked.metric}_gib") + asked.beside_gib, most)
+    most = asked.most_gib - (0.0 if asked.metric == "device" else context_bytes(asked.gpu, 1) / GIB)
+    loading = asked.loading_gib + (memory.terms["context"] if asked.metric == "device" else 0.0)
+    return min(max(getattr(memory, f"{asked.metric}_gib") + asked.beside_gib, loading), most)
 
 
 def _number(text: str) -> float:
+    """A figure, in GiB where it is memory: ``20``, ``~20 GB``, ``20,480 MiB``, ``15-16`` (its middle); 0 for none."""
+    words = re.sub(r"\(.*?\)|(?<=\d),(?=\d{3})", "", text.lower()).strip(" ~≈")
+    if re.fullmatch(r"|\W+|n/?a|none|not (stated|measured)", words):
+        return 0.0
+    said = re.fullmatch(r"([\d.]+)(?:\s*[-–]\s*([\d.]+))?\s*(g|gb|gib|m|mb|mib|tok\w*/s\w*)?", words)
     try:
-        return float(text) if text.strip() else 0.0
+        ends = [float(end) for end in (said.group(1), said.group(2)) if end] if said else []
     except ValueError:
-        raise Refused(f"a measured figure is not one number: {text[:30]!r}") from None
+        ends = []
+    if not said or not ends:
+        raise Refused(f"a measured figure is not one number: {text[:30]!r}")
+    return sum(ends) / len(ends) / (1024.0 if (said.group(3) or "").startswith("m") else 1.0)
 
 
 def _per_parameter(asked: Question, table: dict[str, float]) -> float:
@@ -189,7 +199,7 @@ def main() -> int:
     parser.add_argument("--json", action="store_true", help="print the summary as JSON")
     parser.add_argument("--rows", action="store_true", help="print each answered row")
     options = parser.parse_args()
-    with options.runs.open(encoding="utf-8", newline="") as file:
+    with options.runs.open(encoding="utf-8-sig", newline="") as file:
         answers, refusals = score(csv.DictReader(file, restval=""), options.configs)
     result = summary(answers, refusals)
     if options.json:

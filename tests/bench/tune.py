@@ -1,11 +1,13 @@
 """Settings and variants of the kernels that fall short of their ceilings, each checked and timed, in one short run.
 
-    python -P -m finetui.tests.bench.tune [--only adamw …] [--tokens 8192] [--seconds 240] [--json FILE]
+    python -P -m finetui.tests.bench.tune [--only adamw …] [--tokens 8192] [--seconds 240] [--warm 8] [--json FILE]
 
 What a kernel is built from stands in constants of its module: widths of tiles, warps, and which of two ways it goes.
 Each combination below is tried in their place; what it computes is held against what the constants as they are
 compute, and it is timed on a warm GPU. The first line of each kernel is that of its constants as they are; choosing
-others is then an edit of that module. Without a GPU, ``--check`` runs the smallest shapes in Triton's interpreter
+others is then an edit of that module. The narrow products of adapters are cuBLAS's: there, the ways to ask for the same
+product are tried. Compiling takes longer than all else, so ``--warm`` processes do it side by side first. The table of
+the best comes last. Without a GPU, ``--check`` runs the smallest shapes in Triton's interpreter
 (``TRITON_INTERPRET=1``) and times nothing.
 """
 
@@ -15,20 +17,22 @@ import argparse
 import contextlib
 import itertools
 import json
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from types import ModuleType
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 
 from finetui.engine.bench.clock import stopwatch
-from finetui.kernels import adamw, fp8, linear_cross_entropy, lora_glu, nf4
-from finetui.kernels.launch import INTERPRETED
+from finetui.kernels import adamw, fp8, linear_cross_entropy, lora_glu, nf4, rms_norm
+from finetui.kernels.launch import INTERPRETED, row_tile
+from finetui.kernels.wide import mm_fp32
 
 Made = list[torch.Tensor]
 BF16 = torch.bfloat16
@@ -40,7 +44,8 @@ class Trial:
     """One kernel and what may be set.
 
     Args:
-        module: whose constants ``knobs`` are; each has its values.
+        module: whose constants ``knobs`` are; each has its values. ``picked``: further settings, where not every
+            combination is worth its time.
         make: from tokens and device to a call that returns what it computed.
         bytes: that one call must move, at so many tokens; flops likewise.
         near: how far results of two settings may lie apart (relative, Frobenius).
@@ -48,21 +53,25 @@ class Trial:
     """
 
     name: str
-    module: ModuleType
+    module: Any
     knobs: dict[str, list[Any]]
     make: Callable[[int, torch.device], Callable[[], Made]]
+    picked: tuple[dict[str, Any], ...] = ()
     bytes: Callable[[int], float] = lambda _: 0.0
     flops: Callable[[int], float] = lambda _: 0.0
     near: float = 1e-3
     short: bool = False
 
     def settings(self) -> Iterator[dict[str, Any]]:
-        """As it is, then every other combination."""
-        now = {knob: getattr(self.module, knob) for knob in self.knobs}
+        """As it is, then every other combination, then what was picked."""
+        names = dict.fromkeys((*self.knobs, *(knob for one in self.picked for knob in one)))
+        now = {knob: getattr(self.module, knob) for knob in names}
         yield now
-        for values in itertools.product(*self.knobs.values()):
-            chosen = dict(zip(self.knobs, values, strict=True))
-            if chosen != now:
+        combined = [dict(zip(self.knobs, values, strict=True)) for values in itertools.product(*self.knobs.values())]
+        seen = [now]
+        for chosen in (now | one for one in (*combined, *self.picked)):
+            if chosen not in seen:
+                seen.append(chosen)
                 yield chosen
 
 
@@ -138,6 +147,76 @@ def _cross_entropy(chunk_rows: int, *, trained: bool) -> Callable[[int, torch.de
     return make
 
 
+def _rows_of_loss(tokens: int, device: torch.device) -> Callable[[], Made]:
+    words, rows = _size(tokens, 128256), min(tokens, linear_cross_entropy.CHUNK_ROWS)
+    logits = _random(rows, words, device=device, scale=3.0)
+    targets = torch.randint(0, words, (rows,), generator=torch.Generator(device).manual_seed(1), device=device)
+    losses, right = torch.zeros(rows, device=device), torch.zeros(rows, dtype=torch.int32, device=device)
+    first = iter((True,))
+
+    def run() -> Made:
+        # Later calls go over what the first one left, at the same speed.
+        figures = (targets, losses, right, losses)
+        linear_cross_entropy.rows_of_loss(logits, figures, 1.0, None, 0.0, "nll", gradient=True)
+        return [losses.clone(), logits[:64].clone(), logits.gather(1, targets[:, None])] if next(first, False) else []
+
+    return run
+
+
+@dataclass(frozen=True)
+class _Warps:
+    """:func:`.launch.row_tile` with a number of warps of its own."""
+
+    warps: int
+
+    def __call__(self, columns: int) -> tuple[int, int, int]:
+        return *row_tile(columns)[:2], self.warps
+
+
+def _norm(tokens: int, device: torch.device) -> Callable[[], Made]:
+    columns = _size(tokens, 4096)
+    x, dy, weight = (_random(n, columns, device=device) for n in (tokens, tokens, 1))
+    _, rows, rstd = rms_norm.forward(x, weight[0], 1e-5, "cast-first")
+
+    def run() -> Made:
+        dx, dweight = rms_norm.backward(dy, None, rows, weight[0], rstd, "cast-first", weight_grad=True)
+        assert dweight is not None
+        return [dx[:64], dweight]
+
+    return run
+
+
+#: Ways to ask for x·Aᵀ with a few rows of A, for dy·B with a few columns of B, and for dyᵀ·xa with few columns of xa.
+_NARROW: dict[str, dict[str, Callable[..., torch.Tensor]]] = {
+    "x·Aᵀ": {
+        "as it is": lambda x, a, wide: torch.mm(x, a.t()),
+        "turned": lambda x, a, wide: torch.mm(a, x.t()).t(),
+        "A laid out turned": lambda x, a, wide: torch.mm(x, wide["turned"]),
+        "64 columns": lambda x, a, wide: torch.mm(x, wide["padded"].t())[:, : a.shape[0]],
+        "64 columns, turned": lambda x, a, wide: torch.mm(wide["padded"], x.t())[: a.shape[0]].t(),
+    },
+    "dyᵀ·xa": {
+        "as it is": lambda dy, xa, wide: mm_fp32(dy.t(), xa.t(), 2.0),
+        "turned": lambda dy, xa, wide: mm_fp32(xa, dy, 2.0).t(),
+        "64 columns": lambda dy, xa, wide: mm_fp32(dy.t(), wide["padded"].t(), 2.0)[:, : xa.shape[0]],
+        "64 columns, turned": lambda dy, xa, wide: mm_fp32(wide["padded"], dy, 2.0)[: xa.shape[0]].t(),
+    },
+}
+_way = SimpleNamespace(WAY="as it is")
+
+
+def _narrow(product: str, rank: int, width: int) -> Callable[[int, torch.device], Callable[[], Made]]:
+    def make(tokens: int, device: torch.device) -> Callable[[], Made]:
+        columns = _size(tokens, width)
+        long = _random(tokens, columns, device=device)
+        small = _random(rank, columns if product == "x·Aᵀ" else tokens, device=device)
+        padded = torch.cat((small, small.new_zeros(64 - rank, small.shape[1])))
+        beside = {"padded": padded, "turned": small.t().contiguous()}
+        return lambda: [_NARROW[product][_way.WAY](long, small, beside)]
+
+    return make
+
+
 def _unit(tokens: int, device: torch.device) -> Callable[[], Made]:
     columns, rank = _size(tokens, 14336), 16
     g, u, dh = (_random(tokens, columns, device=device) for _ in range(3))
@@ -158,9 +237,28 @@ def trials() -> list[Trial]:
     head = 2.0 * 4096 * 128256
     found = [
         Trial(
-            "adamw 8-bit", adamw,
-            {"_TILE": [{"8bit": tile} for tile in ((2, 2), (4, 4), (8, 8), (4, 8))], "_REGISTERS": [72, 80, 96, 128]},
-            _adamw, bytes=lambda _: 3 * 14336 * 4096 * (6 + 2 * (2 + 8 / 256)),
+            "rms_norm backward, weight trained", rms_norm, {"_PROGRAMS": [1, 2, 3, 4], "_AHEAD": [0, 1, 2, 3]}, _norm,
+            ({"row_tile": _Warps(4)}, {"row_tile": _Warps(16)}, {"row_tile": _Warps(16), "_PROGRAMS": 1, "_AHEAD": 3},
+             {"row_tile": _Warps(4), "_PROGRAMS": 3, "_AHEAD": 3}, {"row_tile": _Warps(4), "_PROGRAMS": 4}),
+            bytes=lambda tokens: 3 * 2.0 * tokens * 4096, near=1e-3, short=True,
+        ),
+        Trial(
+            "rows of the loss", linear_cross_entropy, {"_STAGES": [1, 3, 4, 5], "_LAST_USE": ["", "evict_first"]},
+            _rows_of_loss,
+            ({"_BLOCK": 8192, "_STAGES": 8}, {"_BLOCK": 8192, "_STAGES": 10}, {"_BLOCK": 32768},
+             {"_BLOCK": 32768, "_STAGES": 3}, {"_BLOCK": 8192, "_WARPS": 16, "_STAGES": 9},
+             {"_WARPS": 16, "_STAGES": 5}, {"_LANE": 16, "_STAGES": 5}, {"_LANE": 4, "_STAGES": 5}),
+            bytes=lambda tokens: 2 * 2.0 * min(tokens, 1024) * 128256, near=1e-2, short=True,
+        ),
+        Trial(
+            "adamw 8-bit", adamw, {"_STAGES": [1, 2]}, _adamw,
+            tuple(
+                {"_TILE": {"8bit": tile, "bf16": (8, 8), "fp32": (8, 8)}, "_REGISTERS": registers, "_STAGES": stages}
+                for tile, registers in (((2, 2), 80), ((4, 2), 112), ((4, 2), 128), ((8, 4), 128), ((8, 8), 80),
+                                        ((4, 4), 96))
+                for stages in (1, 2)
+            ),
+            bytes=lambda _: 3 * 14336 * 4096 * (6 + 2 * (2 + 8 / 256)),
         ),
         Trial(
             "fp8 quantise, folded", fp8,
@@ -172,23 +270,31 @@ def trials() -> list[Trial]:
             _nf4, bytes=lambda _: 14336 * 4096 * 2.516, near=0.0, short=True,
         ),
         Trial(
-            "gated unit with lora", lora_glu,
-            {
-                "_FORWARD": [(32, 128, 4), (64, 64, 4), (64, 128, 8), (16, 256, 4)],
-                "_BACKWARD": [(32, 64, 4), (64, 64, 8), (32, 128, 8), (64, 32, 4)],
-                "_STAGES": [1, 2, 3], "_WAVES": [4, 8],
-            },
+            "gated unit with lora", lora_glu, {"_WAVES": [4, 8, 16]}, _unit,
+            (
+                *({"_FORWARD": tile} for tile in ((64, 64, 4), (16, 256, 4), (32, 64, 4))),
+                *({"_BACKWARD": (32, 64, 4), "_REGISTERS": most} for most in (128, 144)),
+                *({"_BACKWARD": (16, 64, 4), "_REGISTERS": most} for most in (None, 104)),
+                {"_BACKWARD": (16, 64, 4), "_STAGES": 3}, {"_BACKWARD": (16, 128, 4)}, {"_BACKWARD": (32, 128, 8)},
+                {"_BACKWARD": (16, 64, 4), "_REGISTERS": 104, "_WAVES": 16}, {"_STAGES": 1}, {"_STAGES": 3},
+            ),
             # g, u and dh of forward and backward; the copies of g and u that keep the trial repeatable are counted too
-            _unit, bytes=lambda tokens: 2.0 * tokens * 14336 * (3 + 5 + 4), near=2e-2,
+            bytes=lambda tokens: 2.0 * tokens * 14336 * (3 + 5 + 4), near=2e-2,
         ),
     ]  # fmt: skip
     for trained, rows in itertools.product((False, True), (1024, 2048, 4096)):
         name = f"linear + cross-entropy, head {'trained' if trained else 'frozen'}, chunks of {rows}"
-        knobs = {"_BLOCK": [4096, 8192, 16384], "_WARPS": [8, 16, 32]} if rows == 1024 else {"_BLOCK": [8192]}
+        knobs = {"_STAGES": [1, 5]}
         passes = 3 if trained else 2
         work = partial(_work, passes * head)
         make = _cross_entropy(rows, trained=trained)
         found.append(Trial(name, linear_cross_entropy, knobs, make, flops=work, near=2e-2))
+    for product, rank, width in itertools.product(_NARROW, (16, 32, 48), (2048, 4096, 8192)):
+        if (rank, width) not in ((48, 8192), (32, 8192)):  # what three share is an input, not the widest
+            moved = partial(_work, 2.0 * width)
+            ways = {"WAY": list(_NARROW[product])}
+            name, make = f"narrow {product}, {rank} of {width}", _narrow(product, rank, width)
+            found.append(Trial(name, _way, ways, make, bytes=moved, near=1e-2, short=True))
     return found
 
 
@@ -197,7 +303,7 @@ def _work(per_token: float, tokens: int) -> float:
 
 
 @contextlib.contextmanager
-def constants(module: ModuleType, values: dict[str, Any]) -> Iterator[None]:
+def constants(module: Any, values: dict[str, Any]) -> Iterator[None]:
     """A module with other constants."""
     before = {name: getattr(module, name) for name in values}
     for name, value in values.items():
@@ -209,10 +315,12 @@ def constants(module: ModuleType, values: dict[str, Any]) -> Iterator[None]:
             setattr(module, name, value)
 
 
-def measure(trial: Trial, tokens: int, device: torch.device, until: float, *, timed: bool) -> Iterator[dict[str, Any]]:
-    """One row per setting: what was set, whether it is right, and how fast it is."""
+def measure(
+    trial: Trial, tokens: int, device: torch.device, until: float, *, timed: bool, part: tuple[int, int] = (0, 1)
+) -> Iterator[dict[str, Any]]:  # fmt: skip
+    """One row per setting: what was set, whether it is right, and how fast it is. ``part``: every so manieth alone."""
     expected: Made | None = None
-    for values in trial.settings():
+    for values in itertools.islice(trial.settings(), part[0], None, part[1]):
         row: dict[str, Any] = {"kernel": trial.name, "settings": values}
         if time.monotonic() > until:
             yield row | {"left_out": "the time is up"}
@@ -256,6 +364,45 @@ def _timed(trial: Trial, tokens: int, seconds: float) -> dict[str, float]:
     return {"ms": round(seconds * 1e3, 4), **rate}
 
 
+def best_of(rows: list[dict[str, Any]]) -> list[str]:
+    """The table of what was found, a line for each kernel: as it is, and its fastest right setting."""
+    lines = [f"{'kernel':52}{'as it is':>10}{'best':>10}{'gain':>7}{'rate':>14}   what differs"]
+    for kernel in dict.fromkeys(row["kernel"] for row in rows):
+        right = [row for row in rows if row["kernel"] == kernel and row.get("right") and "ms" in row]
+        wrong = sum(row.get("right") is False or "failed" in row for row in rows if row["kernel"] == kernel)
+        more = f"; {wrong} wrong or failed" if wrong else ""
+        if not right:
+            lines.append(f"{kernel:52}{'':41}   nothing measured{more}")
+            continue
+        now, best = right[0], min(right, key=lambda row: row["ms"])
+        differs = {knob: value for knob, value in best["settings"].items() if value != now["settings"][knob]}
+        gain = f"{now['ms'] / best['ms'] - 1:.1%}"
+        rate = f"{best['tflop_per_s']} TFLOP/s" if "tflop_per_s" in best else f"{best.get('gb_per_s', '')} GB/s"
+        lines.append(f"{kernel:52}{now['ms']:>10}{best['ms']:>10}{gain:>7}{rate:>14}   {_plain(differs)}{more}")
+    return lines
+
+
+def _plain(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False, default=lambda one: getattr(one, "__name__", str(one)))
+
+
+def warm(options: argparse.Namespace, seconds: float) -> None:
+    """Compile all settings in several processes, into the cache on disk that they share with this one."""
+    command = [sys.executable, "-P", "-m", "finetui.tests.bench.tune", "--tokens", str(options.tokens)]
+    command += ["--only", *options.only]
+    children = [
+        subprocess.Popen([*command, "--part", str(place), str(options.warm)], stdout=subprocess.DEVNULL)
+        for place in range(options.warm)
+    ]
+    until = time.monotonic() + seconds
+    for child in children:
+        try:
+            child.wait(max(0.0, until - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            child.kill()
+            child.wait()
+
+
 def main() -> int:
     """Try them, write each row the moment it is known, and say which was the fastest right one of each kernel."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -263,6 +410,8 @@ def main() -> int:
     parser.add_argument("--tokens", type=int, default=8192)
     parser.add_argument("--seconds", type=float, default=240)
     parser.add_argument("--check", action="store_true", help="smallest shapes, no times")
+    parser.add_argument("--warm", type=int, default=0, metavar="N", help="processes that compile beforehand")
+    parser.add_argument("--part", type=int, nargs=2, metavar=("PLACE", "OF"), help="one of those")
     parser.add_argument("--json", type=Path)
     a = parser.parse_args()
     if not a.check and not torch.cuda.is_available():
@@ -270,21 +419,22 @@ def main() -> int:
         return 2
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     chosen = [trial for trial in trials() if any(word in trial.name for word in a.only)]
-    rows: list[dict[str, Any]] = []
     began = time.monotonic()
+    if a.warm and not a.check:
+        warm(a, a.seconds / 3)
+    rows: list[dict[str, Any]] = []
     for place, trial in enumerate(chosen):
         # No kernel may use up the time of those after it.
-        share = began + a.seconds * (place + 1) / len(chosen)
-        for row in measure(trial, 8 if a.check else a.tokens, device, share, timed=not a.check):
+        now = time.monotonic()
+        share = now + (began + a.seconds - now) / min(4, len(chosen) - place)
+        timed = not a.check and a.part is None
+        for row in measure(trial, 8 if a.check else a.tokens, device, share, timed=timed, part=a.part or (0, 1)):
             rows.append(row)
-            print(json.dumps(row), flush=True)
+            print(_plain(row), flush=True)
             if a.json:
-                a.json.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
-        right = [row for row in rows if row["kernel"] == trial.name and row.get("right") and "ms" in row]
-        if right:
-            best = min(right, key=lambda row: row["ms"])
-            told = f"{right[0]['ms']} ms as it is, {best['ms']} ms with {best['settings']}"
-            print(f"{trial.name}: {told}", file=sys.stderr)
+                a.json.write_text(_plain(rows) + "\n", encoding="utf-8")
+    if a.part is None:
+        print("\n".join(best_of(rows)), file=sys.stderr)
     return int(any(row.get("right") is False or "failed" in row for row in rows))
 
 

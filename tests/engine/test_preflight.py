@@ -251,3 +251,15 @@ def test_data_in_which_nothing_would_be_trained(make_plan: Callable[..., Plan], 
     chat = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a", "weight": 0}]
     assert check({"messages": chat}).status == "fail"
     assert check({"messages": [*chat, chat[0], {**chat[1], "weight": 1}]}).status == "ok"
+
+
+def test_a_split_model_has_to_pass_through_host_memory(
+    recipe: Recipe, make_plan: Callable[..., Plan], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "memory_limit", lambda: SimpleNamespace(limit=64 * GIB, used=0))
+    monkeypatch.setattr(module.psutil, "virtual_memory", lambda: SimpleNamespace(total=64 * GIB, available=64 * GIB))
+    knobs: dict[str, Any] = {"strategy": "fsdp", "gpus": [0, 1], "device": "cuda", "precision": "bf16"}
+    large = dataclasses.replace(make_plan().model, parameters=20 * 2**30)
+    full, lora = (with_(make_plan(**knobs, tuning=tuning), model=large) for tuning in ("full", "lora"))
+    assert found(preflight(recipe, full), "memory").status == "fail"  # 120 GiB
+    assert found(preflight(recipe, lora), "memory").status == "ok"  # 40 GiB

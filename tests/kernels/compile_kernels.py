@@ -89,6 +89,12 @@ def main() -> None:
     torch.autograd.backward(
         rms_norm.add_rms_norm(empty(8, 4096), empty(8, 4096), empty(4096), 1e-5), [torch.empty(8, 4096, dtype=BF16)] * 2
     )
+    for columns in (128, 5120, 16384):  # tiles on the way take shared memory
+        x, dy = torch.empty(64, columns), torch.empty(64, columns)
+        for t in (torch.float32, BF16):
+            for more in (None, dy.to(t)):
+                weight, rstd = torch.empty(columns, dtype=t), torch.empty(64)
+                rms_norm.backward(dy.to(t), more, x.to(t), weight, rstd, "cast-first", weight_grad=True)
     for activation in glu.ACTIVATIONS:
         glu.glu(empty(8, 14336), empty(8, 14336), activation).backward(torch.empty(8, 14336, dtype=BF16))
     g, u, d = (torch.empty(128, 14336, dtype=BF16) for _ in range(3))

@@ -255,3 +255,27 @@ def test_a_second_gradient_of_one_loss_is_refused(device):
     loss.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="twice"):
         loss.backward()
+
+
+@pytest.mark.parametrize("softcap", [None, 2.0])
+@pytest.mark.parametrize("settings", [{}, {"_STAGES": 3, "_LAST_USE": ""}, {"_LANE": 4}], ids=str)
+def test_rows_of_many_blocks_have_their_labels_wherever_these_are(device, monkeypatch, softcap, settings):
+    for name, value in {"_BLOCK": 16, "_WARPS": 1, **settings}.items():
+        monkeypatch.setattr(lce, name, value)
+    words, targets = 37, torch.tensor([0, 15, 16, 36, -1, 37, -2], device=device)
+    logits = torch.randn(len(targets), words, generator=torch.Generator().manual_seed(0)).to(device)
+    z = logits.double().requires_grad_()
+    capped = z if softcap is None else softcap * torch.tanh(z / softcap)
+    known = (targets >= 0) & (targets < words)
+    expected = torch.nn.functional.cross_entropy(capped[known], targets[known], reduction="none")
+    lse = capped.logsumexp(1)[targets != -1].sum() - capped[known].gather(1, targets[known, None]).sum()
+    (gradient,) = torch.autograd.grad(lse, z)  # of an unknown label: that of no word
+    losses = torch.full((len(targets),), 7.0, device=device)
+    right = torch.full((len(targets),), 7, dtype=torch.int32, device=device)
+    lce.rows_of_loss(logits, (targets, losses, right, losses), 1.0, softcap, 0.0, "nll", gradient=True)
+    torch.testing.assert_close(losses[known].double(), expected.detach(), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(logits.double(), gradient, rtol=1e-4, atol=1e-6)
+    assert losses[4] == 0
+    assert losses[5:].isnan().all()
+    assert right[known].tolist() == (capped[known].argmax(1) == targets[known]).int().tolist()
+    assert right[4:].tolist() == [0, 0, 0]

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from finetui.kernels import rms_norm
+from finetui.kernels.launch import row_tile
 from finetui.kernels.selfcheck import compare
 
 EPS = 1e-6
@@ -123,3 +124,16 @@ def test_more_than_2_31_elements():
     weight = torch.rand(4096, device="cuda").bfloat16()
     y = rms_norm.rms_norm(x, weight, EPS)
     torch.testing.assert_close(y[-4:], rms_norm.rms_norm_reference(x[-4:], weight, EPS), rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize("columns", [64, 128, 2048, 4096, 5120, 8192, 16384, 65536])
+@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize("tensors", [2, 3])
+def test_tiles_on_their_way_fit_into_the_shared_memory_of_every_gpu(columns, size, tensors):
+    rows, block, _ = row_tile(columns)
+    tile = rows * block * size * tensors
+    ahead = rms_norm._stages(tile) - 1
+    assert ahead * tile <= 96 * 1024  # of 99 on Ada
+    if tile <= 48 * 1024:  # two programs on a processor
+        assert ahead >= 1
+        assert 2 * ahead * tile <= 96 * 1024

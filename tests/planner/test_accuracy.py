@@ -38,8 +38,8 @@ def test_most_measured_runs_are_answered_and_the_rest_refused_with_a_reason(resu
 
 def test_errors_over_all_runs_stay_where_they_are(result):
     scores = result["all"]
-    assert scores["memory_median"] <= 0.035
-    assert scores["memory_p90"] <= 0.13
+    assert scores["memory_median"] <= 0.03
+    assert scores["memory_p90"] <= 0.115
     assert scores["speed_median"] <= 0.05
     assert scores["inside_interval"] >= 0.97
     assert scores["under_by_5_percent"] <= 0.05
@@ -50,8 +50,8 @@ def test_errors_over_all_runs_stay_where_they_are(result):
 
 @pytest.mark.parametrize(
     ("source", "rows", "median"),
-    [("foundation-model-stack/fms-acceleration", 43, 0.03), ("AnswerDotAI/fsdp_qlora", 16, 0.06),
-     ("pytorch/torchtune", 12, 0.05), ("Lightning-AI/litgpt", 36, 0.04), ("QwenLM/Qwen", 12, 0.05),
+    [("foundation-model-stack/fms-acceleration", 43, 0.02), ("AnswerDotAI/fsdp_qlora", 16, 0.06),
+     ("pytorch/torchtune", 12, 0.05), ("Lightning-AI/litgpt", 36, 0.04), ("QwenLM/Qwen", 12, 0.03),
      ("huggingface/peft", 7, 0.04)],
 )  # fmt: skip
 def test_errors_per_source_stay_where_they_are(result, source, rows, median):
@@ -80,9 +80,9 @@ def test_other_tables_and_shapes_can_be_given(tmp_path):
             ]
         )
     answer = scored("--runs", str(table), "--configs", str(tmp_path))
-    assert (answer["answered"], answer["refused"]) == (1, 3)
+    assert (answer["answered"], answer["refused"]) == (2, 2)
     assert {reason.split(":")[0] for reason in answer["refusals"]} == {
-        "no shapes for acme/other", "framework not known", "several GPUs",
+        "no shapes for acme/other", "several GPUs",
     }  # fmt: skip
 
 

@@ -6,9 +6,14 @@ from pathlib import Path
 
 import pytest
 
+from finetui.planner.architecture import Architecture
 from finetui.planner.ceilings import Ceilings, for_gpu, load, store
 from finetui.planner.errors import FinetuiError
 from finetui.planner.hardware import Gpu, find_gpu
+from finetui.planner.hub import find_config
+from finetui.planner.settings import Settings
+from finetui.planner.speed import step_speed
+from finetui.planner.stacks import STACKS
 
 MEASURED = Ceilings(
     "H200", "570.1", "2026-11-20", bf16_tflops=720.0, copy_gb_s=4224.0, to_device_gb_s=55.0, to_host_gb_s=52.2
@@ -43,6 +48,18 @@ def test_a_gpu_keeps_its_peak_and_changes_what_is_achieved_of_it() -> None:
     assert tuned.link_gb_s == gpu.link_gb_s, "what was not measured stays"
     assert "2026-11-22" not in tuned.source
     assert "measured" in tuned.source
+
+
+def test_a_slow_host_makes_small_batches_slow_and_large_ones_not() -> None:
+    """What ``finetui bench`` measured of launches is what layers wait for where Python starts their kernels."""
+    model = Architecture.from_config(find_config("Qwen/Qwen3-0.6B")[1], "Qwen3-0.6B")
+    gpu = find_gpu("H200")
+    slow = Ceilings("H200", launch_us=64.0).on(gpu)
+    for name, few, many in (("trl", 128, 65536), ("finetui", 128, 65536)):
+        for tokens, times in ((few, 1.25), (many, 1.0)):
+            settings = Settings("lora", tokens)
+            usual, now = (step_speed(model, settings, STACKS[name], one).step_s for one in (gpu, slow))
+            assert now >= 1.2 * usual if times > 1 else now == pytest.approx(usual, rel=0.05), (name, tokens)
 
 
 def test_a_cpu_has_no_peak_to_keep() -> None:

@@ -46,7 +46,8 @@ def applied(keys: dict[str, Any], warning: str, gpu: str, count: int) -> tuple[P
 
 CASES = [
     ("RTX-4090", 1, {"model": "Qwen/Qwen3-8B", "tuning": "full"}),
-    ("A100", 8, {"model": "meta-llama/Llama-3.1-70B", "tuning": "lora", "hardware": {"gpus": 8}}),
+    ("A100", 8, {"model": "meta-llama/Llama-3.1-70B", "tuning": "lora", "hardware": {"gpus": 8, "strategy": "ddp"}}),
+    ("A100", 2, {"model": "meta-llama/Llama-3.1-70B", "tuning": "lora", "hardware": {"gpus": 2, "strategy": "fsdp"}}),
     ("RTX-3090", 1, {"model": "Qwen/Qwen3-8B", "tuning": "lora", "micro_batch": 4, "batch_size": 16,
                      "sequence_length": 8192, "hardware": {"checkpointing": "none"}}),
     ("A100", 1, {"model": "Qwen/Qwen3-8B", "tuning": "full", "optimizer": {"name": "adamw"},

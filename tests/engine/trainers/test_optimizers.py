@@ -89,7 +89,8 @@ def test_lora_plus_gives_b_its_own_rate(training_run: MakeRun) -> None:
     from finetui.engine.trainers.optimizers import with_faster_b
 
     pair = torch.nn.ModuleDict({"lora_A": torch.nn.Linear(2, 2), "lora_B": torch.nn.Linear(2, 2)})
-    groups = with_faster_b(pair, [{"params": list(pair.parameters()), "weight_decay": 0.1}], 1e-3, 16.0)
+    one = {"params": list(pair.parameters()), "weight_decay": 0.1}
+    groups = with_faster_b(pair.named_parameters(), [one], 1e-3, 16.0)
     assert [g.get("lr") for g in groups] == [None, 1.6e-2]
     assert {id(p) for p in groups[1]["params"]} == {id(p) for p in pair["lora_B"].parameters()}
 

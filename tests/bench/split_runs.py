@@ -1,0 +1,90 @@
+"""Whole runs on several GPUs, the model whole on each (ddp) or split among them (fsdp): memory against plan, speed.
+
+    python -P tests/bench/split_runs.py --shape qwen3-4b --tuning full --json PATH      on two GPUs
+    python -P tests/bench/split_runs.py --steps 6                                       the tiny shape, CPU included
+
+A checkpoint of that shape with random weights and bytes for tokens is made first. Each run is finetui's own, supervisor
+and all. Memory is the peak that PyTorch's allocator told of, of the rank with the highest, beside the plan's
+``allocated_gib``; speed is the median over the later half of the steps, beside the plan's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from finetui.engine import launcher
+from finetui.engine.bench.shapes import SHAPES, make
+from finetui.engine.events import read_events
+from finetui.engine.planning import plan_for
+from finetui.engine.run import Run
+from finetui.engine.status import LIVE_STATES
+from finetui.planner.recipe import Recipe
+
+
+def write_rows(path: Path, count: int, length: int) -> None:
+    """Texts of so many letters."""
+    draw = random.Random(0)
+    rows = ["".join(draw.choices("abcdefghijklmnopqrstuvwxyz ,.", k=length)).strip() + "." for _ in range(count)]
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in rows), encoding="utf-8")
+
+
+def measure(strategy: str, asked: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """What one run was planned to need and to reach, and what it did."""
+    recipe = Recipe.build({
+        "model": str(folder / "model"), "method": "pretrain", "data": str(folder / "rows.jsonl"),
+        "tuning": asked.tuning, "sequence_length": asked.length, "batch_size": 8 * asked.gpus, "max_steps": asked.steps,
+        "epochs": 1000, "evaluation": {"holdout": 0.0}, "checkpoint": {"every": 10_000, "keep": 1}, "track": [],
+        "optimizer": {"name": "adamw"},
+        "hardware": {"gpus": asked.gpus, "strategy": strategy, "precision": asked.precision},
+    })  # fmt: skip
+    plan = plan_for(recipe)
+    run = Run.create(recipe, plan, root=folder / "runs", name=strategy)
+    launcher.start(run)
+    while run.status.state in LIVE_STATES:
+        time.sleep(1.0)
+    told = list(read_events(run.events_path))
+    assert run.status.state == "finished", [event.data for event in told if event.type == "failure"]
+    steps = [event.data for event in told if event.type == "step"]
+    peak = max(event.data["peak_gib"] for event in told if event.type == "memory")
+    return {
+        "fits": plan.fits, "checkpointing": plan.resolved.checkpointing, "micro_batch": plan.resolved.micro_batch,
+        "planned GiB": round(plan.memory.allocated_gib, 2), "measured GiB": peak,
+        "planned tokens/s": round(plan.speed.tokens_per_s),
+        "measured tokens/s": round(statistics.median(step["tokens_per_s"] for step in steps[len(steps) // 2 :])),
+        "last loss": steps[-1]["loss"],
+        "fallbacks": [event.data["what"] for event in told if event.type == "fallback"],
+    }  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", choices=tuple(SHAPES), default="tiny")
+    parser.add_argument("--tuning", choices=("full", "lora"), default="full")
+    parser.add_argument("--precision", choices=("auto", "bf16", "bf16-mixed", "fp32"), default="auto")
+    parser.add_argument("--gpus", type=int, default=2)
+    parser.add_argument("--length", type=int, default=512)
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--ways", nargs="+", choices=("ddp", "fsdp"), default=["ddp", "fsdp"])
+    parser.add_argument("--json", type=Path)
+    asked = parser.parse_args()
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        make(asked.shape, folder / "model")
+        write_rows(folder / "rows.jsonl", 64 * asked.gpus, 2 * asked.length)
+        answer: dict[str, Any] = {"shape": asked.shape, "tuning": asked.tuning, "gpus": asked.gpus}
+        for strategy in asked.ways:
+            answer[strategy] = measure(strategy, asked, folder)
+            print(strategy, json.dumps(answer[strategy]), flush=True)
+            if asked.json:  # what is known so far
+                asked.json.write_text(json.dumps(answer, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,92 @@
+"""A model that is split over ranks: how rows are cut, what stands in for weights, and kernels over gathered weights."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+torch = pytest.importorskip("torch")
+from torch import nn  # noqa: E402
+
+import finetui  # noqa: E402
+from finetui.engine.models.sharding import rows_of, twin_of  # noqa: E402
+from finetui.engine.models.stand_in import stood_in  # noqa: E402
+
+
+@pytest.mark.parametrize("rows", [1, 2, 7, 8, 9, 64])
+@pytest.mark.parametrize("world", [1, 2, 3, 8])
+def test_rows_are_cut_as_torch_cuts_them(rows: int, world: int) -> None:
+    whole = torch.arange(rows)
+    expected = [*whole.chunk(world), *[whole[:0]] * world][:world]
+    assert [whole[rows_of(rows, rank, world)].tolist() for rank in range(world)] == [t.tolist() for t in expected]
+
+
+class Tied(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding, self.head = nn.Embedding(8, 4), nn.Linear(4, 8, bias=False)
+        self.norm = nn.LayerNorm(4)
+        self.head.weight = self.embedding.weight
+        self.register_buffer("table", torch.arange(3.0))
+
+
+def test_a_twin_has_all_but_memory() -> None:
+    model = Tied()
+    model.norm.requires_grad_(False)
+    twin = twin_of(model)
+    assert all(p.is_meta for p in twin.parameters())
+    assert [(n, p.shape, p.requires_grad) for n, p in twin.named_parameters()] == [
+        (n, p.shape, p.requires_grad) for n, p in model.named_parameters()
+    ]
+    assert twin.head.weight is twin.embedding.weight
+    assert torch.equal(twin.table, model.table)
+    assert not any(p.is_meta for p in model.parameters())
+
+
+def test_what_stands_in_has_the_weights_place_and_none_of_their_values() -> None:
+    model = Tied()
+    before = dict(model.named_parameters())
+    values = {name: p.detach().clone() for name, p in before.items()}
+    with stood_in(model, torch.device("cpu"), torch.bfloat16):
+        assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+        assert model.head.weight is model.embedding.weight
+        assert model.norm.weight is not model.norm.bias
+        assert model.norm.weight.data_ptr() == model.norm.bias.data_ptr()  # of one shape: one memory
+        assert not torch.equal(model.head.weight.float(), values["embedding.weight"])
+    assert all(p is before[name] for name, p in model.named_parameters())
+    assert all(torch.equal(p, values[name]) for name, p in before.items())
+
+
+@pytest.mark.slow
+def test_layers_of_ours_have_the_gradients_of_the_whole_model(
+    model_folder: Callable[[str], Path], tmp_path: Path
+) -> None:
+    pytest.importorskip("triton")
+    script, folder = Path(__file__).with_name("split_ranks.py"), model_folder("llama")
+    path = os.pathsep.join([str(Path(finetui.__file__).parent.parent), *sys.path])
+    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "1"}
+    environment |= {"FINETUI_CACHE": str(tmp_path / "cache"), "CUDA_VISIBLE_DEVICES": ""}
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-P", str(script), str(folder), str(tmp_path / "meeting"), str(rank)],
+            env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )
+        for rank in (0, 1)
+    ]  # fmt: skip
+    try:
+        told = [rank.communicate(timeout=500) for rank in ranks]
+    finally:
+        for rank in ranks:
+            rank.kill()
+    assert [rank.returncode for rank in ranks] == [0, 0], [err[-2500:] for _, err in told]
+    apart = json.loads(told[0][0].strip().splitlines()[-1])
+    assert apart.keys() == {"lora fp32", "full fp32", "full bf16-mixed"}
+    assert apart["lora fp32"] < 1e-6
+    assert apart["full fp32"] < 1e-6
+    assert apart["full bf16-mixed"] < 0.02  # the gradients that are summed are of 8 bits

@@ -1,0 +1,102 @@
+"""When a model is split over devices, and what is said where it can't be."""
+
+from __future__ import annotations
+
+import json
+from functools import cache
+from typing import Any
+
+import pytest
+
+from finetui.planner.architecture import Architecture
+from finetui.planner.errors import RecipeError
+from finetui.planner.hardware import Gpu, Node, find_gpu
+from finetui.planner.hub import find_config
+from finetui.planner.plan import Plan
+from finetui.planner.recipe import Recipe
+from finetui.planner.solver import make_plan
+
+LLAMA, SMALL = "meta-llama/Llama-3.1-8B", "Qwen/Qwen3-0.6B"
+
+
+@cache
+def architecture(name: str) -> Architecture:
+    return Architecture.from_config(find_config(name)[1], name)
+
+
+def plan(model: str = LLAMA, gpu: str = "A100-40GB", count: int = 4, framework: str = "finetui", **keys: Any) -> Plan:
+    recipe = Recipe.build({"model": model, **keys})
+    return make_plan(recipe, architecture(model), Node(find_gpu(gpu), count), framework=framework)
+
+
+def why(answer: Plan, setting: str) -> str:
+    return next(reason.why for reason in answer.reasons if reason.setting == setting)
+
+
+def test_a_model_that_fits_on_no_single_device_is_split() -> None:
+    answer = plan(tuning="full")
+    assert answer.fits
+    assert json.loads(answer.to_json())["resolved"]["strategy"] == "fsdp"
+    assert answer.resolved.optimizer == "adamw"
+    assert "split over 4 devices" in why(answer, "strategy")
+    assert "ddp, which holds all of them on each, would need" in why(answer, "strategy")
+    whole = plan(tuning="full", hardware={"strategy": "ddp"}, optimizer={"name": "adamw"})
+    assert not whole.fits
+    assert answer.memory.terms["weights"] < 0.6 * whole.memory.terms["weights"]
+    assert any("hardware.strategy: fsdp" in warning for warning in whole.warnings)
+
+
+@pytest.mark.parametrize(("model", "tuning"), [(LLAMA, "lora"), (SMALL, "full")])
+def test_a_model_that_fits_on_each_device_stays_whole(model: str, tuning: str) -> None:
+    answer = plan(model, tuning=tuning)
+    assert answer.resolved.strategy == "ddp"
+    assert "its share of the batch" in why(answer, "strategy")
+
+
+def test_adapters_on_a_large_base_are_split_and_their_gradients_add_up_whole() -> None:
+    answer = plan("meta-llama/Llama-3.3-70B-Instruct", "A100-80GB", 4, tuning="lora", micro_batch=1)
+    assert answer.fits
+    assert answer.resolved.strategy == "fsdp"
+    assert answer.resolved.accumulation == 4
+    base = 2 * architecture("meta-llama/Llama-3.3-70B-Instruct").parameters / 2**30
+    assert answer.memory.terms["weights"] == pytest.approx(base / 4, rel=0.01)
+    pairs = 4 * answer.model.trainable / 2**30
+    assert answer.memory.terms["gradients"] >= 0.9 * pairs
+
+
+@pytest.mark.parametrize("keys", [
+    {"tuning": "qlora"},
+    {"tuning": {"type": "lora", "use_dora": True}},
+    {"tuning": {"type": "lora", "init": "pissa"}},
+    {"tuning": "full", "optimizer": {"name": "muon"}},
+    {"tuning": "full", "optimizer": {"name": "adamw-8bit"}},
+    {"method": "dpo"},
+    {"hardware": {"precision": "fp16"}},
+])  # fmt: skip
+def test_what_can_t_be_split_is_refused_before_it_starts(keys: dict[str, Any]) -> None:
+    hardware = {**keys.pop("hardware", {}), "strategy": "fsdp"}
+    with pytest.raises(RecipeError, match="split") as caught:
+        plan(hardware=hardware, **keys)
+    assert caught.value.where
+    assert caught.value.do
+    hardware["strategy"] = "auto"
+    assert plan(hardware=hardware, **keys).resolved.strategy == "ddp"
+
+
+def test_one_device_has_nothing_to_split_over() -> None:
+    with pytest.raises(RecipeError, match="more than one GPU"):
+        Recipe.build({"model": LLAMA, "hardware": {"strategy": "fsdp", "gpus": 1}})
+    assert plan(count=1, tuning="full").resolved.strategy == "single"
+
+
+def test_other_programs_are_predicted_as_they_were_asked_to() -> None:
+    assert plan(tuning="full", framework="trl").resolved.strategy == "ddp"
+    assert plan(tuning="qlora", framework="trl", hardware={"strategy": "fsdp"}).resolved.strategy == "fsdp"
+
+
+def test_a_cpu_splits_what_it_is_told_to() -> None:
+    node = Node(Gpu("CPU", 64.0, 20.0, 0.2, 0.2, kind="cpu"), local=True)
+    asked = {"model": SMALL, "tuning": "full", "hardware": {"gpus": 2, "strategy": "fsdp"}}
+    assert make_plan(Recipe.build(asked), architecture(SMALL), node).resolved.strategy == "fsdp"
+    asked["hardware"] = {"gpus": 2}
+    assert make_plan(Recipe.build(asked), architecture(SMALL), node).resolved.strategy == "ddp"
