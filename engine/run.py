@@ -8,6 +8,7 @@
       control/                   requests as files: stop, checkpoint
       checkpoints/step-000200/   see checkpoints/
       output/                    the adapter or the model
+      evaluations/               what finetui eval measured, see evaluation/records.py
 
 The directory is the only contract between a run and whoever watches it: there is no server and no socket.
 """
@@ -76,8 +77,7 @@ class Run:
             RunError: the name is taken or not a plain name, or the directory can't be written.
         """
         root = (root or default_root()).resolve()
-        if name is not None and not _NAME.fullmatch(name):
-            raise RunError(f"{name!r} is not a run name", do="Use letters, digits, '.', '_' and '-' only.")
+        check_name(name)
         if name is not None and (root / name).exists():
             raise RunError(f"a run named {name!r} exists already", where=str(root / name), do="Choose another --name.")
         try:
@@ -330,6 +330,16 @@ class Run:
     def withdraw(self, what: Request) -> None:
         """Take a request back, or mark it as done."""
         (self.path / "control" / what).unlink(missing_ok=True)
+
+
+def check_name(name: str | None) -> None:
+    """Nothing, if a run may be called so, or is to get a name by itself.
+
+    Raises:
+        RunError: it may not.
+    """
+    if name is not None and not _NAME.fullmatch(name):
+        raise RunError(f"{name!r} is not a run name", do="Use letters, digits, '.', '_' and '-' only.")
 
 
 def trained(run: Run) -> Run:

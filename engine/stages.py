@@ -239,20 +239,34 @@ class Chain:
         if step.stage.do == "merge":
             self._note(step.name, {"merged": str(self.merge())})
         elif step.stage.do == "evaluate":
-            from .evaluate import evaluate_run
-
             self.log.append(Phase("evaluating", last.name))
-            tuned, base = (evaluate_run(last, base=before, rows_of=step.rows) for before in (False, True))
-            words = f"held-out loss {tuned.loss:.4f} (before: {base.loss:.4f}), accuracy {tuned.accuracy:.1%}"
-            self.log.append(LogLine(0, f"{step.name}: {words}"))
-            figures = {"loss": tuned.loss, "accuracy": tuned.accuracy, "tokens": tuned.tokens}
-            self._note(step.name, {**figures, "base_loss": base.loss})
+            self._note(step.name, self._evaluated(last, step))
         else:
             from .export import export_run
 
             target = Path(step.stage.path) if step.stage.path else self.run.path / step.name
             self.log.append(Phase("exporting", str(target)))
             self._note(step.name, {"exported": str(export_run(last, step.stage.to, target))})
+
+    def _evaluated(self, last: Run, step: Step) -> dict[str, Any]:
+        """Held-out loss of what was trained last and of what it began as; kept among the run's evaluations too."""
+        from .evaluation.evaluation import Wanted, evaluate
+        from .evaluation.records import save
+        from .evaluation.subjects import RESULT, subjects
+
+        wanted = Wanted(rows_of=step.rows, answers=0)
+        made = evaluate(subjects([str(last.path)], [RESULT]), wanted, lambda *_: None, self._say)
+        save(made, last, step.name)
+        base, tuned = (entry.figures for entry in made.entries)
+        difference = next(found for _, _, name, found in made.differences if name == "loss")
+        loss, before, accuracy = tuned["loss"], base["loss"], tuned["accuracy"].value
+        self._say(f"{step.name}: held-out loss {loss.value:.4f} (before: {before.value:.4f}, {difference.verdict}), "
+                  f"accuracy {accuracy:.1%}")  # fmt: skip
+        tokens = int(sum(loss.weights))
+        return {"loss": loss.value, "accuracy": accuracy, "tokens": tokens, "base_loss": before.value}
+
+    def _say(self, sentence: str) -> None:
+        self.log.append(LogLine(0, sentence))
 
     # --- what is said and noted
 

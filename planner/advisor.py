@@ -75,7 +75,7 @@ _OTHER_METHODS: dict[DataKind, str] = {
 WORKFLOWS: tuple[Advice, ...] = (
     Advice(
         "first fine-tune",
-        "finetui run first-finetune; then finetui export, GGUF by llama.cpp, tried in Ollama",
+        "finetui run first-finetune; then finetui export RUN --to ollama, tried in Ollama",
         "QLoRA of rank 16 on a model of about 8B fits cards with 16 GB and free notebooks",
         f"{_QLORA}; presets/first-finetune.yaml",
     ),

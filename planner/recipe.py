@@ -150,10 +150,10 @@ class Recipe(Section):
         if not held_out and (self.evaluation.patience or self.evaluation.keep_best):
             what = "patience and keep_best need held-out rows"
             raise ValueError(f"{what}||Set evaluation.holdout, or give a source with split: eval.")
-        if self.hardware.strategy == "ddp" and self.hardware.gpus == 1:
-            raise ValueError(
-                "strategy ddp needs more than one GPU||Set hardware.gpus to 2 or more, or strategy: single."
-            )
+        strategy = self.hardware.strategy
+        if strategy in ("ddp", "fsdp") and self.hardware.gpus == 1:
+            do = "Set hardware.gpus to 2 or more, or strategy: single."
+            raise ValueError(f"strategy {strategy} needs more than one GPU||{do}")
         return self
 
     @classmethod
@@ -174,7 +174,11 @@ class Recipe(Section):
             raise RecipeError("a recipe is a mapping of keys to values", where=source, do="Start with: model: <hub id>")
         lines = line_numbers(node)
         _make_absolute(tree, base)
-        return cls.build(apply_overrides(tree, overrides), source=source, lines=lines)
+        try:
+            return cls.build(apply_overrides(tree, overrides), source=source, lines=lines)
+        except RecipeError:
+            _refuse_others(tree, source)
+            raise
 
     @classmethod
     def build(
@@ -199,11 +203,15 @@ class Recipe(Section):
         """Only what differs from the defaults, and the model: what a person would write."""
         return {"model": self.model, **self.model_dump(exclude_defaults=True)}
 
-    def save(self, path: str | Path) -> None:
-        """Write the recipe as YAML."""
+    def to_yaml(self) -> str:
+        """The recipe as YAML: what a person would write."""
         import yaml
 
-        Path(path).write_text(yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True), encoding="utf-8")
+        return str(yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True))
+
+    def save(self, path: str | Path) -> None:
+        """Write the recipe as YAML."""
+        Path(path).write_text(self.to_yaml(), encoding="utf-8")
 
 
 def apply_overrides(tree: dict[str, Any], overrides: Overrides) -> dict[str, Any]:
@@ -246,6 +254,15 @@ def _refuse_secrets(value: Any, source: str, lines: Lines, path: tuple[str | int
         where = f"{source}:{line}" if line else source
         do = "Put it into the environment, and its name here: ${DATA_TOKEN}."
         raise RecipeError(f"{'.'.join(map(str, path))} holds {what}", where=where, do=do)
+
+
+def _refuse_others(tree: dict[str, Any], source: str) -> None:
+    """Files of other tools are no recipes, but can be made into one."""
+    from .importers import title_of
+
+    if (title := title_of(tree)) is not None:
+        do = f"Make one of it: finetui import {source} -o recipe.yaml"
+        raise RecipeError(f"this is a training file of {title}, not a recipe", where=source, do=do) from None
 
 
 def _parse_override(item: str) -> tuple[str, Any]:

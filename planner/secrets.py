@@ -59,9 +59,14 @@ def expand(address: str) -> str:
     return _VARIABLE.sub(value, address)
 
 
+def variables_of(address: str) -> list[str]:
+    """Names of the variables that an address names."""
+    return _VARIABLE.findall(address)
+
+
 def conceal(text: str, address: str) -> str:
     """Text with the names of an address's variables again where their values have come to stand."""
-    for name in _VARIABLE.findall(address):
+    for name in variables_of(address):
         for value in _spellings(os.environ.get(name, "")):
             text = text.replace(value, f"${{{name}}}")
     return text

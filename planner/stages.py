@@ -40,7 +40,7 @@ class Stage(BaseModel):
     do: Do = "train"
     """``train`` with the keys that differ; ``merge`` an adapter into its base; ``evaluate`` on held-out rows, those of
     the recipe or of the stage's own ``data``; ``export`` what was made."""
-    to: Literal["adapter", "merged"] = "merged"
+    to: Literal["adapter", "merged", "gguf", "ollama", "vllm"] = "merged"
     """export: the form."""
     path: str = ""
     """export: the folder; in the run's own directory unless set."""

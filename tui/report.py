@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
+from ..engine.evaluation.records import evaluations_of
 from ..engine.events import EventReader
 from ..engine.past import SAMPLED_TYPES
 from ..engine.run import Run
@@ -22,6 +23,7 @@ from . import format  # noqa: A004
 from .against_plan import predicted_and_measured
 from .comparison import Contender, settings
 from .curves_svg import Drawn, curves_svg
+from .evaluation_view import summary_of, table_of
 from .follower import read_whole
 from .history import number
 
@@ -29,8 +31,8 @@ _COLUMNS = (
     "step", "attempt", "epoch", "tokens", "time", "loss", "learning_rate", "grad_norm", "tokens_per_s", "step_s",
     "held_out_loss",
 )  # fmt: skip
-#: Words of a run that a report keeps; of more, the newest.
-_NOTES = 30
+#: Words of a run that a report keeps, and its evaluations; of more, the newest.
+_NOTES, _EVALUATIONS = 30, 3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,6 +74,7 @@ class Report:
                 for label, predicted, measured, _ in planned
             },
             "settings": settings(self.contender),
+            "evaluations": [{"name": name, **tree} for name, tree in self._evaluations()],
         }  # fmt: skip
 
     def markdown(self) -> str:
@@ -100,6 +103,7 @@ class Report:
             yield f"{_md(status.message)}. {_md(status.do)}".replace("..", ".").strip()
         yield ""
         yield from _table(("", ""), self._outcome(plan))
+        yield from self._evaluated()
         if plan is not None:
             yield from self._against(plan)
             yield "## Settings"
@@ -112,6 +116,21 @@ class Report:
             yield from (f"- {_clock(entry.time)} {entry.kind}: {_md(entry.text)}" for entry in notes)
             yield ""
         yield f"finetui {VERSION}"
+
+    def _evaluations(self) -> list[tuple[str, dict[str, Any]]]:
+        return evaluations_of(self.contender.run)[-_EVALUATIONS:]
+
+    def _evaluated(self) -> Iterator[str]:
+        for name, tree in self._evaluations():
+            columns, rows = table_of(tree)
+            names = tuple(column.name for column in columns)
+            yield f"## Evaluation {_md(name)}"
+            yield ""
+            yield f"{_md(str(tree['rows']['source']))}: {tree['rows']['count']:,} rows."
+            yield ""
+            yield from _table(tuple(map(_md, names)), [[row[one] for one in names] for row in rows])
+            yield from (f"- {_md(line)}" for line in summary_of(tree))
+            yield ""
 
     def _outcome(self, plan: Plan | None) -> list[tuple[str, str]]:
         history, elapsed = self.contender.history, self.status.elapsed_s()

@@ -39,7 +39,7 @@ def build(verbs: Mapping[str, str]) -> typer.Typer:
 
     for verb, name in verbs.items():
         module = importlib.import_module(f".commands.{name}", __package__)
-        command = getattr(module, verb)
+        command = getattr(module, name)
         _name_values(command)
         app.command(verb)(_with_plain(command))
     return app

@@ -45,6 +45,12 @@ def is_address(path: str) -> bool:
     return "://" in path or path.startswith("${")
 
 
+def package_for(address: str) -> str:
+    """The package that opens an address, where fsspec does not come with it; empty for others, and for paths."""
+    protocol, colon, _ = address.partition("://")
+    return _PACKAGES.get(protocol, "") if colon else ""
+
+
 @dataclass(frozen=True)
 class Remote:
     """A file at an address; as much of :class:`pathlib.Path` as its readers need."""

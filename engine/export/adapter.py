@@ -12,6 +12,8 @@ from ..checkpoints.store import MANIFEST
 from ..modes import give_usual_modes
 from ..output import written_whole
 from ..run import Run
+from .exported import Exported, require_room
+from .talk import check_folder
 
 #: What only resuming needs, in a checkpoint folder.
 _FOR_RESUMING = (
@@ -23,21 +25,24 @@ _FOR_RESUMING = (
 )
 
 
-def export_adapter(run: Run, destination: Path) -> Path:
+def export_adapter(run: Run, destination: Path) -> Exported:
     """Copy the adapter to ``destination``.
 
     Raises:
         RunError: the run trained the full model, so that there is no adapter, or it has written nothing yet.
+        TrainingError: the disk has too little room (cause ``disk``).
     """
     folder = result_folder(run)
     if not (folder / "adapter_config.json").is_file():
         do = f"Use: finetui export {run.name} --to merged"
         raise RunError("this run trained the full model and has no adapter", where=run.name, do=do)
+    require_room(destination, sum(file.stat().st_size for file in folder.glob("*.safetensors")))
     with written_whole(destination) as partial:
         copy_model_files(folder, partial)
         name = json.loads((partial / "adapter_config.json").read_text(encoding="utf-8"))["base_model_name_or_path"]
         assert name, "an adapter names its base model"
-    return destination
+        checked = check_folder(run, folder, partial)
+    return Exported(destination, checked, use=(f"PeftModel.from_pretrained(base, {str(destination)!r})",))
 
 
 def copy_model_files(source: Path, target: Path) -> None:

@@ -26,9 +26,14 @@ def tiny_folder() -> Path:
 
 
 def is_tiny(model: str | Path) -> bool:
-    """Whether a recipe's model is the shipped folder without weights."""
-    path = Path(model).expanduser()
-    return path.is_dir() and path.resolve() == tiny_folder().resolve()
+    """Whether a recipe's model is the shipped folder without weights, or a copy of it, as jobs take it elsewhere."""
+    path, shipped = Path(model).expanduser(), tiny_folder()
+    if not path.is_dir() or path.resolve() == shipped.resolve():
+        return path.is_dir()
+    names = sorted(file.name for file in shipped.iterdir() if file.is_file())
+    return sorted(file.name for file in path.iterdir()) == names and all(
+        (path / name).read_bytes() == (shipped / name).read_bytes() for name in names
+    )
 
 
 def ensure_tiny_model(cache_dir: str | Path) -> Path:

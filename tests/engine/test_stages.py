@@ -12,6 +12,7 @@ import pytest
 
 pytest.importorskip("torch")
 
+from finetui.engine.evaluation.records import evaluations_of
 from finetui.engine.events import read_events
 from finetui.engine.launcher import kill, resume, start, stop
 from finetui.engine.planning import plan_for
@@ -86,6 +87,9 @@ def test_each_stage_begins_with_what_the_one_before_made(
     assert steps(run) == list(range(1, 13))
     done = json.loads((run.path / "stages.json").read_text())["done"]
     assert done["evaluate"]["loss"] == pytest.approx(held_out[2][-1], rel=1e-4)
+    (kept,) = evaluations_of(third)
+    assert kept[0].endswith("-evaluate")
+    assert [model["label"] for model in kept[1]["models"]] == ["base", third.name]
     assert (tmp_path / "model" / "model.safetensors").is_file()
     assert trained(run).path == third.path
     assert trained(third).path == third.path

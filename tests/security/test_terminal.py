@@ -81,6 +81,10 @@ VERBS: dict[str, list[str]] = {
     "data --json": ["data", "RECIPE", "--json"], "plan of a recipe": ["plan", "RECIPE"], "advise": ["advise", "MODEL"],
     "a bad recipe": ["plan", "BAD"], "gpus": ["gpus", "MODEL", "--top", "2"], "trust": ["trust", EVIL],
     "a bad override": ["plan", "MODEL", "--set", f"{EVIL}={EVIL}"], "resume": ["resume", EVIL],
+    "cluster": ["cluster", "RECIPE", "--to", "slurm", "--gpu", "H100"],
+    "import": ["import", "FOREIGN"], "import of a recipe": ["import", "RECIPE"],
+    "merge": ["merge", "MODEL", EVIL, "--method", "linear", "--weights", "0.5,0.5", "-o", "merged", "--dry-run"],
+    "eval": ["eval", "evil"], "eval of a folder": ["eval", "MODEL", "--data", EVIL],
     "report": ["report", "evil"], "settings": ["settings"], "a bad setting": ["settings", EVIL, EVIL],
 }  # fmt: skip
 
@@ -97,7 +101,17 @@ def test_verbs(verb: str, run: Run, tmp_path: Path, capsys: pytest.CaptureFixtur
     recipe = {"model": str(folder), "data": [{"path": "./rows.jsonl", "on_bad_row": "skip"}]}
     (tmp_path / "recipe.yaml").write_text(json.dumps(recipe))
     (tmp_path / "bad.yaml").write_text(json.dumps({"model": EVIL, EVIL: EVIL, "epochs": EVIL}))
-    places = {"MODEL": folder, "RECIPE": tmp_path / "recipe.yaml", "BAD": tmp_path / "bad.yaml"}
+    (tmp_path / "foreign.yaml").write_text(
+        json.dumps(
+            {"base_model": str(folder), "sequence_len": 512, "datasets": [{"path": EVIL, "type": EVIL}], EVIL: EVIL}
+        )
+    )
+    places = {
+        "FOREIGN": tmp_path / "foreign.yaml",
+        "MODEL": folder,
+        "RECIPE": tmp_path / "recipe.yaml",
+        "BAD": tmp_path / "bad.yaml",
+    }
     text = said([str(places.get(word, word)) for word in VERBS[verb]], capsys)
     assert text.strip()
     assert [line for line in text.splitlines() if not is_printable(line)] == []
