@@ -353,12 +353,18 @@ class EventReader:
             return []
 
 
+#: Seconds since the epoch from which on a time is none that a calendar shows.
+_YEAR_10000 = 253402300800.0
+
+
 def parse_line(raw: bytes | str) -> Event | None:
     """One line as an event, or None if it is damaged."""
     try:
         line = raw if isinstance(raw, str) else raw.decode("utf-8")
         tree = json.loads(line)
         head = int(tree.pop("seq")), float(tree.pop("time")), str(tree.pop("type"))
+        if not 0 <= head[1] < _YEAR_10000:
+            return None
         kind = _KINDS.get(head[2])
         if kind is not None and strange_field(kind, tree) is not None:
             return None

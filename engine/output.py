@@ -9,7 +9,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from .durable import flush, flush_all, reported_as_disk_error
+from ..planner.errors import RunError
+from .durable import flush, flush_all, is_disk_error, reported_as_disk_error
 
 
 @contextlib.contextmanager
@@ -19,13 +20,14 @@ def written_whole(target: Path) -> Iterator[Path]:
     All of it is on the disk by then. An older folder of that name is replaced at that moment and not before.
 
     Raises:
+        RunError: there is no place for a folder: what should hold it is a file, or not this user's to write to.
         TrainingError: the disk is full (cause ``disk``).
     """
     partial = target.with_name(f".partial-{target.name}")
     shutil.rmtree(partial, ignore_errors=True)
     try:
         with reported_as_disk_error("the result can't be written", target.parent):
-            partial.mkdir(parents=True)
+            _make(partial, target)
             yield partial
             flush_all(partial)
             old = target.with_name(f".old-{target.name}")
@@ -38,6 +40,16 @@ def written_whole(target: Path) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
+
+
+def _make(partial: Path, target: Path) -> None:
+    try:
+        partial.mkdir(parents=True)
+    except OSError as error:
+        if is_disk_error(error):
+            raise
+        do = "Choose a folder that you may write to."
+        raise RunError(f"the folder can't be made ({error.strerror})", where=str(target), do=do) from None
 
 
 def set_generation(model: Any, tokenizer: Any) -> None:

@@ -78,7 +78,7 @@ def answer(
                     max_new_tokens=min(96, len(prompt.expected) + 16),
                     max_time=(SECONDS_AFTER if step else SECONDS_BEFORE) / len(prompts),
                     use_cache=True,
-                    synced_gpus=together,
+                    **({"synced_gpus": True} if together else {}),  # which a model's own generate need not know
                 )
 
                 told = _text(tokenizer, out[0, len(prompt.ids) :].tolist())

@@ -191,8 +191,12 @@ def _end_to_end(heads: torch.Tensor) -> torch.Tensor:
 
 @functools.cache
 def _anchor() -> torch.Tensor:
-    """What makes a function's outputs part of a graph; it is given no gradient, so one serves all."""
-    return torch.zeros((), requires_grad=True)
+    """What makes a function's outputs part of a graph; it is given no gradient, so one serves all.
+
+    A tensor of the CPU whoever asks first: followed on fake tensors, a step would leave a fake one to all after it.
+    """
+    with torch.utils._python_dispatch._disable_current_modes(), torch.inference_mode(False):
+        return torch.zeros((), device="cpu", requires_grad=True)
 
 
 def _memory(tensor: torch.Tensor) -> tuple[Hashable, ...]:

@@ -34,7 +34,8 @@ class FinetuiError(Exception):
     @property
     def message(self) -> str:
         """The three parts in one paragraph: ``where: what. do``."""
-        head = f"{self.where}: {self.what}." if self.where else f"{self.what}."
+        ended = self.what if self.what.endswith("?") else f"{self.what}."
+        head = f"{self.where}: {ended}" if self.where else ended
         return f"{head} {self.do}".rstrip()
 
     def __str__(self) -> str:

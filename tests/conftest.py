@@ -21,13 +21,14 @@ settings.register_profile("random", deadline=None)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "steady"))
 
 
-@pytest.fixture
+@pytest.fixture(autouse=True)
 def own_environment() -> Iterator[None]:
-    """For a run that is supervised in the test's own process: the supervisor prepares that for its ranks."""
+    """What a verb or a supervisor that runs in the test's own process sets is not there for the next test."""
     before = dict(os.environ)
     yield
-    os.environ.clear()
-    os.environ.update(before)
+    if os.environ != before:
+        os.environ.clear()
+        os.environ.update(before)
 
 
 @pytest.fixture

@@ -5,13 +5,14 @@ stdout is data, stderr is talk. Exit codes: 0 done, 1 a failure, 2 a mistake tha
 
 from __future__ import annotations
 
+import errno
 import gc
 import json
 import os
 import sys
 
 from ..engine import bytecode
-from ..planner.errors import FinetuiError
+from ..planner.errors import FinetuiError, UserError
 from .outlet import guard_streams
 
 #: Verb → module in ``commands/``, in the order of the help page.
@@ -43,6 +44,9 @@ VERBS: dict[str, str] = {
     "trust": "trust",
     "settings": "settings",
 }
+
+#: What a system says of a file or folder that this user may not read or write.
+_FORBIDDEN = frozenset({errno.EACCES, errno.EPERM, errno.EROFS})
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -80,6 +84,12 @@ def main(arguments: list[str] | None = None) -> None:
     except BrokenPipeError:  # `finetui logs | head` has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(141) from None
+    except OSError as error:
+        if error.errno not in _FORBIDDEN or error.filename is None:
+            raise
+        do = "Look whose it is (ls -ld), or name another place."
+        _report(UserError(str(error.strerror), where=str(error.filename), do=do), as_json="--json" in arguments)
+        raise SystemExit(2) from None
 
 
 def _prefer(*, quiet: bool) -> None:

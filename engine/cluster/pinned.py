@@ -70,7 +70,9 @@ def _settle(tree: dict[str, Any], recipe: Recipe, resolved: Resolved) -> None:
         **tree.get("optimizer", {}), "name": resolved.optimizer, "learning_rate": resolved.learning_rate
     }  # fmt: skip
     hardware = _of_machine(tree.get("hardware", {}), resolved)
-    hardware |= {"checkpointing": resolved.checkpointing, "precision": resolved.precision}
+    hardware |= {
+        "checkpointing": resolved.checkpointing, "precision": resolved.precision, "graphs": resolved.graphs
+    }  # fmt: skip
     if resolved.checkpointing == "selective":
         hardware["kept_layers"] = max(resolved.kept_layers, 1)
     tree["hardware"] = hardware

@@ -153,6 +153,8 @@ class _Work:
     def carry_out(self) -> Evaluation:
         self._look_for_seen_rows()
         rows = self._rows(self.first)
+        for path in self.wanted.also:  # a file that can't be read is told before anything is asked
+            self._also(path, self.first)
         self.chosen = self._with_room(rows.questions)
         asked = [rows.questions[i] for i in self.chosen]
         with Marks(self._rewards(asked), sorted({key for one in asked for key in one.columns}), self.warn) as marks:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from ...planner.errors import TrainingError
+from ..run import Run
 
 Tell = Callable[[str, int, int], None]
 """Told what is being done, how much of it is done, and how much there is."""
@@ -32,6 +34,11 @@ class Exported:
 
 def say_nothing(what: str, done: int, whole: int) -> None:
     """A :data:`Tell` for whoever does not want to know."""
+
+
+def plain_name(run: Run) -> str:
+    """A run's name as files, Modelfiles and commands can hold it: a folder may be called anything."""
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", run.name).strip("-.")[:80] or "model"
 
 
 def require_room(destination: Path, needed: int) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import shlex
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -26,7 +27,7 @@ from ..models.load import load_tokenizer, locate, stored_dtype
 from ..models.weights import stored_tensors
 from ..output import written_whole
 from ..run import Run
-from .exported import Exported, Tell, require_room
+from .exported import Exported, Tell, plain_name, require_room
 from .gguf_file import Layout, lay_out, write
 from .gguf_model import ELSEWHERE, family_of
 from .merged import empty_model, is_adapter, refuse_unmergeable, standing_size, streamed, write_merged
@@ -59,7 +60,7 @@ class Prepared:
     @property
     def name(self) -> str:
         """The file's name."""
-        return f"{self.run.name}-{self.layout.quant}.gguf"
+        return f"{plain_name(self.run)}-{self.layout.quant}.gguf"
 
     def write(self, folder: Path, tell: Tell) -> str:
         """Write the file into a folder; returns what became of it, for display.
@@ -104,7 +105,8 @@ def export_gguf(run: Run, destination: Path, tell: Tell, *, quant: str = "auto")
     with written_whole(destination) as partial:
         wrote = prepared.write(partial, tell)
     path = destination / prepared.name
-    return Exported(destination, (*prepared.checked, wrote), prepared.layout.notes, (f"llama-server -m {path}",))
+    use = shlex.join(["llama-server", "-m", str(path)])
+    return Exported(destination, (*prepared.checked, wrote), prepared.layout.notes, (use,))
 
 
 def prepare(run: Run, destination: Path, quant: str) -> Prepared:

@@ -8,6 +8,7 @@ Without a TEMPLATE Ollama guesses one. The Modelfile's is written from the form 
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from ..data.template import own_template, render, stop_token_ids
 from ..models.load import load_tokenizer
 from ..output import written_whole
 from ..run import Run
-from .exported import Exported, Tell
+from .exported import Exported, Tell, plain_name
 from .gguf import prepare
 from .gguf_tokenizer import begins_with_bos
 from .turn_form import TurnForm, find
@@ -49,7 +50,8 @@ def export_ollama(run: Run, destination: Path, tell: Tell, *, quant: str = "auto
         (partial / "Modelfile").write_text(text, encoding="utf-8")
     words = "TEMPLATE: writes conversations as the trained chat template does" if form else ""
     checked = tuple(filter(None, (*prepared.checked, words, wrote)))
-    use = (f"ollama create {run.name} -f {destination / 'Modelfile'}", f"ollama run {run.name}")
+    name = plain_name(run)
+    use = (shlex.join(["ollama", "create", name, "-f", str(destination / "Modelfile")]), f"ollama run {name}")
     return Exported(destination, checked, (*prepared.layout.notes, *notes), use)
 
 
@@ -92,7 +94,9 @@ def _sampling(folder: Path) -> dict[str, float]:
     """How the model's makers draw from it, where they say so."""
     file = folder / "generation_config.json"
     told: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    return {key: told[key] for key in _SAMPLING if told.get(key) is not None} if told.get("do_sample") else {}
+    if not told.get("do_sample"):
+        return {}
+    return {key: told[key] for key in _SAMPLING if isinstance(told.get(key), int | float)}  # text could say anything
 
 
 def modelfile(gguf: str, form: TurnForm | None, stops: Sequence[str], sampling: dict[str, float], system: str) -> str:

@@ -16,7 +16,7 @@ from ..data.template import own_template, stop_token_ids
 from ..models.load import load_tokenizer, locate
 from ..run import Run
 from .adapter import export_adapter
-from .exported import Exported, Tell
+from .exported import Exported, Tell, plain_name
 from .merged import export_merged, is_adapter
 from .talk import trained
 
@@ -44,8 +44,9 @@ def export_vllm(run: Run, destination: Path, tell: Tell) -> Exported:
         made = export_merged(run, destination, tell)
         why = f"vLLM takes no adapter with {', '.join(refused)}: it is merged into its base"
         return Exported(made.path, made.checked, (why, *made.notes), (_command([str(destination)]),))
+    arguments = _beside_base(run, result, destination, config)  # before anything is written: the base may be gone
     made = export_adapter(run, destination)
-    return Exported(made.path, made.checked, made.notes, (_command(_beside_base(run, destination, config)),))
+    return Exported(made.path, made.checked, made.notes, (_command(arguments),))
 
 
 def refusals(config: dict[str, Any]) -> tuple[str, ...]:
@@ -70,15 +71,15 @@ def refusals(config: dict[str, Any]) -> tuple[str, ...]:
     return tuple(what for what, there in found.items() if there)
 
 
-def _beside_base(run: Run, destination: Path, config: dict[str, Any]) -> list[str]:
-    """The arguments that serve a base with an adapter, talking as the adapter was trained to.
+def _beside_base(run: Run, result: Path, destination: Path, config: dict[str, Any]) -> list[str]:
+    """The arguments that serve a base with the adapter of ``result``, talking as the adapter was trained to.
 
     vLLM takes chat template and stop tokens from the base, whatever lies beside the adapter.
     """
     rank = next(most for most in MAX_RANKS if most >= config["r"])
     arguments = [run.recipe.model, "--enable-lora", "--max-lora-rank", str(rank)]
-    arguments += ["--lora-modules", f"{run.name}={destination}"]
-    tokenizer, _ = load_tokenizer(destination)
+    arguments += ["--lora-modules", _module(plain_name(run), destination)]
+    tokenizer, _ = load_tokenizer(result)
     base = locate(run.recipe.model)
     plain = _own_tokenizer(base)
     if tokenizer.chat_template and (not plain.chat_template or own_template(plain) != own_template(tokenizer)):
@@ -88,6 +89,12 @@ def _beside_base(run: Run, destination: Path, config: dict[str, Any]) -> list[st
         stops = {"eos_token_id": stop_token_ids(tokenizer)}
         arguments += ["--override-generation-config", json.dumps(stops)]
     return arguments
+
+
+def _module(name: str, folder: Path) -> str:
+    """An adapter as vLLM takes it: ``name=path``, which it cuts at every ``=`` and takes for JSON at a comma."""
+    path = str(folder)
+    return json.dumps({"name": name, "path": path}) if set(path) & {"=", ","} else f"{name}={path}"
 
 
 def _own_tokenizer(base: Path) -> Any:

@@ -50,16 +50,16 @@ def load_whole(folder: Path, resolved: Resolved, emit: Emit) -> Any:
     Raises:
         ModelError: the checkpoint can't be read.
     """
-    told: list[Any] = [None]
+    told: list[Any] = [None, None]
     model = None
     if dist.get_rank() == 0:
         model = load_base(folder, resolved, torch.device("cpu"), emit)
-        told = [model.config._attn_implementation]
+        told = [model.config._attn_implementation, model.generation_config]
     dist.broadcast_object_list(told, src=0)
-    return model if model is not None else _without_memory(folder, resolved, told[0])
+    return model if model is not None else _without_memory(folder, resolved, *told)
 
 
-def _without_memory(folder: Path, resolved: Resolved, attention: str) -> Any:
+def _without_memory(folder: Path, resolved: Resolved, attention: str, generation: Any) -> Any:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     options: dict[str, Any] = {"trust_remote_code": trusted(folder)}
@@ -73,6 +73,7 @@ def _without_memory(folder: Path, resolved: Resolved, attention: str) -> Any:
         raise ModelError(f"the model can't be built ({first_line(error)})", where=str(folder)) from error
     model.eval()  # as from_pretrained gives it
     model.config.use_cache = False
+    model.generation_config = generation  # all ranks answer alike, and call the model equally often
     return model
 
 

@@ -132,6 +132,7 @@ def pinned(recipe: Recipe, plan: Plan, micro: int) -> dict[str, object]:
         "optimizer.name": resolved.optimizer,
         "hardware.checkpointing": resolved.checkpointing,
         "hardware.precision": resolved.precision,
+        "hardware.graphs": resolved.graphs,
         "hardware.gpus": resolved.gpus or 1,
         "hardware.strategy": resolved.strategy,
     }

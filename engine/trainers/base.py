@@ -290,6 +290,9 @@ class RunTrainer(_Trainer):
         step = self.state.global_step
         mine = {"random": random_state(self.args.device), "own": self.own_state()}
         ranks = gathered(copied_tree(mine), self.args.should_save)
+        if self.shards is not None:  # host memory need not hold a second whole beside the one that is being written
+            with self._all_or_none():
+                self.saver.wait()
         split = None if self.shards is None else (self.shards.state(self.optimizer), self.shards.split.whole())
         with split[1] if split else contextlib.nullcontext() as whole, self._all_or_none():
             if self.args.should_save:

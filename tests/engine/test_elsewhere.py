@@ -10,15 +10,11 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-import pytest
-
 from finetui.engine.events import read_events
 from finetui.engine.run import Run, list_runs
 from finetui.engine.supervision.outcome import Outcome
 from finetui.engine.supervisor import supervise
 from finetui.planner.version import VERSION
-
-pytestmark = pytest.mark.usefixtures("own_environment")
 
 FAKE = str(Path(__file__).with_name("fake_rank.py"))
 

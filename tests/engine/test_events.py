@@ -181,6 +181,13 @@ def test_a_file_that_is_not_there_yet_holds_nothing(path: Path) -> None:
     assert read_events(path) == []
 
 
+@pytest.mark.parametrize("when", ["NaN", "Infinity", "-1", "9223372036854775808", "1e300"])
+def test_a_time_that_no_calendar_shows_is_damage(when: str) -> None:
+    line = '{"seq": 1, "time": %s, "type": "state", "state": "running", "cause": null, "attempt": 1}'
+    assert parse_line(line % when) is None
+    assert parse_line(line % "1772366400.0") is not None
+
+
 @pytest.mark.parametrize("raw", [b"", b"null", b"{}", b'{"seq":1}', b"\xff\xfe", b'{"seq":1,"time":"x","type":"y"}'])
 def test_a_damaged_line_is_no_event(raw: bytes) -> None:
     assert parse_line(raw) is None

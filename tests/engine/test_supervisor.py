@@ -20,8 +20,6 @@ from finetui.planner.errors import RunError
 from finetui.planner.plan import Plan
 from finetui.planner.recipe import Recipe
 
-pytestmark = pytest.mark.usefixtures("own_environment")
-
 FAKE = Path(__file__).with_name("fake_rank.py")
 
 

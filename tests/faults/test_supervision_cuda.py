@@ -16,7 +16,7 @@ from finetui.planner.state import state_dir
 
 from .harness import recipe_for, told
 
-pytestmark = [pytest.mark.cuda, pytest.mark.usefixtures("own_environment")]
+pytestmark = pytest.mark.cuda
 WORKER = str(Path(__file__).with_name("ruined_worker.py"))
 
 

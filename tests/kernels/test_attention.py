@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from finetui.kernels.attention import Documents, _end_to_end, _is_view, attend, gradients
+from finetui.kernels.attention import Documents, _anchor, _end_to_end, _is_view, attend, gradients
 from finetui.kernels.selfcheck import prove_documents
 
 
@@ -90,3 +90,11 @@ def test_a_window_within_documents_is_the_mask_that_says_the_same(device, key_he
     for mine, stock in zip(*results, strict=True):
         assert (mine - stock).norm() <= limit * stock.norm()
     assert prove_documents(device, dtype, 8, 4 // key_heads, windowed=True).ok
+
+
+def test_what_is_shared_by_all_calls_is_a_tensor_whoever_asks_first():
+    _anchor.cache_clear()
+    with torch._subclasses.FakeTensorMode():
+        attend(*(head.detach() for head in heads(torch.device("cpu"), torch.float32, 4)[:3]), None, 0.3)
+    assert type(_anchor()) is torch.Tensor
+    assert _anchor().device.type == "cpu"

@@ -22,7 +22,7 @@ from .options import JsonFlag, takes_recipe
 
 ToFlag = Annotated[System | None, typer.Option("--to", help="Which system of jobs.")]
 OutputFlag = Annotated[
-    Path | None, typer.Option("--output", "-o", metavar="FILE", help="Write it here instead of to stdout.")
+    Path | None, typer.Option("--out", "-o", metavar="FILE", help="Write it here instead of to stdout.")
 ]
 NameFlag = Annotated[str | None, typer.Option("--name", help="Name of the run; a telling one is made up otherwise.")]
 ProviderFlag = Annotated[
@@ -49,6 +49,7 @@ SecretFlag = Annotated[
     list[str] | None,
     typer.Option("--secret", metavar="NAME", help="A variable that goes along, by its name; may be repeated."),
 ]
+ForceFlag = Annotated[bool, typer.Option("--force", help="Write over a file that is there.")]
 NodesFlag = Annotated[int, typer.Option("--nodes", min=1, help="Machines; a run is on one so far.")]
 
 
@@ -66,6 +67,7 @@ def cluster(
     package: PackageFlag = None,
     secret: SecretFlag = None,
     nodes: NodesFlag = 1,
+    force: ForceFlag = False,
     as_json: JsonFlag = False,
 ) -> None:
     """The same plan as a SkyPilot, Slurm or Modal job."""
@@ -74,12 +76,14 @@ def cluster(
     if nodes > 1:
         do = "Plan for more or larger GPUs of one machine: finetui gpus shows who has eight."
         raise HardwareError("runs over several machines are not supported", where="--nodes", do=do)
+    target = output if output is not None and str(output) != "-" else None
+    if target is not None and target.exists() and not force:  # the recipe itself may be called so
+        raise UserError("there is a file already", where=str(target), do="Add --force, or give another name.")
     ask = Ask(
         to, name, provider, spot, bucket, gpu_name,
         packages=tuple(package or ()), secrets=tuple(secret or ()), idle_minutes=idle_minutes,
     )  # fmt: skip
     job = make_job(recipe, ask, has_token=_has_token())
-    target = output if output is not None and str(output) != "-" else None
     base = target.resolve().parent if target else Path.cwd()
     file = str(target or f"{job.name}{SUFFIXES[to]}")
     written = _writer(to)(job, base, file)
@@ -112,7 +116,8 @@ def _save(target: Path, text: str) -> None:
     try:
         write_atomically(target, text)
     except OSError as error:
-        raise UserError(f"the job can't be written ({error.strerror})", where=str(target)) from None
+        what = f"the job can't be written ({error.strerror})"
+        raise UserError(what, where=str(target), do="Give another path.") from None
 
 
 def _say(job: Job, written: Written, file: str, *, saved: bool) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from importlib.util import find_spec
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from ...planner.datasource import DataFormat
-from ...planner.errors import MissingExtraError, RunError
+from ...planner.errors import FinetuiError, MissingExtraError, RunError
 from ..quiet import hush_libraries
 from .options import JsonFlag, local_path
 
@@ -70,6 +71,10 @@ def eval(  # noqa: A001 - the verb's name
         {"--score": bool(score), "--show": show > 0, "--temperature": temperature > 0}, "--answers", answers > 0
     )
     _refuse_idle({"--seed": seed > 0}, "--temperature", temperature > 0)
+    if tasks is not None and not tasks.strip(", "):
+        raise RunError("no task is named", where="--tasks", do="Name some, as in --tasks mmlu,gsm8k.")
+    if out is not None:
+        _check_place(out)
     if find_spec("torch") is None or find_spec("transformers") is None:
         raise MissingExtraError("eval", "train")
     hush_libraries()
@@ -107,17 +112,46 @@ def _subject_matter(data: str | None, tasks: str | None) -> str:
 
 
 def _tell(evaluation: Evaluation, name: str, *, show: int, out: Path | None, as_json: bool) -> None:
-    from ...engine.evaluation.records import as_tree, samples, save
+    from ...engine.durable import write_atomically
+    from ...engine.evaluation.records import as_tree, save
 
     tree: dict[str, Any] = as_tree(evaluation)
     # Every run that was evaluated keeps what came out; figures of several are in each.
     runs = {entry.subject.run.path: entry.subject.run for entry in evaluation.entries if entry.subject.run}
-    paths = [save(evaluation, run, name) for run in runs.values()]
+    paths: list[Path] = []
+    unwritten: list[str] = []
+    for run in runs.values():
+        try:
+            paths.append(save(evaluation, run, name))
+        except FinetuiError as error:
+            unwritten.append(str(error))
+    written = []
     if out is not None:
         try:
-            out.write_text(json.dumps(tree, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+            write_atomically(out, json.dumps(tree, indent=2, ensure_ascii=False) + "\n")
+            written.append(out)
         except OSError as error:
-            raise RunError(f"the figures can't be written ({error.strerror})", where=str(out)) from error
+            unwritten.append(f"{out}: the figures can't be written ({error.strerror}).")
+    _show(evaluation, tree, paths, show=show, as_json=as_json)
+    for path in [] if as_json else [*paths, *written]:
+        print(f"wrote {path}", file=sys.stderr)
+    for sentence in unwritten:
+        print(f"! {sentence}", file=sys.stderr)
+    if unwritten:  # what took hours is shown all the same
+        raise SystemExit(1)
+
+
+def _check_place(out: Path) -> None:
+    """Refuse a file that could not be written when all is done."""
+    folder = out.absolute().parent
+    if out.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
+        what = "this is a folder" if out.is_dir() else "there is no such folder that you may write to"
+        raise RunError(what, where=str(out if out.is_dir() else folder), do="Give the path of a file that can be made.")
+
+
+def _show(evaluation: Evaluation, tree: dict[str, Any], paths: list[Path], *, show: int, as_json: bool) -> None:
+    from ...engine.evaluation.records import samples
+
     if as_json:
         shown = {"samples": samples(evaluation)[:show]} if show else {}
         print(json.dumps({**tree, "files": [str(path) for path in paths], **shown}, indent=2, ensure_ascii=False))
@@ -133,8 +167,6 @@ def _tell(evaluation: Evaluation, name: str, *, show: int, out: Path | None, as_
     print_table(*table_of(tree), console)
     for line in (*([""] if tree["differences"] else []), *summary_of(tree), *samples_of(samples(evaluation), show)):
         console.print(line, markup=False, soft_wrap=True)
-    for path in [*paths, *filter(None, [out])]:
-        print(f"wrote {path}", file=sys.stderr)
 
 
 class Progress:

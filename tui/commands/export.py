@@ -25,7 +25,9 @@ ToFlag = Annotated[
         "Modelfile) or vllm (what vLLM serves, and the command).",
     ),
 ]
-DestinationFlag = Annotated[Path | None, typer.Option("--out", help="Folder to write; default: <run>/export/<format>.")]
+DestinationFlag = Annotated[
+    Path | None, typer.Option("--out", "-o", help="Folder to write; default: <run>/export/<format>.")
+]
 QuantFlag = Annotated[
     str | None,
     typer.Option(
@@ -44,7 +46,7 @@ def export(
     system: SystemFlag = "",
     as_json: JsonFlag = False,
 ) -> None:
-    """Write the adapter, or the model with the adapter merged in, for whatever is to load it."""
+    """What a run made, in the form that others load."""
     found = trained(Run.open(run))
     if to not in FORMATS:
         raise RunError(f"{to!r} is not an export format", where="--to", do=f"Use {', '.join(FORMATS)}.")

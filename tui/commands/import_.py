@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Annotated, Literal
 
 import typer
 
+from ...engine.durable import write_atomically
 from ...planner.errors import RecipeError
 from ...planner.importers import Imported, import_file
 from .options import JsonFlag
@@ -43,8 +45,11 @@ def import_(
 
     The recipe goes to stdout or a file; what became of each key of theirs is told beside it.
     """
-    if out is not None and out.exists() and not force:
-        raise RecipeError("there is a file already", where=str(out), do="Add --force, or give another name.")
+    if out is not None and out.exists():
+        if file.exists() and out.samefile(file):
+            raise RecipeError("this is the file that is read", where=str(out), do="Give the recipe another name.")
+        if not force:
+            raise RecipeError("there is a file already", where=str(out), do="Add --force, or give another name.")
     found = import_file(file, kind=kind, gpus=gpus, method=method)
     if out is not None:
         _write(found, out)
@@ -64,11 +69,12 @@ def import_(
 
     print_fates(found)
     if out is not None:
-        print(f"\n{out} is written; plan it with: finetui plan {out}", file=sys.stderr)
+        print(f"\n{out} is written; plan it with: {shlex.join(['finetui', 'plan', str(out)])}", file=sys.stderr)
 
 
 def _write(found: Imported, out: Path) -> None:
     try:
-        out.write_text(found.to_yaml(), encoding="utf-8")
+        write_atomically(out, found.to_yaml())
     except OSError as error:
-        raise RecipeError(f"the recipe can't be written ({error})", where=str(out), do="Give another path.") from None
+        what = f"the recipe can't be written ({error.strerror})"
+        raise RecipeError(what, where=str(out), do="Give another path.") from None

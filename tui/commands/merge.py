@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
 import sys
 from importlib.util import find_spec
@@ -223,7 +224,8 @@ def _made(merged: Merged, as_json: bool) -> None:
     if merged.same:
         print("The same bits as then.", file=sys.stderr)
     kind = "PeftModel" if "adapter_model.safetensors" in merged.files else "AutoModelForCausalLM"
-    print(f"Load it with {kind}.from_pretrained; make it again with: finetui merge merge.yaml", file=sys.stderr)
+    again = shlex.join(["finetui", "merge", str(merged.path / "merge.yaml")])
+    print(f"Load it with {kind}.from_pretrained; make it again with: {again} -o NEW", file=sys.stderr)
 
 
 def _progress() -> Any:

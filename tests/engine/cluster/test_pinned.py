@@ -64,5 +64,5 @@ def test_nothing_that_the_planner_chooses_is_left_to_the_other_machine() -> None
     assert not left & {
         "sequence_length", "batch_size", "micro_batch", "packing", "train_on", "tuning.alpha", "optimizer.name",
         "optimizer.learning_rate", "hardware.device", "hardware.gpus", "hardware.strategy", "hardware.checkpointing",
-        "hardware.precision", "checkpoint.every", "evaluation.every",
+        "hardware.precision", "hardware.graphs", "checkpoint.every", "evaluation.every",
     }  # fmt: skip

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import shlex
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -74,7 +75,7 @@ def test_llama_cpp_answers_as_the_merged_model_does(run: Run, tmp_path: Path, ll
 
 
 def test_a_modelfile_lies_beside_it(run: Run, tmp_path: Path) -> None:
-    made = export(run, "ollama", tmp_path / "o", quant="q8_0", system="Be brief.")
+    made = export(run, "ollama", tmp_path / "an o", quant="q8_0", system="Be brief.")
     text = (made.path / "Modelfile").read_text(encoding="utf-8")
     assert text.startswith(f'FROM ./{run.name}-q8_0.gguf\nTEMPLATE """{{{{ if .System }}}}<|im_start|>system\n')
     assert 'PARAMETER stop "<|im_end|>"' in text
@@ -83,7 +84,7 @@ def test_a_modelfile_lies_beside_it(run: Run, tmp_path: Path) -> None:
         tensor.name: tensor.tensor_type.name for tensor in gguf.GGUFReader(made.path / f"{run.name}-q8_0.gguf").tensors
     }
     assert told["blk.0.ffn_down.weight"] == "Q8_0"
-    assert made.use[0] == f"ollama create {run.name} -f {made.path / 'Modelfile'}"
+    assert shlex.split(made.use[0]) == ["ollama", "create", run.name, "-f", str(made.path / "Modelfile")]
 
 
 def test_what_can_not_be_written_is_said_before_anything_is_merged(

@@ -15,6 +15,7 @@ from finetui.engine.export import export
 from finetui.engine.export.vllm import refusals
 from finetui.engine.run import Run
 from finetui.engine.worker import attempt
+from finetui.planner.errors import ModelError
 
 MakeRun = Callable[..., Run]
 PLAIN: dict[str, Any] = {"peft_type": "LORA", "r": 12, "bias": "none"}
@@ -50,6 +51,20 @@ def test_an_adapter_is_served_beside_its_base(training_run: MakeRun, tmp_path: P
     # the base has no template, and stops at </s> alone
     assert Path(flags["--chat-template"]).read_text(encoding="utf-8").startswith("{%-")
     assert 4 in json.loads(flags["--override-generation-config"])["eos_token_id"]
+
+
+def test_nothing_is_written_for_a_base_that_is_gone(training_run: MakeRun, tmp_path: Path) -> None:
+    run = training_run(steps=1)
+    assert attempt(run) == 0
+    made = export(run, "vllm", tmp_path / "a=b,c")
+    words = shlex.split(made.use[0])
+    told = json.loads(words[words.index("--lora-modules") + 1])  # vLLM would cut name=path at every =
+    assert told == {"name": run.name, "path": str(made.path)}
+    recipe = run.path / "recipe.yaml"
+    recipe.write_text(recipe.read_text().replace(run.recipe.model, str(tmp_path / "gone")))
+    with pytest.raises(ModelError, match="no such folder"):
+        export(run, "vllm", tmp_path / "v")
+    assert not list(tmp_path.glob("*v"))
 
 
 def test_what_vllm_does_not_take_is_merged(training_run: MakeRun, tmp_path: Path) -> None:

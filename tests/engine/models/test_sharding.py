@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -15,8 +17,10 @@ torch = pytest.importorskip("torch")
 from torch import nn  # noqa: E402
 
 import finetui  # noqa: E402
-from finetui.engine.models.sharding import rows_of, twin_of  # noqa: E402
+from finetui.engine.models import sharding  # noqa: E402
+from finetui.engine.models.sharding import load_whole, rows_of, twin_of  # noqa: E402
 from finetui.engine.models.stand_in import stood_in  # noqa: E402
+from finetui.planner.plan import Plan  # noqa: E402
 
 
 @pytest.mark.parametrize("rows", [1, 2, 7, 8, 9, 64])
@@ -61,6 +65,30 @@ def test_what_stands_in_has_the_weights_place_and_none_of_their_values() -> None
         assert not torch.equal(model.head.weight.float(), values["embedding.weight"])
     assert all(p is before[name] for name, p in model.named_parameters())
     assert all(torch.equal(p, values[name]) for name, p in before.items())
+
+
+def test_a_rank_without_the_checkpoint_answers_as_the_one_that_read_it(
+    model_folder: Callable[[str], Path], make_plan: Callable[..., Plan], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = Path(shutil.copytree(model_folder("llama"), tmp_path / "model"))
+    told_there = {"eos_token_id": [2, 7], "repetition_penalty": 1.5, "max_length": 33}
+    (folder / "generation_config.json").write_text(json.dumps(told_there))
+    resolved, sent = make_plan(precision="fp32").resolved, list[Any]()
+
+    def broadcast(told: list[Any], src: int) -> None:
+        if sent:
+            told[:] = sent
+        else:
+            sent.extend(told)
+
+    monkeypatch.setattr(sharding.dist, "broadcast_object_list", broadcast)
+    monkeypatch.setattr(sharding.dist, "get_rank", lambda: 0)
+    first = load_whole(folder, resolved, print)
+    monkeypatch.setattr(sharding.dist, "get_rank", lambda: 1)
+    other = load_whole(folder, resolved, print)
+    assert all(p.is_meta for p in other.parameters())
+    assert other.generation_config.eos_token_id == [2, 7]
+    assert other.generation_config.to_dict() == first.generation_config.to_dict()
 
 
 @pytest.mark.slow

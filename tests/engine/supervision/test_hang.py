@@ -21,8 +21,6 @@ from finetui.engine.supervision.outcome import Outcome
 from finetui.engine.supervisor import supervise
 from finetui.planner.recipe import Recipe
 
-pytestmark = pytest.mark.usefixtures("own_environment")
-
 FAKE = Path(__file__).parents[1] / "fake_rank.py"
 #: Does what each line says ("idle", "compute" or "write"), and says when it is done.
 RANK = """

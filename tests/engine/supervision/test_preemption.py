@@ -23,8 +23,6 @@ from finetui.planner.errors import RecipeError
 from finetui.planner.limits import Limits
 from finetui.planner.recipe import Recipe
 
-pytestmark = pytest.mark.usefixtures("own_environment")
-
 FAKE = str(Path(__file__).parents[1] / "fake_rank.py")
 
 

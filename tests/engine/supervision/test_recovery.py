@@ -105,6 +105,24 @@ def test_no_smaller_plan_where_the_planner_finds_none_that_fits() -> None:
     assert with_less_memory(preferences, plan_for(preferences)) is None
 
 
+@pytest.mark.parametrize("graphs", [True, False])
+def test_whether_steps_are_replayed_is_not_decided_anew(graphs: bool) -> None:
+    """Else memory and speed of the smaller plan are those of steps that it does not take."""
+    recipe = a_recipe(
+        model="Qwen/Qwen2.5-0.5B", tuning="lora", packing=True, epochs=400.0, micro_batch=4, batch_size=4,
+        hardware={"gpu": "H200"},
+    )  # fmt: skip
+    plan = plan_for(recipe.with_overrides({"hardware.graphs": graphs}))
+    assert plan.resolved.graphs is graphs
+    new = with_less_memory(recipe, plan)
+    assert new is not None
+    micro = new.resolved.micro_batch
+    assert new.resolved.graphs is graphs
+    expected = plan_for(recipe.with_overrides({"hardware.graphs": graphs, "micro_batch": micro}))
+    assert new.speed == expected.speed
+    assert new.memory == expected.memory
+
+
 def test_what_a_rank_held_is_read_from_its_last_words() -> None:
     failure = classify(OutOfMemoryError(TORCH_SAYS), 0, None)
     assert (failure.cause, failure.needed_gib) == ("oom", 10.0)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -66,3 +68,28 @@ def test_rows_are_read_alone(tmp_path: Path) -> None:
         assert state["moment"].rows(slice(6, 6)).shape == (0, 2)
         assert state["step"].rows(slice(2, 4)) == 3
         assert tree["rate"] == 0.1
+
+
+def test_a_checkpoint_is_put_together_once_the_one_before_is_written(tmp_path: Path) -> None:
+    pytest.importorskip("trl")
+    from finetui.engine.trainers.base import RunTrainer
+
+    done: list[str] = []
+    trainer: Any = object.__new__(RunTrainer)
+    trainer.state = SimpleNamespace(global_step=4)
+    trainer.args = SimpleNamespace(device=torch.device("cpu"), should_save=True, world_size=1)
+    trainer.order = SimpleNamespace(rows=8, batch_size=2)
+    trainer.identity, trainer.tokens, trainer.optimizer, trainer.on_saved = {}, 0, None, lambda: None
+    trainer.saver = SimpleNamespace(
+        directory=tmp_path, wait=lambda: done.append("wait"), save=lambda *_: done.append("save")
+    )
+    trainer.shards = SimpleNamespace(
+        state=lambda _: done.append("gather"), split=SimpleNamespace(whole=contextlib.nullcontext)
+    )
+    trainer._snapshot = lambda *_: None
+    trainer._save_checkpoint(None, None)
+    assert done == ["wait", "gather", "save"]
+    done.clear()
+    trainer.shards = None  # what training holds is copied only where there is room
+    trainer._save_checkpoint(None, None)
+    assert done == ["save"]

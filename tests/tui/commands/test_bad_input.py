@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from finetui.engine.run import Run
 from finetui.tui.cli import main
 
 GOOD = {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]}
@@ -114,6 +115,16 @@ def test_a_run_that_is_not_there(capsys: pytest.CaptureFixture[str], words: list
     code, message = fails(capsys, *words)
     assert code == 2
     assert "there is no run 'none'" in message
+
+
+def test_a_place_that_is_another_users(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def forbidden(name: str) -> Run:
+        raise PermissionError(13, "Permission denied", name)
+
+    monkeypatch.setattr(Run, "open", forbidden)
+    code, message = fails(capsys, "logs", "theirs")
+    assert code == 2
+    assert message.startswith("finetui: theirs: Permission denied. Look whose it is")
 
 
 def test_gpus_that_are_named_wrongly(capsys: pytest.CaptureFixture[str]) -> None:

@@ -94,6 +94,19 @@ def test_mistakes_are_told(words: tuple[str, ...], what: str, capsys: pytest.Cap
     assert out == ""
 
 
+def test_a_file_that_is_there_stays(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("model: Qwen/Qwen3-8B\ntuning: qlora\ndata: [rows.jsonl]\n")
+    words = (str(recipe), "--gpu", "H100", "--to", "slurm")
+    assert ask(*words, "-o", str(recipe)) == 2
+    assert "Add --force" in capsys.readouterr().err
+    assert recipe.read_text().startswith("model:")
+    job = tmp_path / "job"
+    job.write_text("old")
+    assert ask(*words, "--out", str(job), "--force") == 0
+    assert job.read_text().startswith("#!/bin/bash")
+
+
 def test_a_folder_that_can_not_be_written(capsys: pytest.CaptureFixture[str]) -> None:
     assert ask(*MODEL, "--data", "rows.jsonl", "--gpu", "H100", "--to", "slurm", "-o", "absent/job") == 2
     assert "can't be written" in capsys.readouterr().err

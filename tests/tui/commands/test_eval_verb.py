@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from finetui.engine import durable
 from finetui.planner.printable import is_printable
 from finetui.tui.cli import main
 from finetui.tui.evaluation_view import samples_of, summary_of, table_of
@@ -99,6 +100,9 @@ def told(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str, str
         (["--seed", "3"], "--seed has no effect without --temperature"),
         (["--score", "rouge"], "there is no reward 'rouge'"),
         (["--score", "{function: regex}"], "the reward regex needs a pattern"),
+        (["--out", "absent/x.json"], "absent: there is no such folder"),
+        (["--out", "."], "this is a folder"),
+        (["--tasks", ","], "no task is named"),
         ([], "there is no run 'x'"),
     ],
 )
@@ -129,6 +133,27 @@ def test_a_model_on_a_file(folder: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert tree["models"] == kept["models"]
     assert tree["models"][0]["figures"]["loss"]["rows"] == 12
     assert tree["files"] == []
+
+
+def test_figures_that_can_not_be_written_are_shown(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny = Path(__file__).parents[3] / "presets" / "tiny"
+    (folder / "rows.jsonl").write_text('{"prompt": "1 + 1 =", "completion": " 2"}\n' * 4)
+    words = [str(tiny), "--data", "rows.jsonl", "--answers", "0", "--device", "cpu"]
+    code, _, err = told(capsys, *words, "--also", "absent.jsonl")
+    assert code == 2
+    assert "loss …" not in err  # before anything is measured
+
+    def full(path: Path, text: str) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(durable, "write_atomically", full)
+    code, out, err = told(capsys, *words, "--out", "figures.json")
+    assert code == 1
+    assert "bits per byte" in out
+    assert "figures.json: the figures can't be written (No space left on device)." in err
+    assert "wrote" not in err
 
 
 def test_a_report_shows_the_evaluations_of_its_run(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -67,6 +67,9 @@ def test_a_file_that_can_be_planned_is_written_once(
     assert code == 2
     assert "--force" in err
     assert call(capsys, "import", str(file), "-o", str(target), "--force")[0] == 0
+    code, out, err = call(capsys, "import", str(file), "-o", str(file), "--force")
+    assert (code, file.read_text()) == (2, TEXT)
+    assert "the file that is read" in err
     code, out, _ = call(capsys, "plan", str(target), "--gpu", "H100", "--json")
     assert code == 0
     assert json.loads(out)["resolved"]["rank"] == 8

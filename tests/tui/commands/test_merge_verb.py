@@ -40,6 +40,7 @@ def test_a_merge_by_flags_and_again_by_its_file(models: list[str], tmp_path: Pat
     o, a, b = (load_file(tmp_path / name / "model.safetensors")["w"] for name in ("base", "a", "b"))
     got = load_file(tmp_path / "out" / "model.safetensors")["w"]
     torch.testing.assert_close(got, o + 0.5 * (a - o) + 0.25 * (b - o))
+    assert f"finetui merge {tmp_path / 'other' / 'merge.yaml'} -o NEW" in call(*models, "-o", "other").stderr
     again = call("out/merge.yaml", "-o", "again")
     assert again.stdout.strip() == str(tmp_path / "again")
     assert "The same bits as then" in again.stderr
