@@ -10,16 +10,14 @@ from .llamafactory_keys import IDLE, LOST, TEMPLATES
 from .training import (
     IDLE_TRAINING,
     LOST_TRAINING,
-    batch,
     evaluating,
     optimizer,
+    pace,
     precision,
     saving,
-    schedule,
     simple,
     total_steps,
     tracking,
-    warmup,
 )
 
 TITLE = "LLaMA-Factory"
@@ -56,9 +54,7 @@ def carry(job: Job) -> None:
     steps = total_steps(ledger)
     if not simple(ledger, "num_train_epochs", "epochs", ledger.number("num_train_epochs")):
         ledger.default("epochs", 3.0, "as without num_train_epochs")
-    batch(ledger, "per_device_train_batch_size", "gradient_accumulation_steps", job.gpus, usual=8)
-    schedule(ledger, "lr_scheduler_type", "lr_scheduler_kwargs", usual="linear")
-    warmup(ledger, steps, usual=0.0, never=ledger.raw("lr_scheduler_type") == "constant")
+    pace(ledger, job.gpus, steps)
     _optimizer(ledger, tuning)
     simple(ledger, "seed", "seed", ledger.integer("seed", least=0))
     saving(ledger, steps)

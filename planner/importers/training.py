@@ -182,6 +182,13 @@ def warmup(ledger: Ledger, steps: int | None, *, usual: float, never: bool = Fal
         ledger.default("optimizer.warmup_ratio", usual, "as without warmup_steps and warmup_ratio")
 
 
+def pace(ledger: Ledger, gpus: int, steps: int | None) -> None:
+    """Carry batch, schedule and warm-up where they have the names and defaults of transformers' own arguments."""
+    batch(ledger, "per_device_train_batch_size", "gradient_accumulation_steps", gpus, usual=8)
+    schedule(ledger, "lr_scheduler_type", "lr_scheduler_kwargs", usual="linear")
+    warmup(ledger, steps, usual=0.0, never=ledger.raw("lr_scheduler_type") == "constant")
+
+
 def optimizer(ledger: Ledger, key: str, tuning: str, instead: str = "") -> None:
     """The optimiser and its numbers.
 

@@ -9,16 +9,14 @@ from .ledger import Ledger
 from .training import (
     IDLE_TRAINING,
     LOST_TRAINING,
-    batch,
     evaluating,
     optimizer,
+    pace,
     precision,
     saving,
-    schedule,
     simple,
     total_steps,
     tracking,
-    warmup,
 )
 
 TITLE = "TRL"
@@ -101,10 +99,8 @@ def carry(job: Job) -> None:
     steps = total_steps(ledger)
     if not simple(ledger, "num_train_epochs", "epochs", ledger.number("num_train_epochs")):
         ledger.default("epochs", 3.0, "as without num_train_epochs")
-    batch(ledger, "per_device_train_batch_size", "gradient_accumulation_steps", job.gpus, usual=8)
+    pace(ledger, job.gpus, steps)
     rollouts.check_batch(job, "per_device_train_batch_size")
-    schedule(ledger, "lr_scheduler_type", "lr_scheduler_kwargs", usual="linear")
-    warmup(ledger, steps, usual=0.0, never=ledger.raw("lr_scheduler_type") == "constant")
     optimizer(ledger, "optim", tuning)
     if not ledger.has("learning_rate"):
         ledger.default("optimizer.learning_rate", _RATES.get(method, 1e-6), "as without learning_rate")
