@@ -43,10 +43,10 @@ SMALLEST = 4096
 
 _TILES = 16  # per program
 #: Blocks of a tile and warps that work on it, by how states are stored.
-_TILE: dict[States, tuple[int, int]] = {"8bit": (4, 4), "bf16": (8, 8), "fp32": (8, 8)}
-#: Of a thread that works on 8-bit states: six programs share a processor then, and one computes while others wait for
-#: memory. On an H200 that beat reading the next tile ahead, which takes 96 or more.
-_REGISTERS = 80
+_TILE: dict[States, tuple[int, int]] = {"8bit": (2, 2), "bf16": (8, 8), "fp32": (8, 8)}
+#: Of a thread that works on 8-bit states: fourteen programs share a processor then, and some compute while others wait
+#: for memory. On an H200 that beat reading the next tile ahead, which takes 96 or more.
+_REGISTERS = 72
 _STAGES = 1  # tiles with 8-bit states that are read or worked on at a time; more than one lie in shared memory
 _COLUMNS = 7  # of the table: addresses of p, g, m, v and the scales of m and v; number of values
 _TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
@@ -246,6 +246,7 @@ class AdamW(torch.optim.Optimizer):
         self._seed = seed
         self._chunks: dict[tuple[Any, ...], tuple[torch.Tensor, torch.Tensor]] = {}
         self._fixed: dict[int, _Fixed] = {}
+        self._tables: dict[tuple[Any, ...], tuple[list[tuple[int, ...]], torch.Tensor]] = {}
         self._factor: torch.Tensor | None = None
         super().__init__(params, defaults)
 
@@ -258,6 +259,15 @@ class AdamW(torch.optim.Optimizer):
             factor: a scalar in fp32 on the parameters' device; nobody waits for it.
         """
         self._factor = factor
+
+    def leave_out_if(self, condition: torch.Tensor) -> None:
+        """Leave the next step out where this holds, on top of what :meth:`scale_gradients` said.
+
+        Args:
+            condition: a scalar on the parameters' device; nobody waits for it.
+        """
+        factor = _one(condition.device) if self._factor is None else self._factor
+        self._factor = torch.where(condition, torch.nan, factor)
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
@@ -300,6 +310,7 @@ class AdamW(torch.optim.Optimizer):
                     name: value.to(p.device, copy=True) if isinstance(value, torch.Tensor) else value
                     for name, value in state_dict["state"][i].items()
                 }
+                self.state[p]["step"] = int(state_dict["state"][i]["step"])  # torch's own keeps a tensor
 
     def _prepared(self, p: torch.Tensor, group: dict[str, Any]) -> tuple[_Kind, _Fixed, torch.Tensor]:
         """The kind of a tensor, its places, and its gradient as the kernel takes it; its state is counted on."""
@@ -339,9 +350,7 @@ class AdamW(torch.optim.Optimizer):
             first, *states = fixed.addresses
             rows.append((first, gradient.data_ptr(), *states, gradient.numel()))
         device, (blocks, warps) = members[0][2].device, _TILE[kind.states]
-        table = torch.tensor(rows, dtype=torch.int64)
-        if device.type == "cuda":
-            table = table.pin_memory().to(device, non_blocking=True)
+        table = self._table((id(group), kind.p, kind.g, kind.states, kind.aligned), rows, device)
         tensor, chunk = self._chunked(tuple(row[-1] for row in rows), blocks, device)
         (beta1, beta2), lr, t = group["betas"], float(group["lr"]), kind.step
         rate = max(lr / (1 - beta1**t), 1e-30)  # it divides the denominator, where it costs no instruction
@@ -358,6 +367,16 @@ class AdamW(torch.optim.Optimizer):
                 STAGES=_STAGES if kind.states == "8bit" else 1, num_warps=warps,
                 **({"maxnreg": _REGISTERS} if limited else {}),
             )  # fmt: skip
+
+    def _table(self, key: tuple[Any, ...], rows: list[tuple[int, ...]], device: torch.device) -> torch.Tensor:
+        """Where all tensors of a launch lie; mostly where they lay at the step before."""
+        before, table = self._tables.get(key, ([], None))
+        if table is None or before != rows:
+            table = torch.tensor(rows, dtype=torch.int64)
+            if device.type == "cuda":
+                table = table.pin_memory().to(device, non_blocking=True)
+            self._tables[key] = rows, table
+        return table
 
     def _chunked(self, sizes: tuple[int, ...], blocks: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
         """For each program of a launch: its tensor, and which chunk of it."""

@@ -29,11 +29,12 @@ from .launch import INTERPRETED, cdiv, launch, next_power_of_2, processors
 MAX_RANK = 64
 #: Rows and columns of a tile, and warps of a program; measured on an H200.
 _FORWARD = (32, 128, 4)
-_BACKWARD = (32, 64, 4)
-_STAGES = 2  # of the loop over rows: the next tile is on its way while one is worked on
-_REGISTERS: int | None = None  # of a thread of the backward pass: fewer let more programs share a processor
-#: Programs that walk down the rows, per processor.
-_WAVES = 8
+#: The same of the backward pass by rank, since sums are as many as it has, and the most registers of a thread in 16
+#: bits: with 168 three programs share a processor, with more two. In fp32, tiles have half as many columns.
+_BACKWARD = {16: (16, 128, 4, 168), 32: (16, 128, 4, 255), 64: (16, 64, 4, 224)}
+_STAGES = 3  # of the loop over rows: the next two tiles are on their way while one is worked on
+#: Programs that walk down the rows, per processor: three times those that it has at a time. More leave more sums.
+_WAVES = 9
 
 
 @triton.jit
@@ -94,6 +95,11 @@ def _backward(
     db_g = tl.zeros([RANK, COLUMNS], tl.float32)
     db_u = tl.zeros([RANK, COLUMNS], tl.float32)
     da = tl.zeros([RANK, COLUMNS], tl.float32)
+    thin = row[:, None] * xa_stride + place[None, :]
+    # Two products take xa, in layouts of their own, so the compiler does not read it ahead.
+    known = (part * chunk + row < n_rows)[:, None] & narrow[None, :]
+    xa_g = _load(xa_g_ptr + part * chunk * xa_stride, thin, known)
+    xa_u = _load(xa_u_ptr + part * chunk * xa_stride, thin, known)
     for start in range(0, chunk, ROWS):
         first_row = part * chunk + start
         rows = first_row + row < n_rows
@@ -101,9 +107,11 @@ def _backward(
         g_at = g_ptr + first_row * g_stride + first_column
         u_at = u_ptr + first_row * u_stride + first_column
         g_tile, u_tile = row[:, None] * g_stride + column[None, :], row[:, None] * u_stride + column[None, :]
-        thin, known = row[:, None] * xa_stride + place[None, :], rows[:, None] & narrow[None, :]
-        xa_g = _load(xa_g_ptr + first_row * xa_stride, thin, known)
-        xa_u = _load(xa_u_ptr + first_row * xa_stride, thin, known)
+        known = rows[:, None] & narrow[None, :]
+        after = first_row + ROWS
+        known_after = (after + row < n_rows)[:, None] & narrow[None, :]
+        next_g = _load(xa_g_ptr + after * xa_stride, thin, known_after)
+        next_u = _load(xa_u_ptr + after * xa_stride, thin, known_after)
         dh = _load(
             dh_ptr + first_row * dh_stride + first_column, row[:, None] * dh_stride + column[None, :], inside
         ).to(tl.float32)
@@ -119,6 +127,7 @@ def _backward(
         if DOWN:
             dha = _load(dha_ptr + first_row * dha_stride, row[:, None] * dha_stride + place[None, :], known)
             da += _times(tl.trans(dha), (value * up).to(g_ptr.dtype.element_ty), WIDE)
+        xa_g, xa_u = next_g, next_u
     sums = sums_ptr + part * (3 * RANK) * n_columns + first_column
     out = place[:, None] * n_columns + column[None, :]
     tl.store(sums + out, db_g * s_g, mask=columns[None, :])
@@ -184,7 +193,11 @@ def backward(
     (n_rows, n_columns), rank = g.shape, _rank(xa, b)
     assert dha is None or dha.shape[1] == rank
     padded = _padded(rank)
-    rows, columns, warps = (16, 32, 4) if INTERPRETED else _BACKWARD
+    rows, columns, warps, registers = (16, 32, 4, 0) if INTERPRETED else _BACKWARD[padded]
+    wide = INTERPRETED or g.dtype == torch.float32
+    if g.dtype == torch.float32 and not INTERPRETED:
+        columns //= 2
+    limits = {} if wide or torch.version.hip is not None else {"maxnreg": registers}
     blocks = cdiv(n_columns, columns)
     pieces = min(cdiv(n_rows, rows), max(1, _WAVES * processors(g.device) // blocks))
     length = cdiv(cdiv(n_rows, pieces), rows) * rows
@@ -193,12 +206,11 @@ def backward(
     db = torch.empty(2, n_columns, rank, dtype=torch.float32, device=g.device)
     down = dh if dha is None else dha
     strides = dh.stride(0), g.stride(0), u.stride(0), xa[0].stride(0), down.stride(0)
-    wide = INTERPRETED or g.dtype == torch.float32
     launch(
         _backward, (blocks, pieces), (dh, g, u, *xa, *b, down, sums),
         (n_rows, n_columns, rank, length, *strides, *scalings),
         (ACTIVATIONS.index(activation), dha is not None, padded, wide, rows, columns),
-        num_warps=warps, num_stages=_STAGES, **({} if _REGISTERS is None else {"maxnreg": _REGISTERS}),
+        num_warps=warps, num_stages=_STAGES, **limits,
     )  # fmt: skip
     launch(_add_kernel, (cdiv(n_columns, 64), 2), (sums, db), (n_columns, rank, pieces), (padded, 64), num_warps=4)
     return Gradients(db[0], db[1], torch.sum(sums[:, 2, :rank], dim=0) if dha is not None else None)

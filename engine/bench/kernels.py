@@ -3,8 +3,9 @@
 Versions take turns; a time is the median of the rounds' medians (of ``triton.testing.do_bench``, which empties the L2
 cache between calls), its spread their range: what a caller waits for, launches included where they take longer than the
 work. Rates and shares are of the time on the device alone, from replays of a CUDA graph where ours can be captured in
-one. A share is of what this GPU reaches in a plain copy, for kernels that move memory, or in a plain bf16 product, for
-those that multiply, both measured in the same minute.
+one, with a long read between calls: else an operation finds in the cache what the call before left there, and moves
+bytes faster than memory can. A share is of what this GPU reaches in a plain copy, for kernels that move memory, or in a
+plain bf16 product, for those that multiply, both measured in the same minute.
 """
 
 from __future__ import annotations
@@ -24,6 +25,8 @@ from .turns import facts
 
 #: Rounds of one case, and milliseconds that each version runs in each.
 ROUNDS, ROUND_MS = 3, 80
+#: Several times what a cache holds: that of an H200 has 50 MiB, of a B200 126 MiB.
+_READ_BYTES = 2**28
 Tell = Callable[[str], None]
 
 
@@ -117,8 +120,22 @@ def race(versions: dict[str, Function], tell: Tell, what: str) -> dict[str, list
 
 
 def device_ms(function: Function) -> float:
-    """The time on the device alone."""
-    return float(do_bench_cudagraph(function, rep=ROUND_MS, return_mode="median"))
+    """The time on the device alone, of a call that finds nothing of its own in the cache.
+
+    Between calls memory is read, so that what a call leaves to be written is written in the time of both; the time of
+    the reads alone is taken off.
+    """
+    other, sums = torch.zeros(_READ_BYTES // 4, device=DEVICE).view(4096, -1), torch.empty(4096, device=DEVICE)
+
+    def read() -> None:
+        torch.sum(other, dim=1, out=sums)
+
+    def both() -> None:
+        function()
+        read()
+
+    together, alone = (float(do_bench_cudagraph(f, rep=ROUND_MS, return_mode="median")) for f in (both, read))
+    return together - alone
 
 
 def ceilings() -> tuple[float, float]:

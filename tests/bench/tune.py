@@ -30,7 +30,7 @@ from typing import Any
 import torch
 
 from finetui.engine.bench.clock import stopwatch
-from finetui.kernels import adamw, fp8, linear_cross_entropy, lora_glu, nf4, rms_norm
+from finetui.kernels import adamw, fp8, linear_cross_entropy, lora_add, lora_glu, nf4, rms_norm
 from finetui.kernels.launch import INTERPRETED, row_tile
 from finetui.kernels.wide import mm_fp32
 
@@ -102,7 +102,9 @@ def _adamw(tokens: int, device: torch.device) -> Callable[[], Made]:
 
 def _fold(tokens: int, device: torch.device) -> Callable[[], Made]:
     wide = 2 * _size(tokens, 14336)
-    dy, scale = _random(tokens, wide, device=device), _random(wide, device=device).float().abs() + 0.5
+    # Powers of two, in 16 bits: as the gradient of a layer's input has them.
+    scale = torch.exp2(torch.randint(-4, 4, (wide,), generator=torch.Generator(device).manual_seed(0), device=device))
+    dy, scale = _random(tokens, wide, device=device), scale.to(BF16 if not INTERPRETED else torch.float32)
 
     def run() -> Made:
         made = fp8.quantise(dy, scale)
@@ -217,23 +219,60 @@ def _narrow(product: str, rank: int, width: int) -> Callable[[int, torch.device]
     return make
 
 
-def _unit(tokens: int, device: torch.device) -> Callable[[], Made]:
-    columns, rank = _size(tokens, 14336), 16
-    g, u, dh = (_random(tokens, columns, device=device) for _ in range(3))
-    xa, b = _random(tokens, 2 * rank, device=device).split(rank, dim=1), _random(2 * columns, rank, device=device)
-    bs, dha = (b[:columns], b[columns:]), _random(tokens, rank, device=device)
+@dataclass(frozen=True)
+class _Gated:
+    """What a gated unit with LoRA works on; its columns are as many as those of Llama-3.1-8B."""
+
+    g: torch.Tensor
+    u: torch.Tensor
+    dh: torch.Tensor
+    xa: tuple[torch.Tensor, torch.Tensor]
+    b: tuple[torch.Tensor, torch.Tensor]
+    dha: torch.Tensor
+
+    @classmethod
+    def of(cls, tokens: int, device: torch.device, rank: int = 16) -> _Gated:
+        columns = _size(tokens, 14336)
+        g, u, dh = (_random(tokens, columns, device=device) for _ in range(3))
+        xa_g, xa_u = _random(tokens, 2 * rank, device=device).split(rank, dim=1)
+        b = _random(2 * columns, rank, device=device)
+        return cls(g, u, dh, (xa_g, xa_u), (b[:columns], b[columns:]), _random(tokens, rank, device=device))
+
+
+def _unit_forward(tokens: int, device: torch.device) -> Callable[[], Made]:
+    of = _Gated.of(tokens, device)
+    return lambda: [lora_glu.forward(of.g, of.u, of.xa, of.b, (1.0, 1.0), "silu")[:64]]
+
+
+def _unit_backward(tokens: int, device: torch.device, *, rank: int) -> Callable[[], Made]:
+    of, first = _Gated.of(tokens, device, rank), iter((True,))
 
     def run() -> Made:
-        # Backward writes its gradients over g and u: what is compared is what comes out beside them.
-        h = lora_glu.forward(g, u, (xa[0], xa[1]), bs, (1.0, 1.0), "silu")
-        made = lora_glu.backward(dh, g.clone(), u.clone(), (xa[0], xa[1]), bs, (1.0, 1.0), "silu", dha)
-        return [h[:64], made.db_gate, made.db_up, *([made.da_down] if made.da_down is not None else [])]
+        # Later calls go over what the first one left, at the same speed.
+        made = lora_glu.backward(of.dh, of.g, of.u, of.xa, of.b, (1.0, 1.0), "silu", of.dha)
+        if not next(first, False):
+            return []
+        assert made.da_down is not None
+        return [one.clone() for one in (of.g[:64], of.u[:64], made.db_gate, made.db_up, made.da_down)]
+
+    return run
+
+
+def _add(tokens: int, device: torch.device, *, keep: bool) -> Callable[[], Made]:
+    columns, rank = _size(tokens, 4096), 16
+    y, add, xa, b = (_random(*shape, device=device) for shape in
+                     ((tokens, columns), (tokens, columns), (tokens, rank), (columns, rank)))  # fmt: skip
+    first = iter((True,))
+
+    def run() -> Made:
+        lora_add.add_to(y, add, None, xa, b, 2.0, keep=keep)
+        return [y[:64].clone()] if next(first, False) else []
 
     return run
 
 
 def trials() -> list[Trial]:
-    """The kernels below 85% of a ceiling, and the gated unit, which has not been timed."""
+    """The kernels below 85% of a ceiling, and their neighbours."""
     head = 2.0 * 4096 * 128256
     found = [
         Trial(
@@ -251,18 +290,18 @@ def trials() -> list[Trial]:
             bytes=lambda tokens: 2 * 2.0 * min(tokens, 1024) * 128256, near=1e-2, short=True,
         ),
         Trial(
-            "adamw 8-bit", adamw, {"_STAGES": [1, 2]}, _adamw,
+            "adamw 8-bit", adamw, {}, _adamw,
             tuple(
-                {"_TILE": {"8bit": tile, "bf16": (8, 8), "fp32": (8, 8)}, "_REGISTERS": registers, "_STAGES": stages}
-                for tile, registers in (((2, 2), 80), ((4, 2), 112), ((4, 2), 128), ((8, 4), 128), ((8, 8), 80),
-                                        ((4, 4), 96))
-                for stages in (1, 2)
+                {"_TILE": {"8bit": tile, "bf16": (8, 8), "fp32": (8, 8)}, "_REGISTERS": registers, "_TILES": tiles}
+                for tile, registers, tiles in (
+                    ((2, 2), 64, 16), ((2, 2), 80, 16), ((2, 2), 72, 8), ((4, 4), 64, 16), ((4, 4), 80, 16),
+                )
             ),
             bytes=lambda _: 3 * 14336 * 4096 * (6 + 2 * (2 + 8 / 256)),
         ),
         Trial(
             "fp8 quantise, folded", fp8,
-            {"_WHOLE": [16384, 65536], "_PIECE": [4096, 8192, 16384], "_PIECE_WARPS": [8, 16, 32]},
+            {"_PIECE": [4096, 8192], "_PIECE_WARPS": [8, 16]},
             _fold, bytes=lambda tokens: 3.0 * tokens * 28672, near=1e-6,
         ),
         Trial(
@@ -270,16 +309,37 @@ def trials() -> list[Trial]:
             _nf4, bytes=lambda _: 14336 * 4096 * 2.516, near=0.0, short=True,
         ),
         Trial(
-            "gated unit with lora", lora_glu, {"_WAVES": [4, 8, 16]}, _unit,
-            (
-                *({"_FORWARD": tile} for tile in ((64, 64, 4), (16, 256, 4), (32, 64, 4))),
-                *({"_BACKWARD": (32, 64, 4), "_REGISTERS": most} for most in (128, 144)),
-                *({"_BACKWARD": (16, 64, 4), "_REGISTERS": most} for most in (None, 104)),
-                {"_BACKWARD": (16, 64, 4), "_STAGES": 3}, {"_BACKWARD": (16, 128, 4)}, {"_BACKWARD": (32, 128, 8)},
-                {"_BACKWARD": (16, 64, 4), "_REGISTERS": 104, "_WAVES": 16}, {"_STAGES": 1}, {"_STAGES": 3},
-            ),
-            # g, u and dh of forward and backward; the copies of g and u that keep the trial repeatable are counted too
-            bytes=lambda tokens: 2.0 * tokens * 14336 * (3 + 5 + 4), near=2e-2,
+            "gated unit with lora, forward", lora_glu, {}, _unit_forward,
+            tuple({"_FORWARD": tile} for tile in ((16, 128, 4), (32, 64, 4), (32, 128, 8), (16, 64, 2), (64, 128, 8))),
+            bytes=lambda tokens: 2.0 * tokens * 14336 * 3, near=2e-2, short=True,
+        ),
+        *(
+            Trial(
+                f"gated unit with lora of rank {rank}, backward", lora_glu, {}, partial(_unit_backward, rank=rank),
+                tuple(
+                    {"_BACKWARD": {rank: tile}, "_STAGES": stages, "_WAVES": waves}
+                    for tile, stages, waves in tiles
+                ),
+                bytes=lambda tokens: 2.0 * tokens * 14336 * 5, near=2e-2, short=True,
+            )
+            for rank, tiles in (
+                (16, (((16, 128, 4, 168), 3, 6), ((16, 128, 4, 168), 3, 12), ((16, 64, 2, 168), 3, 12),
+                      ((32, 64, 4, 168), 3, 12), ((32, 64, 4, 128), 3, 12))),
+                (32, (((16, 64, 4, 168), 3, 12), ((32, 64, 4, 255), 2, 12))),
+                (64, (((16, 64, 4, 168), 3, 12), ((32, 64, 4, 255), 2, 12))),
+            )
+        ),
+        *(
+            Trial(
+                f"adapter and residual {'after' if keep else 'before'} a product", lora_add, {},
+                partial(_add, keep=keep),
+                tuple(
+                    {"_READ" if keep else "_NEW": tile}
+                    for tile in ((64, 64, 8), (32, 128, 4), (64, 128, 4), (16, 256, 4), (16, 128, 2))
+                ),
+                bytes=partial(_work, (6.0 if keep else 4.0) * 4096), near=1e-2, short=True,
+            )
+            for keep in (False, True)
         ),
     ]  # fmt: skip
     for trained, rows in itertools.product((False, True), (1024, 2048, 4096)):

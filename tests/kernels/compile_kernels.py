@@ -8,6 +8,7 @@ many bytes of shared memory it takes.
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import warnings
@@ -99,11 +100,13 @@ def main() -> None:
         glu.glu(empty(8, 14336), empty(8, 14336), activation).backward(torch.empty(8, 14336, dtype=BF16))
     g, u, d = (torch.empty(128, 14336, dtype=BF16) for _ in range(3))
     glu.backward(d, g, u, "silu", dgate=g, dup=u, h=d)
-    for rank in (16, 64):
-        xa, b = torch.empty(128, 2 * rank, dtype=BF16).split(rank, dim=1), [torch.empty(14336, rank, dtype=BF16)] * 2
-        for rows in (slice(0, 8), slice(None)):  # with masks, and without
+    for rank, dtype in itertools.product((16, 32, 64), (BF16, torch.float32)):
+        g, u, d = (torch.empty(128, 14336, dtype=dtype) for _ in range(3))
+        xa, b = torch.empty(128, 2 * rank, dtype=dtype).split(rank, dim=1), [torch.empty(14336, rank, dtype=dtype)] * 2
+        # With masks, and without.
+        for rows in (slice(0, 8), slice(None)) if dtype == BF16 and rank != 32 else (slice(None),):
             lora_glu.forward(g[rows], u[rows], (xa[0][rows], xa[1][rows]), (b[0], b[1]), (2.0, 2.0), "silu")
-            dha = torch.empty(128, rank, dtype=BF16)[rows]
+            dha = torch.empty(128, rank, dtype=dtype)[rows]
             small = (xa[0][rows], xa[1][rows])
             lora_glu.backward(d[rows], g[rows], u[rows], small, (b[0], b[1]), (2.0, 2.0), "silu", dha)
     for layout in rope.LAYOUTS:
@@ -116,6 +119,7 @@ def main() -> None:
     linear_cross_entropy.linear_cross_entropy(hidden, weight, labels, softcap=30.0, z_loss=0.1)
     linear_cross_entropy.linear_cross_entropy(hidden, weight, labels, weighting="dft")
     linear_cross_entropy.linear_cross_entropy(hidden, weight, labels, weighting="eaft")
+    linear_cross_entropy.linear_cross_entropy(hidden.half(), weight.half(), labels)
     fp8.multiplies = lambda device: True
     weight = fp8.FP8(torch.empty(4096, 4096, dtype=torch.uint8), torch.empty(4096), BF16)
     fp8.dequantise(weight)

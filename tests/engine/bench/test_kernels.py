@@ -37,7 +37,7 @@ def cases(tokens: int) -> Iterator[Case]:
 def report(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     told: list[str] = []
     monkeypatch.setattr(kernels, "do_bench", lambda function, **_: function())  # a function tells its milliseconds
-    monkeypatch.setattr(kernels, "do_bench_cudagraph", lambda function, **_: function() / 2)
+    monkeypatch.setattr(kernels, "device_ms", lambda function: function() / 2)
     monkeypatch.setattr(kernels, "ceilings", lambda: (1e12, 2e15))
     monkeypatch.setattr(kernels, "CHECKS", {"a": check, "b": broken})
     monkeypatch.setattr(kernels, "TIMES", {"a": cases, "b": lambda _: iter(())})
@@ -71,3 +71,17 @@ def test_the_table_and_the_chart_hold_it(report: dict[str, Any], capsys: pytest.
     assert "WRONG: gradient 0 is zero" in out
     assert "copies" in out
     assert "2.00 ms" in kernels_chart(report)
+
+
+def test_reads_between_calls_are_not_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[int] = []
+
+    def bench(function: Any, **_: Any) -> float:
+        before = len(calls)
+        function()
+        return 0.75 if len(calls) > before else 0.25
+
+    monkeypatch.setattr(kernels, "do_bench_cudagraph", bench)
+    monkeypatch.setattr(kernels, "DEVICE", "cpu")
+    monkeypatch.setattr(kernels, "_READ_BYTES", 2**16)
+    assert kernels.device_ms(lambda: calls.append(1)) == 0.5
