@@ -125,10 +125,8 @@ class Architecture:
 
     @cached_property
     def layer_matmul_weights(self) -> int:
-        """Weights but the head's that one token is multiplied with: of the routed experts, the active ones."""
-        inside = sum(
-            layer.count * (layer.linear_weights + layer.router + layer.active_weights) for layer in self.layers
-        )
+        """Weights but the head's that one token is multiplied with: of the routed experts, those that run."""
+        inside = sum(layer.count * (layer.linear_weights + layer.router + layer.run_weights) for layer in self.layers)
         return inside + sum(module.weight for module in self.outside)
 
     @cached_property

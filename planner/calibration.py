@@ -1,4 +1,5 @@
-"""What finished runs teach: measured over predicted, kept per GPU, family, size and tuning, used once it is trusted.
+"""What finished runs teach: measured over predicted, kept per GPU, family, size and tuning, and by how a run is spread
+over devices and replayed; used once it is trusted.
 
 A correction is the median over at least three runs of the same kind, so one odd run (a busy GPU, a throttled one, a
 shared machine) bends nothing, and it is bounded, so that no history makes a plan absurd. One run that was out of memory
@@ -39,11 +40,16 @@ class Kind:
     size: int
     """Of the model, in powers of four: small models wait for launches, large ones for arithmetic."""
     framework: str = "finetui"
+    strategy: str = "single"
+    """How devices share: what a run waits for its peers, or holds for them, says nothing of one that has none."""
+    graphs: bool = False
+    """Whether steps are replayed as CUDA graphs, which have memory of their own and wait for no launch."""
 
     @classmethod
     def of(cls, plan: Plan, framework: str = "finetui") -> Kind:
+        resolved, size = plan.resolved, size_of(plan.model.parameters)
         return cls(
-            plan.hardware.gpu, plan.model.family, plan.resolved.tuning, size_of(plan.model.parameters), framework
+            plan.hardware.gpu, plan.model.family, resolved.tuning, size, framework, resolved.strategy, resolved.graphs
         )
 
 
@@ -76,10 +82,12 @@ class Finished:
     time: float = 0.0
     at_least: bool = False
     """The run was out of memory: ``memory`` is what it held by then, and it needed more."""
+    strategy: str = "single"
+    graphs: bool = False
 
     @property
     def kind(self) -> Kind:
-        return Kind(self.gpu, self.family, self.tuning, self.size, self.framework)
+        return Kind(self.gpu, self.family, self.tuning, self.size, self.framework, self.strategy, self.graphs)
 
 
 def compare(
@@ -98,7 +106,7 @@ def compare(
         memory = (allocated_gib - _stored(plan.memory)) / moving
     if tokens_per_s and plan.speed.tokens_per_s > 0:
         speed = tokens_per_s / (plan.speed.tokens_per_s / applied.get("speed", 1.0))
-    return Finished(kind.gpu, kind.family, kind.tuning, kind.size, kind.framework, memory, speed, run, time)
+    return Finished(**asdict(kind), memory=memory, speed=speed, run=run, time=time)
 
 
 def out_of_memory(plan: Plan, *, needed_gib: float, run: str = "", time: float = 0.0) -> Finished | None:
@@ -124,7 +132,8 @@ def record(finished: Finished, folder: Path) -> None:
 
 
 def history(folder: Path) -> list[Finished]:
-    """The runs recorded in ``folder``, oldest first; lines that are broken or of another release are left out."""
+    """The runs recorded in ``folder``, oldest first; lines that are broken or of another release are left out: one
+    without a strategy may be of a run on several devices."""
     try:
         lines = (folder / _FILE).read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
@@ -141,7 +150,7 @@ def _parsed(line: str) -> dict[str, Any] | None:
         tree = json.loads(line)
     except ValueError:
         return None
-    needed = {"gpu", "family", "tuning", "size", "framework", "memory", "speed"}
+    needed = {field.name for field in fields(Kind)} | {"memory", "speed"}
     if not isinstance(tree, dict) or not needed <= set(tree):
         return None
     ratios = (tree["memory"], tree["speed"])

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from .errors import FinetuiError
+from .errors import FinetuiError, UserError
 from .hardware import Gpu
 from .state import state_dir
 
@@ -91,7 +91,7 @@ def load() -> list[Ceilings]:
     """All measurements, in the order in which they were made.
 
     Raises:
-        FinetuiError: the file can't be read; it is small and written whole, so something else spoilt it.
+        UserError: the file can't be read; it is small and written whole, so something else spoilt it.
     """
     path = _file()
     try:
@@ -102,7 +102,7 @@ def load() -> list[Ceilings]:
         return []
     except (OSError, ValueError, TypeError, AttributeError) as error:
         do = "Delete it, then measure again with: finetui bench"
-        raise FinetuiError(f"the measured ceilings can't be read ({error})", where=str(path), do=do) from error
+        raise UserError(f"the measured ceilings can't be read ({error})", where=str(path), do=do) from error
 
 
 def store(measured: Ceilings) -> Path:

@@ -282,7 +282,7 @@ def _moe_layer(c: Config, count: int, attention: tuple[Linear, ...], norms: tupl
     active = min(int(c.get("num_experts_per_tok") or 2), experts)
     each = 3 * hidden * width + (2 * width + hidden if moe.bias else 0)
     shared: tuple[Linear, ...] = ()
-    inner = active * width
+    inner = (experts if moe.everywhere else active) * width
     if moe.shared:
         size = c.whole("shared_expert_intermediate_size") if moe.shared == "size" else 0
         size = size or width * (1 if moe.shared == "one" else int(c.get(moe.shared_count) or 0))
@@ -298,4 +298,6 @@ def _moe_layer(c: Config, count: int, attention: tuple[Linear, ...], norms: tupl
     router = experts * hidden + (experts if moe.bias else 0)
     if moe.linear_router:
         shared, router = (Linear("router", hidden, experts), *shared), 0
-    return Layer(count, attention, shared, *norms, inner, router, experts, width, experts * each, active * each)
+    return Layer(
+        count, attention, shared, *norms, inner, router, experts, width, experts * each, active * each, moe.everywhere
+    )

@@ -40,7 +40,7 @@ FAMILIES: dict[str, Family] = {
         **_BY_ATTENTION_BIAS,
         moe=MoE(
             width=("intermediate_size",), sparse="interleave", shared="one", dense_width="intermediate_size_mlp",
-            linear_router=True,
+            linear_router=True, everywhere=True,
         ),
     ),
     "arcee": Family(

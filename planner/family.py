@@ -55,6 +55,8 @@ class MoE:
     """The router is an ``nn.Linear``, which ``all-linear`` and bitsandbytes do see."""
     bias: bool = False
     """Router and experts have biases."""
+    everywhere: bool = False
+    """Every expert runs over every token, weighed by a score that is 0 where it was not chosen (``Llama4TextMoe``)."""
     adapted: tuple[str, ...] = ()
     """What PEFT's targets call router, gate, up and down projection where it puts LoRA on fused experts too
     (``_MOE_TARGET_MODULE_MAPPING`` in peft/utils/transformers_weight_conversion.py, 0.21); then dense and shared MLPs
@@ -122,8 +124,13 @@ def shape_defaults(
     return {**shape, "num_attention_heads": heads, "num_key_value_heads": kv, **more}
 
 
-#: Figures above these are mistakes or worse: layers are counted one by one, and shapes multiply.
-_MOST_LAYERS, _LARGEST = 10_000, 2**31
+#: Figures above these are mistakes or worse: layers are counted one by one, and shapes multiply. Of the models that
+#: are told, the largest have a hundredth of each.
+MOST = {
+    "num_hidden_layers": 10_000, "hidden_size": 2**20, "intermediate_size": 2**24, "num_attention_heads": 2**16,
+    "vocab_size": 2**26,
+}  # fmt: skip
+_LARGEST = 2**31
 
 
 class Config:
@@ -143,7 +150,7 @@ class Config:
         where = f"{self.name}: config.json"
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise ModelError(f"{key} must be a whole number above 0, not {str(value)[:60]!r}", where=where)
-        if value > (_MOST_LAYERS if key == "num_hidden_layers" else _LARGEST):
+        if value > MOST.get(key, _LARGEST):
             raise ModelError(f"{key} is larger than that of any model", where=where)
         return value
 

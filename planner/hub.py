@@ -10,12 +10,14 @@ import difflib
 import json
 import os
 import re
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
 from .errors import HubError, ModelError
+from .family import ALIASES, MOST
 from .hardware import PRESETS
 from .inside import local_path
 
@@ -44,16 +46,16 @@ def find_config(model: str) -> tuple[str, dict[str, Any], Origin]:
         if not (path / "config.json").is_file():
             do = "Give a checkpoint folder in Hugging Face format, or a hub id."
             raise ModelError("the folder has no config.json", where=str(path), do=do)
-        return path.resolve().name, _read(path / "config.json"), "folder"
+        return path.resolve().name, read_config(path / "config.json"), "folder"
     if path.is_file():
         name = path.resolve().parent.name if path.name == "config.json" else path.stem
-        return name.replace("--", "/", 1), _read(path), "file"
+        return name.replace("--", "/", 1), read_config(path), "file"
     found = _preset(model)
     if found:
-        return found[0], _read(found[1]), "preset"
+        return found[0], read_config(found[1]), "preset"
     if not is_hub_id(model):
         raise ModelError(f"there is no folder or model {model!r}", where="model", do=_suggest(model))
-    return model, _read(Path(_fetch(model, "config.json"))), "hub"
+    return model, read_config(Path(_fetch(model, "config.json"))), "hub"
 
 
 @cache
@@ -89,22 +91,39 @@ def is_hub_id(model: str) -> bool:
     return bool(_HUB_ID.fullmatch(model)) and not model.startswith((".", "/", "~"))
 
 
-def _read(path: Path) -> dict[str, Any]:
+def read_config(path: Path) -> dict[str, Any]:
+    """A config.json, or another file of a model that holds one JSON object.
+
+    Raises:
+        ModelError: it can't be read, is no JSON object, or names a size that no model has.
+    """
     try:
         with path.open("rb") as file:
             raw = file.read(_LONGEST + 1)
         if len(raw) > _LONGEST:
-            raise ModelError(f"this is longer than {_LONGEST >> 20} MiB, which no config.json is", where=str(path))
+            raise ModelError(f"this is longer than {_LONGEST >> 20} MiB, which no {path.name} is", where=str(path))
         config = json.loads(raw.decode("utf-8"))
     except (OSError, UnicodeDecodeError) as error:
-        raise ModelError(f"config.json can't be read ({error})", where=str(path)) from None
+        raise ModelError(f"{path.name} can't be read ({error})", where=str(path)) from None
     except json.JSONDecodeError as error:
         raise ModelError(f"this is not valid JSON ({error.msg})", where=f"{path}:{error.lineno}") from None
     except (ValueError, RecursionError) as error:  # numbers of thousands of digits, and thousands of brackets
         raise ModelError(f"this is not valid JSON ({str(error).partition(';')[0]})", where=str(path)) from None
     if not isinstance(config, dict):
-        raise ModelError("a config.json is a JSON object", where=str(path))
+        raise ModelError(f"a {path.name} is a JSON object", where=str(path))
+    _require_believable(config, path)
     return config
+
+
+def _require_believable(config: Mapping[str, Any], path: Path) -> None:
+    """Libraries that know models count layers one by one, and take memory for each."""
+    for level in (config, *(part for part in config.values() if isinstance(part, dict))):
+        for key, most in MOST.items():
+            for alias in ALIASES.get(key, (key,)):
+                value = level.get(alias)
+                if isinstance(value, int | float) and not abs(value) <= most and value == value:
+                    what = f"{alias} is {str(value)[:20]}, larger than that of any model"
+                    raise ModelError(what, where=str(path), do="Fetch the file again from its source.")
 
 
 def _suggest(model: str) -> str:
@@ -125,7 +144,7 @@ def remote_config(model: str) -> dict[str, Any]:
         HubError: the Hub is unreachable, or does not give the file.
         ModelError: it can't be read.
     """
-    return _read(Path(_fetch(model, "config.json")))
+    return read_config(Path(_fetch(model, "config.json")))
 
 
 def _fetch(model: str, filename: str) -> str:

@@ -47,14 +47,24 @@ def inside(folder: Path, name: str, *, error: type[UserError] = UserError, where
     path = folder / name
     if leaves(folder, path):
         do = "Put the file itself there, or name its own folder in the recipe."
-        raise error(f"{name} is a link to {path.resolve()}, outside of its folder", where=where, do=do)
+        aim = _aim(path)
+        what = f"is a link to {aim}, outside of its folder" if aim else "is a link that leads back to itself"
+        raise error(f"{name} {what}", where=where, do=do)
     return path
 
 
 def leaves(folder: Path, path: Path) -> bool:
     """Whether what a path of a folder really is lies somewhere else."""
-    real = path.resolve()
-    return not any(real.is_relative_to(root) for root in _roots(folder))
+    real = _aim(path)
+    return real is None or not any(real.is_relative_to(root) for root in _roots(folder))
+
+
+def _aim(path: Path) -> Path | None:
+    """What a path really is; None of links that lead to each other."""
+    try:
+        return path.resolve()
+    except (OSError, RuntimeError):  # the latter before Python 3.13
+        return None
 
 
 def _roots(folder: Path) -> list[Path]:

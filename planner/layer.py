@@ -34,7 +34,8 @@ class Layer:
 
     ``norms`` are the parameters of norms and sinks, ``norm_width`` the features that all norms see together.
     ``expert_weights`` are the parameters of all routed experts of one layer, ``active_weights`` of those that one
-    token passes through. ``inner`` is the MLP width that one token sees.
+    token is routed to; of ``everywhere`` every token runs through all of them. ``inner`` is the MLP width that one
+    token sees.
     """
 
     count: int
@@ -48,11 +49,17 @@ class Layer:
     expert_width: int = 0
     expert_weights: int = 0
     active_weights: int = 0
+    everywhere: bool = False
+
+    @property
+    def run_weights(self) -> int:
+        """Parameters of the routed experts that one token is multiplied with."""
+        return self.expert_weights if self.everywhere else self.active_weights
 
     @cached_property
     def experts_per_token(self) -> float:
-        """Routed experts that one token passes through."""
-        return self.experts * self.active_weights / self.expert_weights if self.expert_weights else 0.0
+        """Routed experts that one token runs through."""
+        return self.experts * self.run_weights / self.expert_weights if self.expert_weights else 0.0
 
     @cached_property
     def linears(self) -> tuple[Linear, ...]:

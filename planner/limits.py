@@ -18,7 +18,7 @@ class HardwareRequest(Section):
     """``auto`` is CUDA where there is a GPU, else the CPU."""
     gpu: str | None = None
     """Plan for this GPU of the catalog instead of for this machine."""
-    gpus: Auto | Annotated[int, Field(ge=1)] | list[Annotated[int, Field(ge=0)]] = "auto"
+    gpus: Auto | Annotated[int, Field(ge=1, le=2**16)] | list[Annotated[int, Field(ge=0, lt=2**16)]] = "auto"
     """How many GPUs, or which (``[0, 1]``). On the CPU: how many processes."""
     strategy: Literal["auto", "single", "ddp", "fsdp"] = "auto"
     """How several GPUs share the work: under ``ddp`` each holds the whole model, ``fsdp`` splits it among them."""
@@ -108,7 +108,7 @@ class CheckpointPolicy(Section):
 
     every: Auto | Annotated[int, Field(ge=1)] = "auto"
     """Steps between checkpoints."""
-    keep: int = Field(2, ge=1)
+    keep: int = Field(2, ge=1, le=10**6)
     """How many of the latest checkpoints stay on disk."""
 
 

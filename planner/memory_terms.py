@@ -60,7 +60,7 @@ def memory_parts(architecture: Architecture, settings: Settings, stack: Stack, g
         "optimizer": at.optimizer(),
         "activations": at.activations(),
         "logits": at.logits(),
-        "buffers": at.buffers(raised[moment], slack_bytes(moments, stack, gpu)),
+        "buffers": at.buffers(raised[moment], slack_bytes(moments, settings, stack, gpu)),
         "context": at.context(),
     }
 

@@ -84,6 +84,8 @@ class Optimizer(Section):
 
     @model_validator(mode="after")
     def _possible(self) -> Self:
+        if self.learning_rate != "auto" and self.learning_rate > 100:
+            raise ValueError("learning_rate is above 100, at which nothing is learned||Use 2e-4, or auto.")
         if self.learning_rate != "auto" and self.learning_rate <= 0:
             raise ValueError("learning_rate must be above 0||Try 2.0e-4 for adapters or 1.0e-5 for full fine-tuning.")
         if self.name == "schedule-free" and self.schedule != "constant":

@@ -55,8 +55,10 @@ SHORT: dict[str, dict[str, Any]] = {
 
 #: Optimisers that keep their states in a space of lower rank; for whole weights, adapters are of low rank already.
 LOW_RANK: frozenset[str] = frozenset({"galore", "apollo", "apollo-mini"})
+#: Optimisers whose states move to host memory where the GPU's is full.
+PAGED: frozenset[str] = frozenset({"paged-adamw", "paged-adamw-8bit", "paged-lion-8bit"})
 #: Optimisers whose kernels run on CUDA alone.
-CUDA_ONLY: frozenset[str] = frozenset({"adamw-8bit", "paged-adamw", "paged-adamw-8bit", "lion-8bit", "paged-lion-8bit"})
+CUDA_ONLY: frozenset[str] = frozenset({"adamw-8bit", "lion-8bit"} | PAGED)
 
 
 @dataclass(frozen=True)

@@ -72,11 +72,11 @@ class Recipe(Section):
     """What is trained on."""
     sequence_length: int | Auto = Field("auto")
     """Longest sequence in tokens; longer rows are cut. ``auto`` is 2048, or less if model or data is shorter."""
-    batch_tokens: Auto | Annotated[int, Field(ge=1)] = "auto"
+    batch_tokens: Auto | Annotated[int, Field(ge=1, le=10**12)] = "auto"
     """Tokens per optimiser step over all GPUs."""
-    batch_size: Auto | Annotated[int, Field(ge=1)] = "auto"
+    batch_size: Auto | Annotated[int, Field(ge=1, le=10**7)] = "auto"
     """Sequences per optimiser step over all GPUs; instead of batch_tokens."""
-    micro_batch: Auto | Annotated[int, Field(ge=1)] = "auto"
+    micro_batch: Auto | Annotated[int, Field(ge=1, le=10**7)] = "auto"
     """Sequences per GPU in one forward pass."""
     packing: Auto | bool = "auto"
     """Put several short examples into one row, without attention between them."""
@@ -90,9 +90,9 @@ class Recipe(Section):
     chat_template: str = "auto"
     """``auto`` is the tokenizer's own, or ChatML if it has none; else a .jinja file, or a family's name (llama3,
     qwen2_5, gemma, phi3 ...)."""
-    epochs: float = Field(1.0, gt=0)
+    epochs: float = Field(1.0, gt=0, le=1e6)
     """Passes over the data."""
-    max_steps: int | None = Field(None, ge=1)
+    max_steps: int | None = Field(None, ge=1, le=10**9)
     """End after so many optimiser steps where epochs would take more; the schedule of the rate ends there too."""
     neftune_alpha: float = Field(0.0, ge=0.0)
     """Noise on the input embeddings while training, in the size of NEFTune's alpha (arXiv:2310.05914); 5 is usual."""
@@ -136,6 +136,8 @@ class Recipe(Section):
             raise ValueError("pretrain has no answers: it trains on all tokens||Set train_on: all, or method: sft.")
         if self.sequence_length != "auto" and self.sequence_length < 8:
             raise ValueError("sequence_length is below 8 tokens||Use 512 or more, or auto.")
+        if self.sequence_length != "auto" and self.sequence_length > 2**27:
+            raise ValueError("sequence_length is above 2**27 tokens, which no model reads||Use fewer, or auto.")
         if self.data and all(source.split == "eval" for source in self.data):
             raise ValueError("no source in data has split: train||Give at least one source to train on.")
         check_objective(self)

@@ -14,7 +14,7 @@ from .options import TuningOptions
 from .settings import Settings
 from .speed import step_speed
 from .stacks import Stack
-from .strategies import ELEMENTWISE
+from .strategies import SPLITTABLE
 
 if TYPE_CHECKING:
     from .recipe import Recipe
@@ -120,7 +120,7 @@ def _ways(settings: Settings, gpu: Gpu, *, splits: bool) -> Iterator[tuple[str, 
     again = settings.accumulation * settings.micro_batch // fewest
     small: dict[str, Any] = {"micro_batch": fewest, "accumulation": again, "checkpointing": "full"}
     lean = {**small, "precision": "bf16" if gpu.bf16 else settings.precision}
-    plain = settings.optimizer in ELEMENTWISE
+    plain = settings.optimizer in SPLITTABLE
     if splits and settings.world_size > 1 and settings.strategy == "ddp":
         yield "hardware.strategy: fsdp", {**small, "strategy": "fsdp", **({} if plain else {"optimizer": "adamw"})}
     if settings.checkpointing in ("none", "selective"):
@@ -137,7 +137,7 @@ def _ways(settings: Settings, gpu: Gpu, *, splits: bool) -> Iterator[tuple[str, 
     }  # fmt: skip
     if settings.tuning == "full":
         if settings.optimizer == "adamw" and gpu.kind == "cuda":
-            yield "optimizer.name: adamw-8bit", {**lean, "optimizer": "adamw-8bit", "strategy": "ddp"}
+            yield "optimizer.name: adamw-8bit", {**lean, "optimizer": "adamw-8bit"}
         yield "tuning: lora", {**adapters, "tuning": "lora", "quantization": "none"}
     if settings.tuning != "qlora":
         yield "tuning: qlora", {**adapters, "tuning": "qlora", "quantization": "nf4", "strategy": "ddp"}

@@ -65,6 +65,9 @@ class Settings:
     """Each gradient is applied and freed as soon as it is there."""
     masked: bool = False
     """Whether attention gets an explicit mask, as it does for padded and for packed rows under SDPA."""
+    varies: bool = False
+    """Whether rows of many lengths make micro-batches of many, of which this is the widest. A plan leaves it out: what
+    the allocator then holds in vain it gives back before it would run short (:func:`.memory.slack_bytes`)."""
 
     @property
     def rows(self) -> int:

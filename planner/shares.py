@@ -68,6 +68,8 @@ def shares(architecture: Architecture, settings: Settings, stack: Stack, fixed: 
         root, layer = root_parameters(architecture), max(layer.parameters for layer in architecture.layers)
         sent = fixed.layer_bytes if settings.quantized else settings.compute_bytes * layer
         flat = stack.flat_gradients and not full
+        if stack.frees_embedding and how.gathers == "layers" and not full and not architecture.tied:
+            root -= architecture.vocab * architecture.hidden
         whole = gathered(
             how, root=root, layer=layer, compute=settings.compute_bytes, layer_bytes=sent,
             trained_root=root if full else 0.0, trained_layer=layer if full or flat else 0.0,

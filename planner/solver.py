@@ -92,7 +92,11 @@ class Solver:
         self.recipe, self.architecture, self.stack = recipe, architecture, stack
         self.node, self.measured = _as_measured(node)
         self.frame = Frame(recipe, architecture, self.node, workload)
-        self.correction = _correction(finished, architecture, node, recipe.tuning.type, stack.name)
+        if recipe.hardware.graphs is True and len(self.frame.gpus) > 1 and recipe.hardware.strategy != "fsdp":
+            do = "Remove it, or use one GPU with hardware.gpus: 1."
+            raise HardwareError("steps are replayed on one GPU alone", where="hardware.graphs", do=do)
+        self._finished = list(finished)
+        self._corrections: dict[tuple[str, bool], Correction | None] = {}
         self.because, self.warnings = self.frame.because, self.frame.warnings
         passes = passes_of(recipe, self.frame.row_tokens()) if stack.name == "finetui" else None
         self.space = Space(recipe, architecture, self.node, stack, self.frame, passes)
@@ -123,11 +127,28 @@ class Solver:
         memory = peak_memory(self.architecture, settings, self.stack, self.node.gpu)
         now, useful, span = self.rows_of(settings)
         speed = step_speed(self.architecture, now, self.stack, self.node.gpu, useful=useful, mean_length=span)
-        if self.correction:
+        correction = self.correction(settings)
+        if correction:
             from .calibration import corrected_memory, corrected_speed
 
-            memory, speed = corrected_memory(memory, self.correction), corrected_speed(speed, self.correction)
+            memory, speed = corrected_memory(memory, correction), corrected_speed(speed, correction)
         return Candidate(settings, memory, speed)
+
+    def correction(self, settings: Settings) -> Correction | None:
+        """What finished runs like this one teach, split over devices and replayed as it would be."""
+        if not self._finished:
+            return None
+        spread = (self._strategy(settings), settings.graphs)
+        if spread not in self._corrections:
+            from .calibration import Kind, correction, size_of
+
+            of, size = self.architecture, size_of(self.architecture.parameters)
+            kind = Kind(self.node.gpu.name, of.family, self.recipe.tuning.type, size, self.stack.name, *spread)
+            self._corrections[spread] = correction(self._finished, kind)
+        return self._corrections[spread]
+
+    def _strategy(self, settings: Settings) -> str:
+        return settings.strategy if len(self.frame.gpus) > 1 else "single"
 
     def search(self) -> tuple[Candidate, list[Candidate]]:
         limit = self.limit
@@ -181,9 +202,10 @@ class Solver:
         fits = best.fits(limit)
         self._explain(best, tried, limit)
         best = self._replayed(best)
-        if self.correction:
-            runs = f"{self.correction.runs} finished runs of this GPU, family, size and tuning"
-            factors = f"memory x {self.correction.memory:.2f}, speed x {self.correction.speed:.2f}"
+        correction = self.correction(best.settings)
+        if correction:
+            runs = f"{correction.runs} finished runs of this GPU, family, size and tuning"
+            factors = f"memory x {correction.memory:.2f}, speed x {correction.speed:.2f}"
             self.because("basis", "calibrated", f"{runs}: {factors} against the formula")
         if self.measured:
             why = f"matrix products and copies of this machine were measured by finetui bench on {self.measured}"
@@ -224,8 +246,8 @@ class Solver:
             workload=self.frame.workload,
             reasons=in_order(self.frame.reasons),
             warnings=self.warnings,
-            basis="calibrated" if self.correction else "measured" if self.measured else "formula",
-            correction={"memory": self.correction.memory, "speed": self.correction.speed} if self.correction else {},
+            basis="calibrated" if correction else "measured" if self.measured else "formula",
+            correction={"memory": correction.memory, "speed": correction.speed} if correction else {},
             disk=disk_of(self.recipe, self.architecture, best.settings, trainable),
         )
 
@@ -328,7 +350,7 @@ class Solver:
             graphs=settings.graphs,
             attention="sdpa",
             kernels="off" if self.frame.cpu and recipe.hardware.kernels == "auto" else recipe.hardware.kernels,
-            strategy=settings.strategy if len(self.frame.gpus) > 1 else "single",  # type: ignore[arg-type]
+            strategy=self._strategy(settings),  # type: ignore[arg-type]
             device="cpu" if self.frame.cpu else "cuda",
             gpus=self.frame.gpus,
             checkpoint_every=self._checkpoint_every(steps, best.speed.step_s),
@@ -370,18 +392,6 @@ def _as_measured(node: Node) -> tuple[Node, str]:
         # The catalog's share is of the best product there is; bench measures those of real layers.
         gpu = replace(gpu, achievable=min(1.0, gpu.achievable / LAYER_SHARE))
     return replace(node, gpu=gpu), found.date
-
-
-def _correction(
-    finished: Iterable[Finished], architecture: Architecture, node: Node, tuning: str, framework: str
-) -> Correction | None:
-    runs = list(finished)
-    if not runs:
-        return None
-    from .calibration import Kind, correction, size_of
-
-    size = size_of(architecture.parameters)
-    return correction(runs, Kind(node.gpu.name, architecture.family, tuning, size, framework))
 
 
 def _fastest(candidates: list[Candidate]) -> Candidate | None:

@@ -155,7 +155,7 @@ def optimizer_traffic(architecture: Architecture, settings: Settings, stack: Sta
 def optimizer_launch_s(architecture: Architecture, settings: Settings, stack: Stack) -> float:
     """Seconds of a step in which an 8-bit optimiser waits for its own launches, tensor by tensor.
 
-    finetui takes a step over all tensors as over one (``engine/trainers/flat.py``, ``kernels/adamw.py``).
+    finetui takes a step over all tensors as over one (``kernels/adamw.py``).
     """
     if not settings.optimizer.endswith("8bit") or stack.flat_optimizer:
         return 0.0

@@ -39,6 +39,7 @@ from .measured_words import (
     targets_of,
     tuning_of,
     whole,
+    widest_of,
 )
 
 __all__ = ["Question", "Refused", "question"]
@@ -75,7 +76,9 @@ def question(row: dict[str, str], configs: Path | None = None) -> Question:
     unknown: list[str] = []
     architecture = _architecture(row["model"], configs, unknown)
     settings = _settings(row, text, architecture, unknown)
-    stack = stack_of(row["framework"], row["fused"], row["method"], row["notes"])
+    if {"length", "short"} & {*unknown} and not re.search(r"empty_cache|reserved/active", text):
+        settings = replace(settings, varies=True)
+    stack = stack_of(row["framework"], row["fused"], row["method"], row["notes"], row["optimizer"])
     if not knows(row["framework"]):
         unknown.append("program")
     plain = not stack.upcasts_shards and not settings.quantized  # no mixed precision
@@ -120,7 +123,8 @@ def _generating(text: str, method: str, gpu: Gpu | None) -> float:
 def _loading(text: str, architecture: Architecture, settings: Settings, stack: Stack) -> float:
     """GiB of a quantised model that accelerate brings to FSDP2: whole on each GPU, and then its shard beside it
     (``fsdp2_prepare_model`` leaves out the way over the meta device for bitsandbytes' weights)."""
-    if not (settings.quantized and settings.sharing.gathers == "layers" and stack.upcasts_shards and "fsdp2" in text):
+    accelerated = stack.upcasts_shards or stack.name == "axolotl"
+    if not (settings.quantized and settings.sharing.gathers == "layers" and accelerated and "fsdp2" in text):
         return 0.0
     whole = peak_memory(architecture, replace(settings, world_size=1), stack, find_gpu("A100")).terms["weights"]
     return whole * (1 + 1 / settings.world_size)
@@ -181,12 +185,15 @@ def _settings(row: dict[str, str], text: str, architecture: Architecture, unknow
         unknown.append("length")  # rows of any length up to the limit
     kind = "" if full else kind_of(row["method"])
     states = optimizer_of(f"{optimizer} {row['method'] if 'galore' in text or 'apollo' in text else ''}", matters=full)
+    rows = _rows(row["micro_batch"], unknown)
+    length = length_of(row["seq_len"], unknown, widest_of(text, rows)) // sequence_shards_of(text)
+    if re.search(r"pack(ed|ing *[=:] *true)", f"{row['seq_len']} {row['notes']}".lower()):
+        length //= METHODS[method].sequences  # both halves of a pair are in the row
     return Settings(
         method=method,
         tuning=tuning,  # type: ignore[arg-type]
-        sequence_length=max(length_of(row["seq_len"], unknown) // sequence_shards_of(text), 1)
-        + _virtual_tokens(row, kind, architecture),
-        micro_batch=_rows(row["micro_batch"], unknown),
+        sequence_length=max(length, 1) + _virtual_tokens(row, kind, architecture),
+        micro_batch=rows,
         accumulation=accumulation_of(text),
         # LitGPT's scripts and Qwen's finetune.py drop 0.05.
         dropout=not full and bool(re.search(r"lora_dropout=0\.0*[1-9]|lit-?gpt|remote-code qwen", text)),

@@ -107,7 +107,7 @@ def _spellings(model: str) -> list[str]:
     plain = names[-1].replace("_", "-")
     for old, new in ((r"^(llama|qwen|gemma|phi|mistral|falcon|mpt|pythia)(\d)", r"\1-\2"), (r"^qwen-(\d)", r"qwen\1")):
         plain = re.sub(old, new, plain)
-    names.append(re.sub(r"-(instruct|chat)(?=-v\d)", "", plain))
+    names.append(re.sub(r"-(instruct|chat)(?=-v\d|-\d{4}$)", "", plain))
     while (shorter := _VARIANTS.sub("", names[-1])) != names[-1]:
         names.append(shorter)
     same = [re.sub(pattern, known, names[-1]) for pattern, known in _TUNED if re.fullmatch(pattern, names[-1])]

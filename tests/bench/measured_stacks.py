@@ -9,7 +9,7 @@ from functools import lru_cache
 from finetui.planner.architecture import Architecture
 from finetui.planner.stacks import STACKS, Stack
 
-from .measured_words import Refused, method_of
+from .measured_words import Refused, method_of, sequence_shards_of
 
 #: transformers 4 as fms-acceleration ran it: models turn their logits to fp32 and shift a copy of them (12 B per logit
 #: in all), AdamW is the foreach series (torch 2.4), and the model's own forward runs under autocast. Experts are linear
@@ -50,10 +50,28 @@ _OWN_LOOP = replace(
 #: Its ``run_train.sh`` sets ``PYTORCH_ALLOC_CONF=expandable_segments:True``.
 _TORCHTITAN = replace(_OWN_LOOP, waits_s=0.0, expandable_segments=True)
 
+#: Unsloth before its checkpoints waited in host memory (2024.4) and its loss went through the head in chunks (2024.11):
+#: fused cross-entropy over 16-bit logits, which accelerate copies to fp32.
+_UNSLOTH_2023 = replace(
+    STACKS["unsloth"], loss="logits", logit_forward=8.1, logit_backward=8.1, chunk_gib=0.0, offloads_checkpoints=False,
+    remakes_activation=False, compiled=False, recent_attention=False, fused_optimizer=False,
+)  # fmt: skip
+_BEFORE_UNSLOTH_2024_4 = r"unsloth[ =v_-]*(2023|2024[.-]0?[1-3]\b)"
+
+#: From 2025 on ``training.compile`` compiles its loss too (``components/loss.py``): of it 16-bit logits and their
+#: gradient alone are written.
+_TORCHTITAN_2025 = replace(_TORCHTITAN, logit_forward=2.0, logit_backward=4.0)
+
 #: 16-bit logits, divided by the temperature or shifted, and their log-softmax row by row.
 _TRL_0 = replace(_TRAINER, logit_forward=6.0, logit_backward=8.0)
+#: Where a row is spread over devices, ms-swift takes the loss of the 16-bit logits as they are, outside of autocast
+#: (``loss_scale_sp_func`` in swift/trainers/sequence_parallel/utils.py): log-softmax, and the gradients of both.
+_SWIFT_SPREAD = {"logit_forward": 4.0, "logit_backward": 8.0, "logit_gaps": 4.0}
 #: TRL went through the head tile by tile from 1.0 on, and on transformers 5.
 _BEFORE_TILES = r"trl[ =v_-]*0\.\d|(?:\btf|transformers)[ =v_-]*4\.\d|alignment-handbook"
+#: ``optim="adamw_torch"`` is torch's AdamW with neither ``fused`` nor ``foreach`` set: the latter on a GPU. DeepSpeed
+#: steps over flat groups instead.
+_SERIES_OF_KERNELS = r"\badamw_torch\b"
 #: fms-acceleration's benchmark of transformers 4.48 sets a dtype and no mixed precision (``scenarios.yaml``), those of
 #: 4.45 set ``bf16`` too (``scenarios-granite.yaml``, ``scenarios-liger.yaml``).
 _PLAIN_16_BITS = r"fms-hf-tuning.*\btf ?4\.48|mixed_precision[= :]+'?no\b"
@@ -61,6 +79,8 @@ _PLAIN_16_BITS = r"fms-hf-tuning.*\btf ?4\.48|mixed_precision[= :]+'?no\b"
 _CUDA_11_GIB = 1.2
 #: Families whose own code makes the loss of 16-bit logits (transformers before 5).
 _OWN_LOSS = frozenset({"gpt2", "gpt_bigcode", "gpt_neox", "opt", "bloom", "mpt", "falcon", "codegen", "gptj"})
+#: bitsandbytes whose 4-bit products hold on to their inputs.
+_BNB_BEFORE_43 = r"(?:bnb|bitsandbytes)[ =v_-]*0\.(?:3\d|4[0-2])\b"
 #: PEFT 0.12 began to turn adapters on 16-bit weights to fp32 (``autocast_adapter_dtype``).
 _ADAPTERS_UPCAST = 12
 
@@ -136,8 +156,8 @@ def knows(framework: str) -> bool:
     return any(part in framework.lower() for part, _ in _FRAMEWORKS)
 
 
-def stack_of(framework: str, fused: str, method: str, notes: str = "") -> Stack:
-    """The stack that a row's framework and kernels make.
+def stack_of(framework: str, fused: str, method: str, notes: str = "", optimizer: str = "") -> Stack:
+    """The stack that a row's framework, kernels and optimiser make.
 
     Raises:
         Refused: it splits layers over devices, or runs on other devices.
@@ -153,6 +173,12 @@ def stack_of(framework: str, fused: str, method: str, notes: str = "") -> Stack:
         found = replace(found, upcasts_shards=False)
     if re.search(r"\bcu(da)? ?11", words):
         found = replace(found, context_gib=_CUDA_11_GIB)
+    if found.stock_model and re.search(_BNB_BEFORE_43, words):
+        found = replace(found, keeps_packed_inputs=1)
+    if found.name == "ms-swift" and found.loss == "logits" and sequence_shards_of(words) > 1:
+        found = replace(found, **_SWIFT_SPREAD)
+    if found.stock_model and re.search(_SERIES_OF_KERNELS, optimizer.lower()) and "deepspeed" not in words:
+        found = replace(found, fused_optimizer=False)
     if "expandable_segments" in words:
         found = replace(found, expandable_segments=True)
     peft = re.search(r"peft[ =v]*0\.(\d+)", words)
@@ -174,6 +200,8 @@ def _stack_of(framework: str, fused: str, method: str, words: str, *, before_til
     found = next((stack for part, stack in _FRAMEWORKS if part in name), None)
     if found is None:
         found = _TRAINER
+    if found.name == "unsloth" and re.search(_BEFORE_UNSLOTH_2024_4, words):
+        return _UNSLOTH_2023
     if found is _QWEN_1 and "deepspeed" not in name and "gptq" not in method.lower():
         return _QWEN_1_ALONE
     if found is _TRANSFORMERS_4 and re.search(r"\btf ?4\.(4[6-9]|5)", words) and "liger" not in fused:
@@ -194,6 +222,8 @@ def _stack_of(framework: str, fused: str, method: str, words: str, *, before_til
             return replace(found, logit_forward=width, logit_backward=width)
         # Compiled, the fp32 copies of a chunk are folded into one kernel: 16-bit logits, and a chunk's gradient.
         return replace(found, logit_forward=2.25, logit_backward=2.25) if compiled else found
+    if compiled and found is _TORCHTITAN and re.search(r"torch[ =v_-]*2\.([6-9]|1\d)", words):
+        found = _TORCHTITAN_2025
     if compiled and found.name != "finetui":
         found = replace(found, **_COMPILED)
     if re.search(r"cut-?cross|cut cross|\bcce\b", fused):

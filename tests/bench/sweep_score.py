@@ -30,8 +30,9 @@ def score(rows: list[dict[str, Any]]) -> dict[str, Any]:
     summary: dict[str, Any] = {}
     for stack in sorted({row["case"]["stack"] for row in rows}):
         mine = [row for row in rows if row["case"]["stack"] == stack]
-        done = [row for row in mine if row.get("measured", {}).get("allocated_gib")]
-        whole = [row for row in done if not row["case"]["card"]]  # a capped run may have given memory back
+        done = [row for row in mine if row.get("measured")]
+        # A capped run may have given memory back.
+        whole = [row for row in done if not row["case"]["card"] and row["measured"].get("allocated_gib")]
         allocated = [_off(row, "allocated_gib") for row in whole]
         reserved = [_off(row, "reserved_gib") for row in whole if row["measured"].get("reserved_gib")]
         timed = [_off(row, "tokens_per_s") for row in done if row["measured"].get("tokens_per_s")]
@@ -61,17 +62,17 @@ def table(rows: list[dict[str, Any]]) -> str:
     lines = []
     for row in rows:
         name = Case(**row["case"]).name
-        if not row.get("measured", {}).get("allocated_gib"):
+        if not row.get("measured"):
             lines.append((9.0, f"{name:95} failed: {str(row.get('failed', 'not measured'))[:80]}"))
             continue
-        measured, predicted, off = row["measured"], row["predicted"], _off(row, "allocated_gib")
-        speed = ""
+        measured, predicted, off = row["measured"], row["predicted"], 0.0
+        speed, peak = "", " " * 24  # of some runs the speed alone is known
+        if measured.get("allocated_gib"):
+            off = _off(row, "allocated_gib")
+            peak = f" {predicted['allocated_gib']:7.2f} of {measured['allocated_gib']:7.2f} {off:+6.1%}"
         held = f" reserved {_off(row, 'reserved_gib'):+6.1%}" if measured.get("reserved_gib") else " " * 16
         if measured.get("tokens_per_s"):
             speed = f" {predicted['tokens_per_s']:8.0f} of {measured['tokens_per_s']:8.0f} tok/s"
             speed += f" {_off(row, 'tokens_per_s'):+6.1%}"
-        lines.append(
-            (abs(off), f"{name:95} {predicted['allocated_gib']:7.2f} of {measured['allocated_gib']:7.2f} {off:+6.1%}"
-             f"{held} {predicted['moment']:9}{speed}")
-        )  # fmt: skip
+        lines.append((abs(off), f"{name:95}{peak}{held} {predicted['moment']:9}{speed}"))
     return "\n".join(line for _, line in sorted(lines, reverse=True))

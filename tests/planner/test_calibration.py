@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import statistics
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -137,3 +138,39 @@ def test_out_of_memory_below_what_was_planned_teaches_nothing(tmp_path):
     assert corrected.memory.allocated_gib == pytest.approx(1.03 * base.memory.allocated_gib)
     # Once it is corrected by that, the same figure is no news.
     assert out_of_memory(corrected, needed_gib=1.03 * base.memory.allocated_gib) is None
+
+
+def test_a_run_teaches_only_those_that_are_spread_and_replayed_as_it_was():
+    lora = runs(1.2, 1.2, 1.2)
+    split = [replace(run, strategy="fsdp") for run in lora]
+    copied = [replace(run, strategy="ddp") for run in lora]
+    recorded = [replace(run, graphs=True) for run in lora]
+    base = plan()
+    assert base.resolved.strategy == "single"
+    assert plan(split + copied).memory == base.memory
+    assert plan(split + copied).basis == "formula"
+    assert plan(lora).basis == "calibrated"
+    assert correction(recorded, KIND) is None
+    assert correction(recorded, replace(KIND, graphs=True)).speed == pytest.approx(1.2)
+    two = Recipe.build({"model": "m", "tuning": "lora", "micro_batch": 4, "hardware": {"gpus": 2, "strategy": "ddp"}})
+    node = Node(find_gpu("A100"), count=2)
+    assert make_plan(two, LLAMA, node, finished=copied).basis == "calibrated"
+    assert make_plan(two, LLAMA, node, finished=lora + split).basis == "formula"
+
+
+def test_what_a_plan_teaches_is_of_its_own_kind():
+    base = plan()
+    sharded = replace(base, resolved=replace(base.resolved, strategy="fsdp", graphs=True))
+    for made in (base, sharded):
+        finished = compare(made, allocated_gib=30.0, tokens_per_s=1000.0)
+        assert finished.kind == Kind.of(made)
+    assert (Kind.of(sharded).strategy, Kind.of(sharded).graphs) == ("fsdp", True)
+
+
+def test_lines_of_a_release_that_did_not_note_how_a_run_was_spread_teach_nothing(tmp_path):
+    record(runs(1.1)[0], tmp_path)
+    file = tmp_path / "calibration.jsonl"
+    old = {key: value for key, value in json.loads(file.read_text()).items() if key not in ("strategy", "graphs")}
+    with file.open("a") as out:
+        out.write(json.dumps(old) + "\n")
+    assert len(history(tmp_path)) == 1

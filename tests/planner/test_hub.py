@@ -108,3 +108,30 @@ def test_a_broken_file_is_named(tmp_path):
     with pytest.raises(ModelError, match="Did you mean openai-community/gpt2"):
         hub.find_config("gpt2")
     assert issubclass(HubError, Exception)
+
+
+@pytest.mark.parametrize(
+    ("config", "named"),
+    [
+        ({"num_hidden_layers": 10**9}, "num_hidden_layers is 1000000000"),
+        ({"n_layer": 10**400}, "n_layer is 1"),
+        ({"vocab_size": 10**12}, "vocab_size is 1000000000000"),
+        ({"vocab_size": float("inf")}, "vocab_size is inf"),
+        ({"hidden_size": -(10**9)}, "hidden_size is -1000000000"),
+        ({"text_config": {"intermediate_size": 10**9}}, "intermediate_size is 1000000000"),
+    ],
+)
+def test_sizes_that_no_model_has_are_refused_before_anybody_counts_to_them(
+    tmp_path: Path, config: dict[str, object], named: str
+) -> None:
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(config))
+    with pytest.raises(ModelError, match=f"{named}.*, larger than that of any model") as caught:
+        hub.read_config(path)
+    assert caught.value.where == str(path)
+
+
+def test_every_model_that_is_shipped_is_believed() -> None:
+    assert hub.known_models()
+    for _, path in hub.known_models().values():
+        hub.read_config(path)

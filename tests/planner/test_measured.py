@@ -134,7 +134,7 @@ def ask(**changes: str):
         ({"grad_ckpt": "every layer"}, {"checkpointing": "full"}),
         ({"grad_ckpt": "not stated"}, {"checkpointing": "full"}),
         ({"grad_ckpt": "selective"}, {"keeps_outputs": True}),
-        ({"seq_len": "<=2048 short"}, {"sequence_length": 256}),
+        ({"seq_len": "<=2048 short"}, {"sequence_length": 600}),
         ({**FULL, "framework": "HF Trainer, DeepSpeed ZeRO-3"}, {"world_size": 1, "strategy": "zero3"}),
         # targets
         ({"targets": "q_proj,k_proj,v_proj"}, {"targets": ("k_proj", "q_proj", "v_proj")}),

@@ -182,3 +182,28 @@ def test_names_of_the_literature_are_a_type_with_a_key(tuning: object, stands_fo
 def test_a_key_without_effect_or_sense_is_an_error(recipe: dict, words: str) -> None:
     with pytest.raises(RecipeError, match=words):
         Recipe.build({"model": "m", **recipe})
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ("epochs=.inf", "epochs: must be a number"),
+        ("epochs=.nan", "epochs: must be a number"),
+        ("epochs=1e300", "epochs must be at most"),
+        ("max_steps=1000000000000000000000", "max_steps must be at most"),
+        ("batch_size=1000000000000000", "batch_size must be at most"),
+        ("sequence_length=1000000000000", "sequence_length is above"),
+        ("seed=100000000000000000000000000000", r"seed is 100000000000… \(30 digits\), larger than any"),
+        ("hardware.gpus=100000000", "hardware.gpus must be at most"),
+        ("hardware.gpus=[0, 100000000]", "hardware.gpus"),
+        ("optimizer.learning_rate=.nan", "learning_rate: must be a number"),
+        ("optimizer.learning_rate=1000", "learning_rate is above 100"),
+        ("tuning.alpha=1e300", "alpha is 1e\\+300, larger than any"),
+        ("limits.hours=1e300", "hours is 1e\\+300"),
+        ("checkpoint.every=100000000000000000000", "every is 100000000000"),
+    ],
+)
+def test_numbers_that_no_run_can_come_to(change: str, told: str) -> None:
+    recipe = Recipe.build({"model": "m"})
+    with pytest.raises(RecipeError, match=told):
+        recipe.with_overrides([change])

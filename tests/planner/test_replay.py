@@ -73,3 +73,5 @@ def test_who_asks_for_graphs_gets_them_or_an_error():
     assert plan(LARGE, hardware={"graphs": True}, packing=False).resolved.graphs
     with pytest.raises(HardwareError):
         plan(method="dpo", packing=False, hardware={"graphs": True})
+    with pytest.raises(HardwareError, match="on one GPU alone"):
+        plan(count=2, hardware={"graphs": True})

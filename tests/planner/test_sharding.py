@@ -15,6 +15,7 @@ from finetui.planner.interval import UNKNOWN, margins
 from finetui.planner.memory import peak_memory
 from finetui.planner.settings import Settings
 from finetui.planner.sharding import STRATEGIES, sent_bytes
+from finetui.planner.shares import shares, stored
 from finetui.planner.speed import step_speed
 from finetui.planner.stacks import STACKS
 
@@ -59,6 +60,16 @@ def test_accelerate_shards_fp32_masters_of_what_it_trains():
     assert adapters.under(TRL) == adapters, "a frozen base stays as it is"
     assert two.under(STACKS["torchtune"]) == two
     assert dataclasses.replace(two, world_size=1).under(TRL).precision == "bf16"
+
+
+@pytest.mark.parametrize(("tuning", "tied", "freed"), [("lora", False, 1), ("lora", True, 0), ("full", False, 0)])
+def test_a_frozen_embedding_that_is_no_head_is_gathered_for_its_look_up_alone(tuning, tied, freed):
+    shape = dataclasses.replace(LLAMA, tied=tied)
+    ours, split = STACKS["finetui"], Settings(tuning, 2048, world_size=2, strategy="fsdp")
+    kept = dataclasses.replace(ours, frees_embedding=False)
+    whole = [shares(shape, split, stack, stored(shape, split, stack)).whole for stack in (kept, ours)]
+    table = freed * 2 * shape.vocab * shape.hidden
+    assert whole[0].loss - whole[1].loss == whole[0].backward - whole[1].backward == table
 
 
 def test_fsdp1_over_frozen_layers_holds_the_gradients_of_their_inputs():

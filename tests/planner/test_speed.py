@@ -62,3 +62,25 @@ def test_layers_launch_as_many_kernels_as_were_counted():
     ):  # fmt: skip
         counted = launches(llama, Settings(tuning, 1024, checkpointing=checkpointing), stack)
         assert [n / 32 for n in counted] == pytest.approx([ahead, behind], rel=0.15)
+
+
+def test_every_expert_of_llama_4_runs_over_every_token():
+    """``Llama4TextMoe`` weighs what was not chosen by 0, and multiplies with it all the same."""
+    torch = pytest.importorskip("torch")
+    modeling = pytest.importorskip("transformers.models.llama4.modeling_llama4")
+    shape = {
+        "model_type": "llama4_text", "hidden_size": 32, "intermediate_size": 48, "intermediate_size_mlp": 64,
+        "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "vocab_size": 64,
+        "num_local_experts": 8, "num_experts_per_tok": 1, "interleave_moe_layer_step": 1,
+    }  # fmt: skip
+    rows = []
+    block = modeling.Llama4TextMoe(modeling.Llama4TextConfig(**shape))
+    block.experts.register_forward_hook(lambda module, taken, made: rows.append(made.numel() // 32))
+    with torch.no_grad():
+        block(torch.zeros(1, 5, 32))
+    (layer,) = Architecture.from_config(shape, "llama-4").layers
+    assert rows == [5 * layer.experts_per_token] == [5 * 8]
+    assert layer.run_weights == layer.expert_weights == 8 * layer.active_weights
+    routed = Architecture.from_config({**shape, "model_type": "mixtral"}, "mixtral").layers[0]
+    assert routed.experts_per_token == 1
+    assert routed.run_weights == routed.active_weights

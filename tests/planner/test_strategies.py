@@ -64,13 +64,37 @@ def test_adapters_on_a_large_base_are_split_and_their_gradients_add_up_whole() -
     assert answer.memory.terms["gradients"] >= 0.9 * pairs
 
 
+def test_weights_in_4_bits_are_not_split_over_gpus_nor_is_it_suggested() -> None:
+    asked: dict[str, Any] = {"tuning": "qlora", "sequence_length": 512}
+    with pytest.raises(RecipeError, match="not split over GPUs yet"):
+        plan("meta-llama/Llama-3.3-70B-Instruct", "RTX5090", 4, **asked, hardware={"strategy": "fsdp"})
+    whole = plan("meta-llama/Llama-3.3-70B-Instruct", "RTX5090", 4, **asked)
+    assert not whole.fits
+    assert whole.resolved.strategy == "ddp"
+    assert not any("hardware.strategy: fsdp" in warning for warning in whole.warnings)
+
+
+def test_states_in_8_bits_are_split_once_those_in_32_do_not_fit() -> None:
+    tight = plan(tuning="full", count=2)
+    assert tight.fits
+    assert (tight.resolved.strategy, tight.resolved.optimizer) == ("fsdp", "adamw-8bit")
+    asked = plan(tuning="full", optimizer={"name": "lion-8bit"}, hardware={"strategy": "fsdp"})
+    assert asked.resolved.optimizer == "lion-8bit"
+    roomy = plan(tuning="full", hardware={"strategy": "fsdp"}, optimizer={"name": "adamw"})
+    assert asked.memory.terms["optimizer"] < 0.5 * roomy.memory.terms["optimizer"]
+
+
 @pytest.mark.parametrize("keys", [
-    {"tuning": "qlora"},
-    {"tuning": {"type": "lora", "use_dora": True}},
+    {"tuning": "lora-fp8"},
+    {"tuning": "qdora"},
+    {"tuning": {"type": "lora", "modules_to_save": ["lm_head"]}},
     {"tuning": {"type": "lora", "init": "pissa"}},
     {"tuning": "full", "optimizer": {"name": "muon"}},
-    {"tuning": "full", "optimizer": {"name": "adamw-8bit"}},
-    {"method": "dpo"},
+    {"tuning": "full", "optimizer": {"name": "adafactor"}},
+    {"method": "reward"},
+    {"method": "kto", "tuning": "full"},
+    {"method": "dpo", "tuning": "full", "preference": {"reference": "live"}},
+    {"method": "dpo", "preference": {"share_prompt": True}},
     {"hardware": {"precision": "fp16"}},
 ])  # fmt: skip
 def test_what_can_t_be_split_is_refused_before_it_starts(keys: dict[str, Any]) -> None:
@@ -81,6 +105,15 @@ def test_what_can_t_be_split_is_refused_before_it_starts(keys: dict[str, Any]) -
     assert caught.value.do
     hardware["strategy"] = "auto"
     assert plan(hardware=hardware, **keys).resolved.strategy == "ddp"
+
+
+def test_a_model_of_pairs_is_split_where_its_reference_needs_no_second_model() -> None:
+    for keys in ({"tuning": "lora"}, {"tuning": "full"}):
+        answer = plan(method="dpo", hardware={"strategy": "fsdp"}, **keys)
+        assert answer.resolved.strategy == "fsdp"
+    for tuning in ("dora", "rslora", "lora+"):
+        assert plan(tuning=tuning, hardware={"strategy": "fsdp"}).resolved.strategy == "fsdp"
+    assert plan(method="kto", tuning="lora", hardware={"strategy": "fsdp"}).resolved.strategy == "fsdp"
 
 
 def test_one_device_has_nothing_to_split_over() -> None:
