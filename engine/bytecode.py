@@ -27,16 +27,30 @@ def environment(present: Mapping[str, str]) -> dict[str, str]:
     forbidden = bool(present.get("PYTHONDONTWRITEBYTECODE"))
     if not any(_is_compiled_each_time(library, forbidden=forbidden) for library in _LIBRARIES):
         return {}
-    cache = _cache(present)
+    cache = cache_folder(present, "modules")
     return {} if cache is None else {"PYTHONPYCACHEPREFIX": str(cache), "PYTHONDONTWRITEBYTECODE": ""}
 
 
 def keep() -> None:
     """The same within this process, for what it imports from here on: a command has no parent that would say it."""
     if sys.pycache_prefix is None and _is_compiled_each_time(_PACKAGE, forbidden=sys.dont_write_bytecode):
-        cache = _cache(os.environ)
+        cache = cache_folder(os.environ, "modules")
         if cache is not None:
             sys.pycache_prefix, sys.dont_write_bytecode = str(cache), False
+
+
+def cache_folder(present: Mapping[str, str], name: str) -> Path | None:
+    """A folder of the user's cache, made if need be; None where it can't be written.
+
+    Args:
+        present: the environment, which may say where caches are.
+    """
+    cache = Path(present.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "finetui" / name
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        return None  # a home that can't be written: all starts later, and works
+    return cache
 
 
 def _is_compiled_each_time(package: str, *, forbidden: bool) -> bool:
@@ -48,12 +62,3 @@ def _is_compiled_each_time(package: str, *, forbidden: bool) -> bool:
     # Not importlib's cache_from_source: that looks below a prefix, once there is one, for what is kept beside it.
     compiled = source.parent / "__pycache__" / f"{source.stem}.{sys.implementation.cache_tag}.pyc"
     return not compiled.exists() and (forbidden or not os.access(source.parent, os.W_OK))
-
-
-def _cache(present: Mapping[str, str]) -> Path | None:
-    cache = Path(present.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "finetui" / "modules"
-    try:
-        cache.mkdir(parents=True, exist_ok=True)
-    except OSError:
-        return None  # a home that can't be written: all starts later, and works
-    return cache

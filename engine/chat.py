@@ -16,7 +16,9 @@ from ..planner.errors import HardwareError, RunError
 from ..planner.plan import Resolved
 from .checkpoints.store import latest
 from .models.adapt import grow_vocabulary
+from .models.files import require_sound
 from .models.load import Numerics, load_base, load_tokenizer, locate, stored_dtype
+from .models.misfit import with_adapter
 from .run import Run
 
 Voice = Literal["tuned", "base"]
@@ -77,8 +79,10 @@ def result_folder(run: Run) -> Path:
 
     Raises:
         RunError: it has written neither yet.
+        ModelError: its output is damaged or not all there any more.
     """
     if (run.output_path / "tokenizer_config.json").is_file():
+        require_sound(run.output_path)
         return run.output_path
     newest = latest(run.path / "checkpoints").checkpoint
     if newest is None:
@@ -110,12 +114,10 @@ def load_tuned(run: Run, *, device: str | None = None) -> Tuned:
     if resolved.trains_base:
         model = load_base(folder, resolved, place, _say_nothing, dtype=stored_dtype(folder))
     else:
-        from peft import PeftModel
-
         base = load_base(locate(name), resolved, place, _say_nothing)
         if resolved.options.new_tokens:
             grow_vocabulary(base, tokenizer, len(resolved.options.new_tokens))
-        model = PeftModel.from_pretrained(base, str(folder))
+        model = with_adapter(base, folder, name)
     model.to(place) if resolved.quantization == "none" else None
     return Tuned(model.eval(), tokenizer, place, folder, name, resolved)
 

@@ -7,7 +7,6 @@ with a label divided by their number, not a mean of the means of batches.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,12 +16,10 @@ import torch
 from torch import Tensor
 
 from ..kernels.token_weights import Weighting, token_weights
-from ..planner.errors import RunError
 from ..planner.plan import Resolved
 from .data.prepare import DataSettings
 
 if TYPE_CHECKING:
-    from ..planner.recipe import Recipe
     from .run import Run
 
 IGNORED = -100
@@ -132,44 +129,6 @@ def reduce_sum(values: Tensor, device: torch.device) -> Tensor:
         moved = moved.clone() if moved is values else moved
         torch.distributed.all_reduce(moved)
     return moved
-
-
-def evaluate_run(run: Run, *, base: bool = False, rows_of: Recipe | None = None) -> HeldOut:
-    """Loss of a run's model on its own held-out rows.
-
-    Args:
-        base: score the untouched base model instead.
-        rows_of: the recipe whose held-out rows are meant instead, as rows of sft or pretrain.
-
-    Raises:
-        RunError: the run holds nothing to evaluate, or no rows were held out.
-    """
-    from .chat import load_tuned
-    from .data.packing import Collator
-    from .data.prepare import prepare
-    from .models.load import Numerics
-
-    plan = run.plan
-    if rows_of is None and plan.resolved.method not in ("sft", "pretrain"):
-        what = f"method {plan.resolved.method} has no loss per token to measure"
-        raise RunError(what, where=run.name, do="Its held-out figures are in the run's metrics: see finetui attach.")
-    tuned = load_tuned(run)
-    settings = data_settings(plan.resolved)
-    if rows_of is not None:
-        train_on: Any = "all" if rows_of.method == "pretrain" else "answers"
-        settings = dataclasses.replace(settings, method=rows_of.method, train_on=train_on, packing=False)
-    prepared = prepare(rows_of or run.recipe, settings, tuned.tokenizer, data_cache(run))
-    if prepared.evaluation is None:
-        raise RunError("no rows were held out", where=run.name, do="Give a source with split: eval.")
-    with tuned.voice(base=base) as model:
-        return held_out_loss(
-            model,
-            prepared.evaluation,
-            Collator(tuned.tokenizer.pad_token_id),
-            batch_size=plan.resolved.micro_batch,
-            device=tuned.device,
-            context=Numerics.of(plan.resolved).context(tuned.device),
-        )
 
 
 def data_settings(resolved: Resolved) -> DataSettings:

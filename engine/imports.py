@@ -6,7 +6,8 @@ transformers, PEFT and TRL import more than a run asks of them, and a start wait
 - torch's compiler, some 540 modules: bitsandbytes decorates functions with ``torch.compile``, and the decorator alone
   imports it, for functions that a run on a GPU never calls;
 - which distribution each package belongs to: they have ``importlib.metadata`` read the list of every file of everything
-  that is installed, to learn the versions of a few packages that are named as they are imported.
+  that is installed, to learn the versions of a few packages that are named as they are imported;
+- which of transformers' files offers what (:mod:`.known_models`).
 
 All of it is undone afterwards: what a user's own code imports during the run, it gets.
 """
@@ -22,9 +23,11 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from . import known_models
+
 #: Packages that the libraries import where they are installed: for other quantisations, for images and sound, for
-#: assisted generation and for object detection.
-UNUSED = ("torchao", "sklearn", "scipy", "torchvision", "torchaudio")
+#: assisted generation, for object detection, and for the name of an error of a web client that nobody has used yet.
+UNUSED = ("torchao", "sklearn", "scipy", "torchvision", "torchaudio", "aiohttp")
 
 #: The libraries that look for them, once, and remember what they found.
 _LIBRARIES = ("transformers", "peft", "trl")
@@ -47,6 +50,7 @@ def of_a_run(*, hide: bool = True) -> Iterator[None]:
     with contextlib.ExitStack() as ways:
         ways.enter_context(compiling_later())
         ways.enter_context(distributions_by_name())
+        ways.enter_context(known_models.remembered())
         ways.enter_context(hidden(UNUSED if hide else ()))
         ways.callback(sys.setswitchinterval, switch_s)
         sys.setswitchinterval(min(switch_s, _SWITCH_S))

@@ -7,14 +7,12 @@ terminal, SIGHUP or the death of the caller never reach it. All that follows goe
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import json
 import os
 import signal
 import socket
 import subprocess
 import sys
-import sysconfig
 import threading
 import time
 from collections.abc import Sequence
@@ -23,8 +21,9 @@ from pathlib import Path
 import psutil
 
 from ..planner.errors import RunError
-from . import bytecode
+from . import bytecode, standby
 from .checkpoints.continuation import before_resuming
+from .children import import_environment
 from .modes import FILE
 from .run import Run
 from .status import LIVE_STATES
@@ -52,35 +51,28 @@ def start(run: Run, *, worker: Sequence[str] | None = None) -> int:
         raise RunError("is at work already", where=run.name, do=f"Watch it with: finetui attach {run.name}")
     if status.state == "finished":
         raise RunError("has finished already", where=run.name, do="Start a new run with: finetui run RECIPE")
+    alone = worker is None and not run.plan.stages and run.plan.resolved.world_size == 1
     worker = worker or (STAGES if run.plan.stages else WORKER)
-    ready, told = os.pipe()
+    waiting = standby.take()
+    if waiting is not None and not alone:
+        waiting.dismiss()
+        waiting = None
     try:
-        with open(run.path / "log" / "supervisor.log", "ab", opener=_private) as log:
-            process = subprocess.Popen(
-                [sys.executable, "-P", "-m", f"{_PACKAGE}.engine.supervisor", "--ready-fd", str(told),
-                 str(run.path.resolve()), "--", *worker],
-                stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True, pass_fds=(told,),
-                env={**os.environ, **import_environment(), **bytecode.environment(os.environ)}, cwd=run.path,
-            )  # fmt: skip
+        process, answer = (None, "") if waiting is None else _go_on(waiting, run, worker)
+        if process is None or not answer:  # what waited has ended, for whatever reason: all begins anew
+            process, answer = _begin(run, worker)
     except OSError as error:
-        os.close(ready)
         raise RunError(f"the run can't be started ({error.strerror})", where=str(run.path)) from error
-    finally:
-        os.close(told)
-    # Somebody must wait for a child, or it stays behind as a zombie for as long as this process lives.
-    threading.Thread(target=process.wait, name=f"wait-{run.name}", daemon=True).start()
-    with open(ready, encoding="utf-8") as pipe:
-        answer = pipe.read()
     if answer.strip() == "ready":
         return process.pid
     try:
         error_parts = json.loads(answer)
     except ValueError:
-        last = _last_line(run.path / "log" / "supervisor.log")
+        last = _last_line(_log(run))
         raise RunError(
             f"the run could not be started{f' ({last})' if last else ''}",
             where=run.name,
-            do=f"See {run.path / 'log' / 'supervisor.log'}",
+            do=f"See {_log(run)}",
         ) from None
     raise RunError(error_parts["what"], where=error_parts["where"], do=error_parts["do"])
 
@@ -161,29 +153,53 @@ def resume(run: Run, *, worker: Sequence[str] | None = None) -> int:
     return start(run, worker=worker)
 
 
-def import_environment() -> dict[str, str]:
-    """What a child process needs in its environment to import this very package: PYTHONPATH, or nothing.
+def _go_on(waiting: standby.Standby, run: Run, worker: Sequence[str]) -> tuple[subprocess.Popen[bytes], str]:
+    """The supervisor made of processes that wait, and what it answers: nothing if they have ended."""
+    arguments = _supervisor(run, worker, waiting.answer_fd)
+    log, folder = _log(run).resolve(), run.path.resolve()
+    return waiting.process, _answer(run, waiting.process, waiting.become(arguments, log, folder, _environment()))
 
-    Children run with ``-P`` and in another folder, so a package found through the current folder, or through a
-    PYTHONPATH that was relative, would be out of their reach.
-    """
-    spec = importlib.util.find_spec(_PACKAGE)
-    if spec is None or not spec.submodule_search_locations:
-        return {}
-    folder = Path(os.path.abspath(next(iter(spec.submodule_search_locations))))  # keeps a symlink's own name
-    entry = str(folder.parent)
-    if folder.name != _PACKAGE or entry in _site_folders():
-        return {}  # installed, or editable: an import hook finds it
-    paths = [os.path.abspath(path) for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
-    return {"PYTHONPATH": os.pathsep.join([entry, *(path for path in paths if path != entry)])}
+
+def _begin(run: Run, worker: Sequence[str]) -> tuple[subprocess.Popen[bytes], str]:
+    """A new supervisor, and what it answers."""
+    answers, told = os.pipe()
+    try:
+        with open(_log(run), "ab", opener=_private) as log:
+            process = subprocess.Popen(
+                [sys.executable, *_supervisor(run, worker, told)], stdin=subprocess.DEVNULL, stdout=log, stderr=log,
+                start_new_session=True, pass_fds=(told,), env=_environment(), cwd=run.path,
+            )  # fmt: skip
+    except OSError:
+        os.close(answers)
+        raise
+    finally:
+        os.close(told)
+    return process, _answer(run, process, answers)
+
+
+def _supervisor(run: Run, worker: Sequence[str], answer_fd: int) -> list[str]:
+    """What a supervisor runs, as arguments of Python."""
+    module = f"{_PACKAGE}.engine.supervisor"
+    return ["-P", "-m", module, "--ready-fd", str(answer_fd), str(run.path.resolve()), "--", *worker]
+
+
+def _answer(run: Run, process: subprocess.Popen[bytes], answers: int) -> str:
+    # Somebody must wait for a child, or it stays behind as a zombie for as long as this process lives.
+    threading.Thread(target=process.wait, name=f"wait-{run.name}", daemon=True).start()
+    with open(answers, encoding="utf-8") as pipe:
+        return pipe.read()
+
+
+def _environment() -> dict[str, str]:
+    return {**os.environ, **import_environment(), **bytecode.environment(os.environ)}
+
+
+def _log(run: Run) -> Path:
+    return run.path / "log" / "supervisor.log"
 
 
 def _private(path: str, flags: int) -> int:
     return os.open(path, flags, FILE)
-
-
-def _site_folders() -> set[str]:
-    return {sysconfig.get_path("purelib"), sysconfig.get_path("platlib")}
 
 
 def _require_live(run: Run) -> str:

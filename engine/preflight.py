@@ -199,11 +199,13 @@ def _host_memory(plan: Plan) -> list[Check]:
 
 
 def _put_together(plan: Plan) -> list[Check]:
-    """A model that is split passes whole through rank 0's host memory: as it is read, and with its optimiser's states
-    (two numbers for each weight, as the weight is stored) as it is saved."""
+    """A model that is split passes whole through rank 0's host memory: as it is read, packed if it is to be, and with
+    its optimiser's states (two numbers for each weight, as the weight is stored) as it is saved."""
     resolved = plan.resolved
     width = 4 if resolved.precision in ("fp32", "bf16-mixed") else 2
     need = plan.model.parameters * width * (3 if resolved.trains_base else 1)
+    if resolved.quantization == "nf4":
+        need = round(plan.memory.terms["weights"] * GIB * resolved.world_size)
     have, limit = psutil.virtual_memory().total, memory_limit()
     have = have if limit is None else min(have, limit.limit)
     told = f"{have / GIB:.0f} GiB on the host, about {need / GIB:.0f} to read and save the whole model"

@@ -67,6 +67,9 @@ def answer(
     """
     training = model.training
     model.eval()
+    wishes: dict[str, Any] = {"synced_gpus": True} if together else {}  # which a model's own generate need not know
+    if getattr(getattr(model, "generation_config", None), "cache_implementation", None) is not None:
+        wishes["disable_compile"] = True  # which takes minutes, and what it made would be of a model that trains on
     try:
         with torch.no_grad(), context:
             for prompt in prompts:
@@ -78,7 +81,7 @@ def answer(
                     max_new_tokens=min(96, len(prompt.expected) + 16),
                     max_time=(SECONDS_AFTER if step else SECONDS_BEFORE) / len(prompts),
                     use_cache=True,
-                    **({"synced_gpus": True} if together else {}),  # which a model's own generate need not know
+                    **wishes,
                 )
 
                 told = _text(tokenizer, out[0, len(prompt.ids) :].tolist())

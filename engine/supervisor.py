@@ -41,6 +41,7 @@ from .launcher import WORKER
 from .learning import learn_from
 from .modes import keep_private
 from .run import Run
+from .standby import WaitingRank
 from .status import LIVE_STATES, Status
 from .supervision import at_end, gpulock, hang
 from .supervision.budget import Budget
@@ -67,6 +68,7 @@ def supervise(
     worker: Sequence[str] = WORKER,
     ready: Callable[[], None] = lambda: None,
     preemption_s: float | None = None,
+    waiting: WaitingRank | None = None,
 ) -> Outcome:
     """Carry out a run, from the claim to the final state. Needs the main thread, for signals.
 
@@ -74,6 +76,7 @@ def supervise(
         worker: what each rank runs, as arguments of Python before the run directory.
         ready: called when the run and its GPUs are claimed.
         preemption_s: seconds that the ranks get for a checkpoint after SIGTERM, instead of what the recipe says.
+        waiting: a rank that is there already, to be the only one of the first attempt.
 
     Raises:
         RunError: another process is at work on the run, another run on its GPUs, it has finished, or its files are
@@ -89,7 +92,7 @@ def supervise(
             with gpulock.held(gpus, run, shared=recipe.hardware.shared):
                 status = _begin(run)
                 ready()
-                outcome = _Supervision(run, recipe, plan, status, worker, orders).carry_out()
+                outcome = _Supervision(run, recipe, plan, status, worker, orders, waiting).carry_out()
         finally:
             os.close(lock)
         at_end.act(run, recipe.limits.at_end, outcome, orders.reason)
@@ -123,10 +126,17 @@ class _Supervision:
     """One supervisor's work on a run: attempts, until one ends for good."""
 
     def __init__(
-        self, run: Run, recipe: Recipe, plan: Plan, status: Status, worker: Sequence[str], orders: Orders
+        self,
+        run: Run,
+        recipe: Recipe,
+        plan: Plan,
+        status: Status,
+        worker: Sequence[str],
+        orders: Orders,
+        waiting: WaitingRank | None,
     ) -> None:
         self.run, self.recipe, self.plan, self.status, self.worker = run, recipe, plan, status, worker
-        self.orders = orders
+        self.orders, self.waiting = orders, waiting
         self.budget = Budget.of(run, plan, recipe.limits, status)
         # The one process of a run with stages waits for runs that have supervisors of their own.
         self.hang_s = None if plan.stages else hang.hang_limit_s(recipe)
@@ -229,7 +239,8 @@ class _Supervision:
         run, orders, plan = self.run, self.orders, self.plan
         os.environ.update(environment(plan, os.environ))
         world = 1 if plan.stages else plan.resolved.world_size
-        launch = launcher(run, world, self.worker)
+        launch = launcher(run, world, self.worker, self.waiting)
+        self.waiting = None
         failed: dict[int, int] = {}
         crash: list[BaseException] = []
 
@@ -346,12 +357,16 @@ def main(argv: Sequence[str] | None = None) -> int:
             with contextlib.suppress(BrokenPipeError), open(options.ready_fd, "w", encoding="utf-8") as pipe:
                 pipe.write(answer)
 
+    waiting = WaitingRank.inherited()
     try:
-        outcome = supervise(Run(options.run), worker=options.worker, ready=lambda: tell("ready"))
+        outcome = supervise(Run(options.run), worker=options.worker, ready=lambda: tell("ready"), waiting=waiting)
     except FinetuiError as error:
         print(error, file=sys.stderr)
         tell(json.dumps({"what": error.what, "where": error.where, "do": error.do}))
         return error.exit_code
+    finally:
+        if waiting is not None:
+            waiting.dismiss()
     return 0 if outcome.state in {"finished", "stopped"} else 1
 
 

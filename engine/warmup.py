@@ -21,35 +21,45 @@ class Warmup:
     Args:
         dtype: of matrix products.
         head: numbers per attention head; None without scaled-dot-product attention.
+        packed: attention will be within the documents of packed rows, which has kernels of its own.
     """
 
-    def __init__(self, device: torch.device, dtype: torch.dtype, head: int | None) -> None:
-        self._thread: threading.Thread | None = None
-        if device.type == "cuda":
-            if importlib.util.find_spec("triton"):
-                import triton  # noqa: F401  # by this thread: two that import the same packages get in each other's way
-            self._thread = threading.Thread(target=_warm, args=(device, dtype, head), name="warmup", daemon=True)
-            self._thread.start()
+    def __init__(self, device: torch.device, dtype: torch.dtype, head: int | None, *, packed: bool = False) -> None:
+        self._threads: list[threading.Thread] = []
+        if device.type != "cuda":
+            return
+        if importlib.util.find_spec("triton"):
+            import triton  # noqa: F401  # by this thread: two that import the same packages get in each other's way
+        for name, ways in (("compiler", [name_triton]), ("warmup", _on_gpu(device, dtype, head, packed))):
+            self._threads.append(threading.Thread(target=_try, args=(ways,), name=name, daemon=True))
+            self._threads[-1].start()
 
     def wait(self) -> None:
         """Until all is loaded; what could not be is loaded, or fails with a reason, when it is used."""
-        if self._thread is not None:
-            self._thread.join()
+        for thread in self._threads:
+            thread.join()
 
 
-def _warm(device: torch.device, dtype: torch.dtype, head: int | None) -> None:
-    ways: list[Callable[[], None]] = [
-        name_triton,
-        lambda: torch.cuda.set_device(device),  # or each operation would begin on the first device, and leave a context
-        lambda: _multiply(device, dtype),
-    ]
-    if head is not None:
-        ways.append(lambda: _attend(device, dtype, head))
+Ways = list[Callable[[], None]]
+
+
+def _try(ways: Ways) -> None:
     for way in ways:
         try:
             way()
         except Exception as error:  # a thread has nobody to raise to, and the next way may work
             print(f"warming up: {error!r}", flush=True)
+
+
+def _on_gpu(device: torch.device, dtype: torch.dtype, head: int | None, packed: bool) -> Ways:
+    ways: Ways = [
+        lambda: torch.cuda.set_device(device),  # or each operation would begin on the first device, and leave a context
+        lambda: _multiply(device, dtype),
+    ]
+    if head is not None:
+        attend = _attend_within if packed and dtype in (torch.bfloat16, torch.float16) and head % 8 == 0 else _attend
+        ways.append(lambda: attend(device, dtype, head))
+    return ways
 
 
 def name_triton() -> None:
@@ -69,4 +79,13 @@ def _attend(device: torch.device, dtype: torch.dtype, head: int) -> None:
     q, k, v = (torch.zeros(1, 2, 64, head, device=device, dtype=dtype, requires_grad=True) for _ in range(3))
     with torch.enable_grad():
         attended = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+    torch.autograd.grad(attended, (q, k, v), torch.ones_like(attended))
+
+
+def _attend_within(device: torch.device, dtype: torch.dtype, head: int) -> None:
+    """Two documents end to end, as ``kernels/attention.py`` has them on a GPU; its heads have at most 256 numbers."""
+    q, k, v = (torch.zeros(64, 2, head, device=device, dtype=dtype, requires_grad=True) for _ in range(3))
+    starts = torch.tensor([0, 32, 64], dtype=torch.int32, device=device)
+    with torch.enable_grad():
+        attended = torch.ops.aten._flash_attention_forward(q, k, v, starts, starts, 32, 32, 0.0, True, False)[0]
     torch.autograd.grad(attended, (q, k, v), torch.ones_like(attended))

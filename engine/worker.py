@@ -18,7 +18,7 @@ import traceback
 from typing import Any
 
 from ..planner.rollout import ROLLOUT_METHODS
-from . import imports
+from . import cuda_context, imports, standby
 from .checkpoints.continuation import changes, identity, model_mark, require_readable, require_same_run, rows_mark
 from .events import EventLog, LogLine, Phase, Warn
 from .models import remote_code
@@ -45,6 +45,13 @@ _QUIET = {
 def main(argv: list[str] | None = None) -> int:
     """Entry point of the process; the run's log takes over stdout and stderr at once."""
     arguments = sys.argv[1:] if argv is None else argv
+    said = ""
+    if arguments[:1] == [standby.WAITING] and len(arguments) == 2:
+        standby.divide(int(arguments[1]))
+        if not die_with_parent():
+            return 0
+        folder, said = standby.wait()
+        arguments = [folder]
     if len(arguments) != 1:
         print("usage: python -P -m finetui.engine.worker RUN_DIR", file=sys.stderr)
         return 2
@@ -65,6 +72,7 @@ def main(argv: list[str] | None = None) -> int:
     print(
         f"--- {time.strftime('%Y-%m-%d %H:%M:%S')} rank {rank.rank} of {rank.world}, process {os.getpid()}", flush=True
     )
+    print(said, end="", flush=True)
     return attempt(run, rank, Pulse(rank.rank))
 
 
@@ -122,6 +130,8 @@ def work(run: Run, rank: Rank, log: EventLog, pulse: Pulse) -> None:
             log.append(payload)
 
     say(Phase("importing", "torch"))
+    if resolved.device == "cuda" and "torch" not in sys.modules:
+        cuda_context.begin(rank.local_rank)
     import torch
 
     device = join_group(rank, resolved.device, hang_limit_s(recipe))
@@ -147,7 +157,7 @@ def work(run: Run, rank: Rank, log: EventLog, pulse: Pulse) -> None:
     say(Phase("importing", "transformers, peft and trl"))
     numerics = Numerics.of(resolved)
     head = head_size(folder) if resolved.attention == "sdpa" else None
-    warming = Warmup(device, numerics.autocast or numerics.weights, head)
+    warming = Warmup(device, numerics.autocast or numerics.weights, head, packed=resolved.packing)
     plain = not recipe.trust_remote_code and not already_quantised(folder)
     with imports.of_a_run(hide=plain):
         _silence_libraries()
@@ -163,7 +173,8 @@ def work(run: Run, rank: Rank, log: EventLog, pulse: Pulse) -> None:
         from .trainers.settings import length
 
         make_trainer = maker_for(resolved.method)
-    warming.wait()
+    if rank.world > 1:  # before a collective, whose kernel would keep the driver from loading others
+        warming.wait()
 
     say(Phase("loading the tokenizer", recipe.model))
     tokenizer, notes = load_tokenizer(folder, recipe.chat_template, resolved.options.new_tokens)
@@ -191,6 +202,7 @@ def work(run: Run, rank: Rank, log: EventLog, pulse: Pulse) -> None:
         rows=lambda: first_batches(rows.train, tokenizer),
         resumed=resume.path if resume is not None else None,
     )
+    warming.wait()
     if divided:
         split, whole_layers = _split_model(run, rank, source, device, say, ground)
         model = split.model
@@ -356,16 +368,19 @@ def _split_model(run: Run, rank: Rank, source: Any, device: Any, say: Any, groun
     from .models.adapt import adapt
     from .models.layers import checkpoint_layers
     from .models.load import patch_kernels
+    from .models.nf4_tensors import lay_open
     from .models.sharding import load_whole, lowered_to, split, twin_of
     from .models.stand_in import stood_in
     from .trainers.state import read_adapter
 
     recipe, resolved, first = run.recipe, run.plan.resolved, rank.rank == 0
-    model = load_whole(source, resolved, say)
+    model = load_whole(source, resolved, say, device)
     with torch.device("cpu" if first else "meta"):
         model = adapt(model, resolved, recipe.model, ground)
     if first and ground.resumed is not None and not resolved.trains_base:
         read_adapter(model, ground.resumed)
+    if resolved.quantization == "nf4":
+        lay_open(model)
     twin = twin_of(model) if first else None
     whole = False
     if device.type == "cuda":

@@ -2,9 +2,10 @@
 
     python -P -m finetui.engine.bench.arms TASK
 
-TASK is a :class:`.task.Task` as JSON; the last line of output is ``RESULT`` and what was measured. A step's time runs
-from the trainer's ``on_step_begin`` to its ``on_step_end`` with the device synchronised at both. Peak memory is that of
-steps after the second. Ours runs as ``finetui run`` does, from recipe to plan to worker, inside this process.
+TASK is a :class:`.task.Task` as JSON; the last line of output is ``RESULT`` and what was measured. A step's time is
+that of a whole turn by its number of steps: the device is waited for before a turn and after it, and whatever a trainer
+does between two steps (batches, logs) counts. Peak memory is that of steps after the second. Ours runs as
+``finetui run`` does, from recipe to plan to worker, inside this process.
 """
 
 from __future__ import annotations
@@ -44,11 +45,15 @@ class Clock:
                     clock.wait(turn)
                 if task.profile and state.global_step == task.steps - 1:
                     profile.start()
-                clock._began = clock._now()
+                if turn is not None or state.global_step < SETTLE:
+                    clock._began = clock._now()
 
             def on_step_end(self, args: Any, state: Any, *_: Any, **__: Any) -> None:
-                now = clock._now()
-                clock.seconds.append(now - clock._began)
+                settled = state.global_step > SETTLE
+                if settled and task.turn_of(state.global_step) is None and state.global_step < task.steps:
+                    return
+                steps = task.turn if settled and state.global_step <= SETTLE + task.rounds * task.turn else 1
+                clock.seconds.append((clock._now() - clock._began) / steps)
                 print(f"STEP {state.global_step} {clock.seconds[-1]:.4f}", flush=True)  # what is known if it dies
                 if state.global_step == 1:
                     clock.to_first_step_s = time.time() - _process_began() - clock._waited
@@ -86,11 +91,10 @@ class Clock:
         self._waited += time.perf_counter() - began
 
     def result(self) -> dict[str, Any]:
-        """Figures of the timed steps; times in the units of their names."""
+        """Figures of the timed turns; times in the units of their names. ``step_s``: steps that settle, then turns."""
         task, allocated, reserved = self._task, 0.0, 0.0
-        timed = self.seconds[SETTLE : SETTLE + task.rounds * task.turn]
-        rounds = [statistics.median(timed[start : start + task.turn]) for start in range(0, len(timed), task.turn)]
-        median = statistics.median(timed)
+        rounds = self.seconds[SETTLE : SETTLE + task.rounds]
+        median = statistics.median(rounds)
         if self._cuda:
             import torch
 
@@ -119,7 +123,7 @@ def _process_began() -> float:
 
 
 def _kernel_table(profile: Any, seconds: float) -> str:
-    """What ran on the GPU in one step: milliseconds, launches and names, the longest first."""
+    """What ran on the GPU in one step: milliseconds, launches and names, the longest first; then where it was idle."""
     import torch
 
     rows = [
@@ -129,7 +133,30 @@ def _kernel_table(profile: Any, seconds: float) -> str:
     ]
     busy, launches = sum(row[0] for row in rows), sum(row[1] for row in rows)
     head = f"step {seconds * 1e3:.1f} ms under the profiler, GPU busy {busy:.1f} ms in {launches} launches"
-    return "\n".join([head, *(f"{ms:9.2f} ms {n:5d}  {name}" for ms, n, name in sorted(rows, reverse=True)[:60])])
+    table = [f"{ms:9.2f} ms {n:5d}  {name}" for ms, n, name in sorted(rows, reverse=True)[:60]]
+    return "\n".join([head, *table, *_idle(profile)])
+
+
+def _idle(profile: Any) -> list[str]:
+    """Gaps between what ran on the GPU: how many of which length, and what the longest lie between."""
+    import torch
+
+    ran = sorted(
+        (event.time_range.start, event.time_range.end, event.name[:48])
+        for event in profile.events()
+        if event.device_type == torch.autograd.DeviceType.CUDA
+    )
+    gaps, end, last = [], ran[0][1] if ran else 0.0, ran[0][2] if ran else ""
+    for start, until, name in ran[1:]:
+        if start > end:
+            gaps.append((start - end, f"{last} … {name}"))
+        if until > end:
+            end, last = until, name
+    lines = ["idle between launches:"]
+    for low, high in ((0, 2), (2, 5), (5, 20), (20, 1e9)):
+        some = [gap for gap, _ in gaps if low <= gap < high]
+        lines.append(f"{sum(some) / 1e3:9.2f} ms {len(some):5d}  of {low} to {high:.0f} us")
+    return [*lines, *(f"{gap / 1e3:9.2f} ms        {where}" for gap, where in sorted(gaps, reverse=True)[:12])]
 
 
 def ours(task: Task) -> dict[str, Any]:

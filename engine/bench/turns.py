@@ -1,7 +1,7 @@
 """Programs that train beside one another and are timed in turns, so that a machine that slows down does it to all.
 
 Each is a process of its own that stays loaded. First it takes some steps to compile and to settle; then in each round
-so many timed ones, while the others wait. Their peaks have to fit on the GPU together.
+so many that are timed as one, while the others wait. Their peaks have to fit on the GPU together.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ..launcher import import_environment
+from ..children import import_environment
 from .task import ARMS, COMMON, Task
 
 Tell = Callable[[str], None]

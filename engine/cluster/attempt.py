@@ -24,7 +24,7 @@ from pathlib import Path
 from types import FrameType
 
 from ..checkpoints.store import find
-from ..launcher import import_environment
+from ..children import import_environment
 from ..run import SILENCE_S, Run
 from ..status import LIVE_STATES
 from ..supervision.preemption import FILE

@@ -153,6 +153,7 @@ def prepare(
     if not path.is_dir():
         with cache.whole_folder(path) as work:
             for fill in (True, False):
+                frozen = gc.get_freeze_count()
                 gc.freeze()  # else each collection goes through all that the libraries have made since their import
                 try:
                     facts = _Build(recipe, settings, tokenizer, work, progress or (lambda _: None), fill).run()
@@ -161,7 +162,8 @@ def prepare(
                     shutil.rmtree(work)
                     work.mkdir()
                 finally:
-                    gc.unfreeze()
+                    if not frozen:  # else a run has set its libraries aside for good
+                        gc.unfreeze()
             (work / "facts.json").write_text(json.dumps(asdict(facts), indent=1), encoding="utf-8")
     return _load(path)
 

@@ -25,7 +25,7 @@ from typing import Any
 from ...planner.errors import FinetuiError, first_line
 from ...planner.host import cores, host_memory
 from ..check import PACKAGES, Check, logout, nearest_folder
-from ..launcher import import_environment
+from ..children import import_environment
 from ..run import default_root
 from ..telemetry import GpuMonitor
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ...planner.errors import HardwareError, ModelError, RunError, first_line
+from ...planner.errors import HardwareError, ModelError, RunError
+from ...planner.hub import is_hub_id, read_config
 from ...planner.plan import Resolved
 from ..chat import result_folder
 from ..checkpoints import store
@@ -105,11 +105,15 @@ def _run_of(target: str) -> tuple[Run | None, str]:
     known = {run.name: run for run in reversed(list_runs())}
     if target in known:
         return known[target], ""
-    if not path.exists() and target.count("/") == 1 and not target.startswith((".", "/", "~")):
+    if not path.exists() and is_hub_id(target):
         return None, ""
+    do = "Give a run, a checkpoint folder with config.json, or an adapter folder with adapter_config.json."
     if path.is_dir():
-        do = "Give a run, a checkpoint folder with config.json, or an adapter folder with adapter_config.json."
         raise RunError("this folder is neither a run nor a model", where=target, do=do)
+    if path.exists():
+        raise RunError("this is a file, and neither a run nor a model", where=target, do=do)
+    if "/" in target:
+        raise RunError("there is no such folder", where=target, do=do)
     return Run.open(target), ""  # raises, and names the runs there are
 
 
@@ -146,11 +150,11 @@ def _of_model(target: str, device: str) -> Subject:
     adapter = (folder / ADAPTER).is_file()
     model = target
     if adapter:
-        try:
-            model = str(json.loads((folder / ADAPTER).read_text(encoding="utf-8"))["base_model_name_or_path"])
-        except (ValueError, KeyError) as error:
-            what = f"its {ADAPTER} names no base model ({first_line(error)})"
-            raise ModelError(what, where=target, do="Mend it.") from None
+        base_name = read_config(folder / ADAPTER).get("base_model_name_or_path")
+        if not isinstance(base_name, str) or not base_name:
+            do = "Write the model that it was trained on there, as base_model_name_or_path."
+            raise ModelError(f"its {ADAPTER} names no base model", where=target, do=do)
+        model = base_name
     base = locate(model) if adapter else folder
     packed = packed_checkpoint(base)
     ours = packed is not None and packed.ours
@@ -179,6 +183,7 @@ def locate_any(target: str) -> Path:
 
 def window_of(folder: Path) -> int:
     """How many tokens a model can look back on, as its config says; very many where that says nothing."""
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    text = config.get("text_config") or config
-    return int(text.get("max_position_embeddings") or 1 << 30)
+    config = read_config(folder / "config.json")
+    inner = config.get("text_config")
+    length = (inner if isinstance(inner, dict) else config).get("max_position_embeddings")
+    return length if isinstance(length, int) and length > 0 else 1 << 30

@@ -13,10 +13,9 @@ from typing import Any
 
 import torch
 
-from ...planner.errors import ModelError, first_line
 from ..models.adapt import grow_vocabulary
 from ..models.load import Emit, Numerics, load_base, load_tokenizer, locate, stored_dtype
-from ..supervision.failure import is_out_of_memory
+from ..models.misfit import with_adapter
 from .subjects import ADAPTER, Subject
 
 
@@ -102,26 +101,10 @@ def _whole(subject: Subject, folder: Path, device: torch.device, emit: Emit) -> 
 
 
 def _adapted(subject: Subject, tokenizer: Any, device: torch.device, emit: Emit) -> Any:
-    from peft import PeftModel
-
     model = load_base(locate(subject.model), subject.resolved, device, emit)
     if added := len(subject.resolved.options.new_tokens):
         grow_vocabulary(model, tokenizer, added)
-    try:
-        adapted = PeftModel.from_pretrained(model, str(subject.folder))
-    except (RuntimeError, ValueError, KeyError, TypeError, OSError) as error:
-        if is_out_of_memory(error):
-            raise
-        what = f"this adapter does not fit its base {subject.model} ({_mismatch(str(error))})"
-        do = "Use the model that it was trained on: base_model_name_or_path in its adapter_config.json names it."
-        raise ModelError(what, where=str(subject.folder), do=do) from error
-    return _placed(adapted, subject, device)
-
-
-def _mismatch(text: str) -> str:
-    """What of an error says what does not fit: the class that it happened in stands in the line before."""
-    lines = [line.strip() for line in text.splitlines() if "mismatch" in line]
-    return first_line(lines[0] if lines else text, 200)
+    return _placed(with_adapter(model, subject.folder, subject.model), subject, device)
 
 
 def _placed(model: Any, subject: Subject, device: torch.device) -> Any:

@@ -25,9 +25,9 @@ from ..evaluate import score
 from ..models.adapt import adapt
 from ..models.layers import checkpoint_layers
 from ..models.load import Numerics, patch_kernels
-from ..trainers import flat
+from ..trainers.walks import shorten_walks
 from .ledger import Ledger, Peak
-from .pretend import pretended, swapped
+from .pretend import pretended
 from .shapes import make_fake, on_meta, quantise, recognised, text_config, twin
 
 #: Frameworks whose code is at hand.
@@ -165,7 +165,7 @@ class _Step:
         self.trained = [p for p in self.model.parameters() if p.requires_grad]
         self.causal = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
         if framework == "finetui":
-            flat.shorten_walks(self.model, self.trained)
+            shorten_walks(self.model, self.trained)
         self.model.train()
 
     def run(self, counted: int) -> Followed:
@@ -286,7 +286,6 @@ class _Step:
         width = self.trained[0].element_size()
         if name not in _RUN:
             return self._sized(name, width)
-        adapters = not resolved.trains_base and self.framework == "finetui"
         if name == "adamw":
             made: Any = torch.optim.AdamW(self.trained, lr=1e-4, fused=True)
         elif name == "sgd":
@@ -295,8 +294,6 @@ class _Step:
             from transformers import Adafactor
 
             made = Adafactor(self.trained, lr=1e-4, scale_parameter=False, relative_step=False)
-        if name == "adamw" and adapters and resolved.precision != "fp16":
-            self._flatten(made)
         self._fill_gradients()
         with self.ledger.during("setup", "optimizer"):
             made.step()
@@ -304,14 +301,6 @@ class _Step:
             for parameter in self.trained:
                 parameter.grad = None
         return made.step
-
-    def _flatten(self, optimizer: torch.optim.Optimizer) -> None:
-        """Small tensors as one, as the engine's trainer has it on a GPU."""
-        with swapped(flat, "_fits", lambda p: p.dtype == torch.float32 and p.numel() % flat.BLOCK == 0):
-            flat.flatten(optimizer)
-        for group in optimizer.param_groups:
-            for parameter in group["params"]:
-                self.ledger.enter(parameter.data, "adapter")
 
     def _fill_gradients(self) -> None:
         for parameter in self.trained:

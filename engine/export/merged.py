@@ -23,6 +23,7 @@ from ...planner.options import VIRTUAL_TOKENS
 from ..chat import result_folder
 from ..models.adapt import grow_vocabulary
 from ..models.load import load_base, load_tokenizer, locate, stored_dtype
+from ..models.misfit import with_adapter
 from ..models.remote_code import trusted
 from ..modes import give_usual_modes
 from ..output import set_generation, written_whole
@@ -181,13 +182,11 @@ def empty_model(folder: Path) -> Any:
 
 def merge(run: Run, folder: Path) -> tuple[Any, torch.dtype]:
     """The merged model in fp32 on the CPU, and the format to store it in (that of the base)."""
-    from peft import PeftModel
-
     base = locate(run.recipe.model)
     words = len(run.plan.resolved.options.new_tokens)
     resolved = dataclasses.replace(run.plan.resolved, quantization="none", device="cpu", precision="fp32")
     model = load_base(base, resolved, torch.device("cpu"), lambda _: None, dtype=torch.float32)
     if words:
         grow_vocabulary(model, load_tokenizer(folder)[0], words)
-    merged = PeftModel.from_pretrained(model, str(folder)).merge_and_unload(safe_merge=True)
+    merged = with_adapter(model, folder, run.recipe.model).merge_and_unload(safe_merge=True)
     return merged, stored_dtype(base)

@@ -17,9 +17,10 @@ import torch
 
 from ...planner.errors import ModelError
 from ...planner.inside import inside
+from ..models.files import opened
 from ..models.load import locate
 from ..pickles import refuse
-from .sources import FLOATS, Checkpoint, Stored, opened, read_json
+from .sources import FLOATS, Checkpoint, Stored, read_json
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 _PREFIX = "base_model.model."

@@ -12,7 +12,7 @@ from . import depth
 from .methods import METHODS
 from .parameters import Each, first_of
 from .recipe import MergedModel, MergeRecipe, Slice
-from .sources import FLOATS, Source, Stored
+from .sources import FLOATS, Checkpoint, Source, Stored
 from .vocabulary import (
     Alignment,
     align,
@@ -29,6 +29,10 @@ HEADER_DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 #: Keys of a config that may differ without a word: they name no property of the weights.
 _UNTOLD = {"_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache", "_commit_hash"}
 _UNTOLD |= {"vocab_size", "tie_word_embeddings", *depth.COUNTS}  # told in words of their own
+#: Weights that leave less than this share of themselves when added up cancel each other.
+_CANCELLED = 0.01
+#: A share that is lost when it is added to the rest in fp32, whose numbers have 24 bits.
+_NOTHING = 2.0**-24
 #: Bytes of what is worked on piece by piece (``pruning.CHUNK`` numbers in float64, several times).
 _BUFFERS = 256 << 20
 
@@ -91,6 +95,8 @@ def lay_out(recipe: MergeRecipe, sources: Sequence[Source]) -> Layout:
         ModelError: the models don't fit on each other; it names the tensor and the models.
         RecipeError: a slice or a gradient asks for layers that are not there, or a value is not possible.
     """
+    for source in sources:
+        _require_rows(source)
     notes = _differences(sources)
     tables, tied = _with_heads(sources, notes)
     alignment = _alignment(recipe, sources, tables, notes)
@@ -143,6 +149,18 @@ def _with_heads(sources: Sequence[Source], notes: list[str]) -> tuple[list[Table
             table[name] = (embedding, source.tensors[embedding])
     notes.append("some of the models share their head with the embedding and some do not: the result does not")
     return tables, False
+
+
+def _require_rows(source: Source) -> None:
+    """Refuse a model whose config has another number of words than its embedding has rows: no result would load."""
+    embedding = embedding_of(list(source.tensors))
+    told = [level.get(key) for level in _levels(source.config) for key in ("vocab_size", "padded_vocab_size")]
+    said = [count for count in told if isinstance(count, int)]
+    rows = None if embedding is None else source.tensors[embedding].shape[0]
+    if rows is None or not said or rows in said or type(source) is not Checkpoint:  # an adapter may bring words along
+        return
+    what = f"{embedding} has {rows} rows, and config.json says {' or '.join(map(str, said))} words"
+    raise ModelError(what, where=source.name, do="Fetch config.json and weights from one source.")
 
 
 def _alignment(
@@ -291,8 +309,9 @@ class _Builder:
         stored = min(found, key=lambda one: one[0])[2].dtype  # of the model that gives the config
         copied = any(told.dtype not in FLOATS for _, _, told in found)
         if (copied and len({told.dtype for _, _, told in found}) > 1) or stored.startswith("F8"):
-            what = f"{name} is stored as {stored}, and such can't be added up"
-            raise ModelError(what, where=self.sources[0].name, do="Give models in 16 or 32 bits.")
+            number, _, told = next(one for one in found if one[2].dtype not in FLOATS)
+            what = f"{name} is stored as {told.dtype}, and such can't be added up"
+            raise ModelError(what, where=self.sources[number].name, do="Give models in 16 or 32 bits.")
         parts = tuple(Part(number, tensor) for number, tensor, _ in found)
         dtype = stored if copied or self.recipe.dtype == "auto" else HEADER_DTYPES[self.recipe.dtype]
         base = parts[-1] if self.base is not None else None
@@ -340,9 +359,16 @@ class _Builder:
             whole[key] = usual if plain is None else plain
             if whole[key] != whole[key]:
                 raise RecipeError(f"{key} has no value for {name}", where=key, do="Add a condition without a filter.")
-        if (whole.get("normalize") or self.recipe.method == "nuslerp") and sum(v["weight"] for v in each) == 0.0:
-            do = "Change the weights, or for linear set normalize: false."
-            raise RecipeError(f"the weights at {name} add up to 0, and can't be divided by that", where="weight", do=do)
+        if whole.get("normalize") or self.recipe.method == "nuslerp":
+            weights = [values["weight"] for values in each]
+            size = sum(map(abs, weights))
+            if any(0.0 < abs(weight) < _NOTHING * size for weight in weights):
+                what = f"of the weights at {name} one is nothing beside the others ({min(weights, key=abs):g})"
+                raise RecipeError(what, where="weight", do="Change the weights, or leave that model out.")
+            if abs(sum(weights)) <= _CANCELLED * size:
+                do = "Change the weights, or for linear set normalize: false."
+                what = f"the weights at {name} add up to {sum(weights):g}, and can't be divided by that"
+                raise RecipeError(what, where="weight", do=do)
         return each, whole
 
 

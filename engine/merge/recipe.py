@@ -37,6 +37,8 @@ MethodName = Literal[
     "breadcrumbs", "breadcrumbs_ties", "model_stock", "nearswap", "passthrough", "cat", "svd",
 ]  # fmt: skip
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+#: Largest factor on a model or on its changes. Far more than is of use: above it nothing else is left in the sum.
+MOST = 100
 #: Methods that add adapters to one adapter; see :mod:`.adapters`. The last two do nothing else.
 OF_ADAPTERS = ("linear", "cat", "svd")
 
@@ -163,6 +165,11 @@ class MergeRecipe(Whole):
                 raise ValueError("gamma and epsilon are shares from 0 to below 1||Change them.")
             if spec is None and isinstance(part.weight, list):
                 raise ValueError("the weight of an adapter is one number||Remove gradients and filters.")
+            self._check_range(part)
+        if not self._normalized(spec):
+            absurd = [value for part in parts for value in numbers(part.weight) if abs(value) > MOST]
+            if absurd:
+                raise ValueError(f"a weight of {absurd[0]:g} is no share of a model||Give one from -{MOST} to {MOST}.")
         if spec is not None and "density" in spec.each and self.density is None:
             without = [one.model for one in self.each_model() if one.density is None]
             if without and all(part.density is None for part in self.slices):
@@ -173,6 +180,28 @@ class MergeRecipe(Whole):
         per = {part.per for part in parts if isinstance(part, Whole)}
         if self.method == "model_stock" and "column" in per:
             raise ValueError("model_stock takes per: tensor or row||Change per.")
+
+    def _check_range(self, part: Each) -> None:
+        """Refuse what the formula of a method gives no meaning to, or what leaves nothing of the models."""
+        if self.method == "nuslerp" and any(value < 0.0 for value in numbers(part.weight)):
+            raise ValueError("nuslerp goes from one model to the other by their weights||Give weights of 0 or more.")
+        if not isinstance(part, Whole):
+            return
+        way, scale = numbers(part.t), numbers(part.scale)
+        if self.method == "slerp" and any(not 0.0 <= value <= 1.0 for value in way):
+            raise ValueError("t is from 0, the first model, to 1, the second||Change it.")
+        if self.method == "nearswap" and any(value <= 0.0 for value in way):
+            raise ValueError("t is how close two numbers must be, and so above 0||Change it, such as t: 0.0001.")
+        if any(abs(value) > MOST for value in scale):
+            raise ValueError(f"a scale of {max(scale, key=abs):g} leaves nothing of the base||At most {MOST}.")
+
+    def _normalized(self, spec: Method | None) -> bool:
+        """Whether weights count beside each other alone, at each tensor."""
+        if spec is None:
+            return False
+        usual = spec.whole.get("normalize", False) if self.normalize is None else self.normalize
+        each = [part.normalize if part.normalize is not None else usual for part in self.slices] or [usual]
+        return self.method == "nuslerp" or all(each)
 
     def each_model(self) -> Iterator[MergedModel]:
         """Every mention of a model, in order."""

@@ -15,10 +15,10 @@ from typing import Any, Protocol
 from ...planner.errors import ModelError, first_line
 from ...planner.hub import is_hub_id
 from ...planner.inside import inside
+from ..models.files import opened, weight_files
 
 #: Formats of floating point that can be averaged as they are.
 FLOATS = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
-_INDEX = "model.safetensors.index.json"
 #: Buffers that older releases of transformers stored, and that it now makes anew from the config.
 _MADE_ANEW = (".rotary_emb.inv_freq", ".attn.masked_bias", ".attention.masked_bias")
 
@@ -122,25 +122,17 @@ class Checkpoint:
         return self.shards()
 
     def shards(self) -> list[Path]:
-        """The safetensors files that belong to the checkpoint.
+        """The safetensors files that belong to the checkpoint; without an index all, whatever they are called.
 
         Raises:
             ModelError: there are none, or the index names one that is not there.
         """
-        from ..models.weights import shards
-
-        index = self.folder / _INDEX
-        if index.is_file():
-            names = shards(index)
-        elif (self.folder / "model.safetensors").is_file():
-            names = ["model.safetensors"]
-        else:
-            names = sorted(path.name for path in self.folder.glob("*.safetensors"))
-        files = [inside(self.folder, name, error=ModelError, where=str(index)) for name in names]
-        missing = [file.name for file in files if not file.is_file()]
-        if missing or not files:
-            what = f"{missing[0]} is missing" if missing else "this folder holds no weights"
-            raise ModelError(what, where=str(self.folder), do="Fetch the model again.")
+        files = weight_files(self.folder)
+        files = files or [
+            inside(self.folder, path.name, error=ModelError) for path in sorted(self.folder.glob("*.safetensors"))
+        ]
+        if not files:
+            raise ModelError("this folder holds no weights", where=str(self.folder), do="Fetch the model again.")
         return files
 
     def read(self, name: str) -> Any:
@@ -151,21 +143,6 @@ class Checkpoint:
         if file not in self._open:
             self._open[file] = opened(self.folder / file)
         return self._open[file]
-
-
-def opened(file: Path) -> Any:
-    """A safetensors file whose tensors are read when they are asked for.
-
-    Raises:
-        ModelError: it is damaged, or can't be read.
-    """
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        return safe_open(file, framework="pt")
-    except (OSError, SafetensorError) as error:
-        do = "Fetch or copy the file again."
-        raise ModelError(f"this file can't be read ({first_line(error)})", where=str(file), do=do) from None
 
 
 def read_json(path: Path) -> dict[str, Any]:

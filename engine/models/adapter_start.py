@@ -2,25 +2,29 @@
 
 from __future__ import annotations
 
-import json
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from ...planner.errors import ModelError, RecipeError, first_line
+from ...planner.hub import read_config
 from ..pickles import refuse
-
-WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+from .files import ADAPTER as WEIGHTS
+from .files import ADAPTER_CONFIG as CONFIG
+from .files import require_sound
 
 
 def find_adapter(where: str) -> Path:
     """The folder of an adapter: itself, or the output of the run that it is.
 
     Raises:
-        ModelError: neither is there.
+        ModelError: neither is there, or its weights are damaged.
     """
     folder = Path(where).expanduser()
     for place in (folder, folder / "output"):
         if (place / CONFIG).is_file() and (place / WEIGHTS).is_file():
+            if find_spec("safetensors") is not None:
+                require_sound(place)
             return place
     for place in (folder, folder / "output"):
         if place.is_dir():
@@ -40,8 +44,8 @@ def continue_from(adapted: Any, where: str) -> None:
     from safetensors.torch import load_file
 
     folder = find_adapter(where)
+    found = read_config(folder / CONFIG)
     try:
-        found = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
         weights = load_file(folder / WEIGHTS)
     except (OSError, ValueError) as error:
         raise ModelError(f"the adapter can't be read ({error})", where=str(folder)) from error

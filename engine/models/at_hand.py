@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from pathlib import Path
 from typing import cast
 
@@ -12,6 +13,7 @@ from ...planner.recipe import Recipe
 from ..check import Check
 from ..pickles import refuse
 from . import remote_code
+from .files import require_sound
 
 
 def check_model(model: str, trust: bool = False) -> list[Check]:
@@ -21,7 +23,7 @@ def check_model(model: str, trust: bool = False) -> list[Check]:
         trust: code that the model brings may run.
 
     Raises:
-        ModelError: its weights are pickles, or code of its own is not allowed.
+        ModelError: its weights are pickles, damaged or not all there, or code of its own is not allowed.
     """
     folder = folder_of(model)
     if folder is not None:
@@ -74,6 +76,8 @@ def _complete(folder: Path) -> Check:
     if missing:
         do = "Give a checkpoint in Hugging Face format, as save_pretrained writes it."
         return Check("model", "fail", f"{folder} lacks {', '.join(missing)}", do)
+    if find_spec("safetensors") is not None:  # else a check of its own says so
+        require_sound(folder)
     return Check("model", "ok", str(folder))
 
 

@@ -33,16 +33,18 @@ from typing import Any
 
 import torch
 
-from ...planner.errors import HardwareError, HubError, ModelError, RecipeError, first_line
+from ...planner.errors import FinetuiError, HardwareError, HubError, ModelError, RecipeError, first_line
 from ...planner.inside import inside
 from ...planner.options import LORA_TYPES
 from ...planner.plan import Resolved
 from ..events import Fallback
 from ..pickles import refuse
+from .files import require_sound
+from .misfit import UNREADABLE, explained, refused_config, unannounced
 from .packed import compute_in, opening, packed_checkpoint, plain, require
 from .quantize import fp8_config, not_in_8_bits
 from .remote_code import refusal, trusted
-from .weights import Reading, around, shards, stored_tensors
+from .weights import Reading, around, stored_tensors
 
 Emit = Callable[[Any], object]
 """Receives event payloads."""
@@ -82,7 +84,7 @@ def locate(model: str) -> Path:
     """The folder of a model: a given one, the shipped tiny one with its weights made, or a download from the Hub.
 
     Raises:
-        ModelError: the folder is no checkpoint.
+        ModelError: the folder is no checkpoint, or one that is damaged or not all there.
         HubError: the Hub can't be reached, does not know the model, or wants a licence accepted first.
     """
     folder = Path(model).expanduser()
@@ -102,13 +104,10 @@ def locate(model: str) -> Path:
 
 
 def _whole(folder: Path) -> Path:
-    """A checkpoint folder, once none of its files is somewhere else."""
+    """A checkpoint folder, once none of its files is somewhere else, and each is what it says."""
     for path in folder.iterdir():
         inside(folder, path.name, error=ModelError)
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        for name in shards(index):
-            inside(folder, name, error=ModelError, where=str(index))
+    require_sound(folder)
     return folder
 
 
@@ -163,11 +162,11 @@ def _download(model: str) -> Path:
 
 def stored_dtype(folder: Path) -> torch.dtype:
     """The format that a checkpoint's weights are stored in, as its config says (fp32 if it does not)."""
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    text = config.get("text_config") or {}
-    name = config.get("dtype") or config.get("torch_dtype") or text.get("dtype") or text.get("torch_dtype")
-    found = getattr(torch, str(name), None)
-    return found if isinstance(found, torch.dtype) else torch.float32
+    for told in reversed(_config(folder)):
+        if name := told.get("dtype") or told.get("torch_dtype"):
+            found = getattr(torch, str(name), None)
+            return found if isinstance(found, torch.dtype) else torch.float32
+    return torch.float32
 
 
 def already_quantised(folder: Path) -> bool:
@@ -215,11 +214,14 @@ def load_tokenizer(
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=trusted(folder))
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    except FinetuiError:
+        raise
+    except Exception as error:  # the library under it raises nothing more special
         if "trust_remote_code" in str(error):
             raise refusal(folder) from None
         do = "The folder needs tokenizer.json, or the files that its tokenizer class reads."
-        raise ModelError(f"the tokenizer can't be loaded ({first_line(error)})", where=str(folder), do=do) from error
+        what = f"the tokenizer can't be loaded ({first_line(error)})"
+        raise refused_config(folder) or ModelError(what, where=str(folder), do=do) from error
     notes = prepare_tokenizer(tokenizer, chat_template)
     known = [token for token in new_tokens if token in tokenizer.get_vocab()]
     if known:
@@ -287,6 +289,7 @@ def load_base(
         options["num_labels"] = 1
         torch.manual_seed(resolved.seed)  # of the new head
     loaded: Any
+    told: list[str] = []
     try:
         read = reading.tensors() if reading is not None else {}
 
@@ -294,23 +297,25 @@ def load_base(
             built = around(read, folder, options) if read else None
             return built or kind.from_pretrained(str(folder), output_loading_info=True, **options)
 
-        try:
-            loaded = load()
-        except ValueError as error:
-            if "attention" not in str(error) or resolved.attention == "eager":
-                raise
-            options["attn_implementation"] = "eager"
-            loaded = load()
-            emit(Fallback("attention: eager instead of sdpa", "the architecture has no scaled-dot-product path"))
-    except (OSError, ValueError, KeyError, ImportError, AttributeError) as error:
+        with unannounced() as told:
+            try:
+                loaded = load()
+            except ValueError as error:
+                if "attention" not in str(error) or resolved.attention == "eager":
+                    raise
+                options["attn_implementation"] = "eager"
+                loaded = load()
+                emit(Fallback("attention: eager instead of sdpa", "the architecture has no scaled-dot-product path"))
+    except UNREADABLE as error:
         if "trust_remote_code" in str(error):
             raise refusal(folder) from None
-        raise ModelError(f"the model can't be loaded ({first_line(error)})", where=str(folder)) from error
+        raise explained(error, folder, told) from error
     model, info = loaded
+    if (left := sorted(info["unexpected_keys"])) and not scores:  # whose class has no output head
+        emit(Fallback(f"weights left out: {_some(left)}", "config.json has no place for them"))
     missing = sorted(set(info["missing_keys"]) - ({"score.weight"} if scores else set()))
     if missing:
-        shown = ", ".join(missing[:3]) + (" …" if len(missing) > 3 else "")
-        what = f"the checkpoint lacks {len(missing)} of the model's weights ({shown})"
+        what = f"the checkpoint lacks weights of the model: {_some(missing)}"
         raise ModelError(what, where=str(folder), do="It would be trained from random numbers there. Use a whole one.")
     if resolved.quantization == "fp8" and (why := not_in_8_bits(model, numerics.autocast or dtype)):
         emit(Fallback("products of e4m3 weights in their input's format", why))
@@ -325,6 +330,11 @@ def load_base(
             # has no gradient: training after an evaluation would lose every adapter below it, without an error.
             module.support_avx512bf16_for_cpu = False
     return model
+
+
+def _some(names: list[str]) -> str:
+    shown = ", ".join(names[:3]) + (" …" if len(names) > 3 else "")
+    return f"{len(names)} ({shown})"
 
 
 def nf4_config(numerics: Numerics) -> Any:

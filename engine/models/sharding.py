@@ -3,7 +3,9 @@
 Every rank keeps 1/N of each tensor, by rows. A layer is gathered when its forward begins, freed when that ends, and
 gathered once more for its backward, after which its gradients are averaged and split like the weights. The root
 (embedding, head, last norm) stays gathered from forward to the end of backward, so a loss that reads the head's weight
-by itself finds it whole.
+by itself finds it whole; a frozen embedding that is not the head too is gathered for its look-up alone.
+
+Weights in 4 bits are split, and gathered, as they are packed (:mod:`.nf4_tensors`).
 
 Rank 0 alone reads the checkpoint, into host memory; the others build the same model without memory. Layer by layer it
 goes to all devices, each of which keeps its share before the next layer comes, so that no device ever holds more than
@@ -17,7 +19,7 @@ import contextlib
 import copy
 import hashlib
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,10 +32,15 @@ from ...planner.errors import ModelError, first_line
 from ...planner.plan import Resolved
 from .adapt import decoder_layers
 from .load import Emit, Numerics, load_base
+from .misfit import require_one_format
+from .nf4_tensors import bind, laid_open, packed_layers, packed_on, without_memory
 from .remote_code import trusted
 
 #: Elements that are sent at a time when a tensor is put together: the memory that rank 0's device needs for it.
 PIECE = 2**26
+_HOST = torch.device("cpu")
+#: Rows of a tensor, a rank and how many there are, to the rows of that rank.
+Cut = Callable[[int, int, int], slice]
 
 
 def splits(resolved: Resolved) -> bool:
@@ -44,33 +51,42 @@ def splits(resolved: Resolved) -> bool:
 # --- before it is split
 
 
-def load_whole(folder: Path, resolved: Resolved, emit: Emit) -> Any:
+def load_whole(folder: Path, resolved: Resolved, emit: Emit, device: torch.device = _HOST) -> Any:
     """The base model in host memory on rank 0, and without memory on the others.
+
+    Args:
+        device: this rank's, where weights that the plan quantises are packed.
 
     Raises:
         ModelError: the checkpoint can't be read.
     """
-    told: list[Any] = [None, None]
-    model = None
+    told: list[Any] = [None, None, None]
+    model, nf4 = None, resolved.quantization == "nf4"
     if dist.get_rank() == 0:
-        model = load_base(folder, resolved, torch.device("cpu"), emit)
-        told = [model.config._attn_implementation, model.generation_config]
+        with packed_on(device) if nf4 else contextlib.nullcontext():
+            model = load_base(folder, resolved, _HOST, emit)
+        packed = list(packed_layers(model)) if nf4 else []
+        told = [model.config._attn_implementation, model.generation_config, packed]
     dist.broadcast_object_list(told, src=0)
     return model if model is not None else _without_memory(folder, resolved, *told)
 
 
-def _without_memory(folder: Path, resolved: Resolved, attention: str, generation: Any) -> Any:
+def _without_memory(folder: Path, resolved: Resolved, attention: str, generation: Any, packed: list[str]) -> Any:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     options: dict[str, Any] = {"trust_remote_code": trusted(folder)}
+    numerics = Numerics.of(resolved)
     try:
         config = AutoConfig.from_pretrained(str(folder), **options)
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(
-                config, dtype=Numerics.of(resolved).weights, attn_implementation=attention, **options
+                config, dtype=numerics.weights, attn_implementation=attention, **options
             )
     except (OSError, ValueError, KeyError, ImportError, AttributeError) as error:
         raise ModelError(f"the model can't be built ({first_line(error)})", where=str(folder)) from error
+    if packed:
+        without_memory(model, packed, numerics.autocast or numerics.weights)
+        model.is_loaded_in_4bit = True
     model.eval()  # as from_pretrained gives it
     model.config.use_cache = False
     model.generation_config = generation  # all ranks answer alike, and call the model equally often
@@ -153,7 +169,7 @@ def split(model: Any, resolved: Resolved, device: torch.device, twin: Any) -> Sp
     """Split a model, as :func:`load_whole` gave it and whatever was put on it since, over all ranks.
 
     Raises:
-        ModelError: the ranks have built different models.
+        ModelError: the ranks have built different models, or weights in more formats than one are trained together.
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
@@ -165,18 +181,46 @@ def split(model: Any, resolved: Resolved, device: torch.device, twin: Any) -> Sp
         param_dtype=lowered, reduce_dtype=torch.float32 if lowered else None, cast_forward_inputs=False
     )
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
-    adapted = hasattr(model, "peft_config")
+    adapted, inside = hasattr(model, "peft_config"), set[Any]()
+    layers = list(decoder_layers(model.get_base_model() if adapted else model))
+    require_one_format(model, layers)
     with torch.no_grad():
-        for layer in decoder_layers(model.get_base_model() if adapted else model):
+        for layer in layers:
             _place(layer, device)
             fully_shard(layer, mesh=mesh, reshard_after_forward=True, mp_policy=policy)
+            _bind(layer, laid_open(layer))
+            inside.update(laid_open(layer))
+        table = _table_alone(model)
+        if table is not None:
+            _place(table, device)
+            fully_shard(table, mesh=mesh, reshard_after_forward=True, mp_policy=policy)
         _place(model, device)
         fully_shard(model, mesh=mesh, reshard_after_forward=False, mp_policy=policy)
+        _bind(model, [part for part in laid_open(model) if part not in inside])
     # A layer of ours gives a view of what it made, which nothing writes to.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     if adapted:  # whose own generate() calls the model inside without calling the root
         register_fsdp_forward_method(model, "generate")
     return Split(model, twin, dict(model.named_parameters()), adapted)
+
+
+def _table_alone(model: Any) -> nn.Embedding | None:
+    """The embedding, where nothing but its own forward reads it: it is neither the head nor trained."""
+    causal = model.get_base_model() if hasattr(model, "get_base_model") else model
+    table, head = causal.get_input_embeddings(), causal.get_output_embeddings()
+    if type(table) is not nn.Embedding or table.weight.requires_grad:
+        return None
+    return None if head is not None and getattr(head, "weight", None) is table.weight else table
+
+
+def _bind(unit: Any, packed: list[Any]) -> None:
+    """Gather a unit once, so that its packed weights get the state that they have whenever they are whole again."""
+    if not packed:
+        return
+    unit.unshard()
+    for layer in packed:
+        bind(layer)
+    unit.reshard()
 
 
 def lowered_to(resolved: Resolved) -> torch.dtype | None:
@@ -198,7 +242,7 @@ def rows_of(rows: int, rank: int, world: int) -> slice:
     return slice(min(rank * each, rows), min((rank + 1) * each, rows))
 
 
-def gathered(mine: Tensor, shape: torch.Size) -> Tensor | None:
+def gathered(mine: Tensor, shape: Sequence[int], cut: Cut = rows_of) -> Tensor | None:
     """A tensor of ``shape`` from the rows of all ranks, in rank 0's host memory; None on the others."""
     rank, world = dist.get_rank(), dist.get_world_size()
     flat = mine.detach().contiguous().reshape(-1)
@@ -207,7 +251,7 @@ def gathered(mine: Tensor, shape: torch.Size) -> Tensor | None:
             dist.send(flat[start : start + PIECE], dst=0)
         return None
     whole = torch.empty(shape, dtype=mine.dtype)
-    places = [whole[rows_of(shape[0], other, world)].reshape(-1) for other in range(world)]
+    places = [whole[cut(shape[0], other, world)].reshape(-1) for other in range(world)]
     places[0].copy_(flat)
     for other in range(1, world):
         for start in range(0, places[other].numel(), PIECE):

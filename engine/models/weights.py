@@ -21,8 +21,7 @@ from typing import Any
 
 import torch
 
-from ...planner.errors import ModelError
-from ...planner.inside import inside
+from .files import weight_files
 
 #: Reading threads, and bytes of each of their buffers: one thread copies memory at about 10 GB/s, the bus takes 55.
 THREADS, BUFFER = 6, 16 * 2**20
@@ -44,18 +43,11 @@ def stored_tensors(folder: Path) -> dict[str, Stored]:
 
     Raises:
         ValueError: a file is damaged.
-        UserError: the index is damaged, or names a file outside of the folder.
+        ModelError: the index is damaged, or names a file that is not there or outside of the folder.
         OSError: a file can't be read.
     """
-    index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
-    if index.is_file():
-        names = shards(index)
-    elif single.is_file():
-        names = [single.name]
-    else:
-        return {}
     found: dict[str, Stored] = {}
-    for file in (inside(folder, name, where=str(index)) for name in names):
+    for file in weight_files(folder):
         with open(file, "rb") as opened:
             length = int.from_bytes(opened.read(8), "little")
             if not 0 < length < 2**27:
@@ -74,19 +66,6 @@ def stored_tensors(folder: Path) -> dict[str, Stored]:
             if begin + end > size or _bytes(found[name]) != end - start:
                 raise ValueError(f"{file} is damaged at tensor {name}")
     return found
-
-
-def shards(index: Path) -> list[str]:
-    """The names of the files of a checkpoint, as its index gives them.
-
-    Raises:
-        ModelError: it is no index.
-    """
-    try:
-        places = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        return sorted({str(name) for name in places.values()})
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        raise ModelError("this is no index of a checkpoint", where=str(index), do="Fetch the model again.") from None
 
 
 class Reading:

@@ -21,12 +21,12 @@ from pathlib import Path
 
 import psutil
 
-from ...planner.cgroup import usable_cpus
 from ...planner.errors import FinetuiError
 from ...planner.plan import Plan
 from .. import bytecode
-from ..launcher import import_environment
+from ..children import import_environment, rank_environment
 from ..run import Run
+from ..standby import WaitingRank
 
 #: Seconds between SIGTERM and SIGKILL for ranks that are ended without a checkpoint.
 QUIT_S = 3.0
@@ -37,11 +37,12 @@ Launch = Callable[[], dict[int, int]]
 """Runs all ranks to their end and gives the exit codes of those that failed; a negative code is a signal."""
 
 
-def launcher(run: Run, world_size: int, worker: Sequence[str]) -> Launch:
+def launcher(run: Run, world_size: int, worker: Sequence[str], waiting: WaitingRank | None = None) -> Launch:
     """What starts the ranks of a run, each a session of its own so that it can be ended with all that it started.
 
     Args:
         worker: what each rank runs, as arguments of Python before the run directory.
+        waiting: a rank that is there already, to be the only one.
 
     Raises:
         FinetuiError: PyTorch is not installed, or can't be imported.
@@ -49,36 +50,24 @@ def launcher(run: Run, world_size: int, worker: Sequence[str]) -> Launch:
     if importlib.util.find_spec("torch") is None:
         raise FinetuiError("PyTorch is not installed", do="Install it with: pip install 'finetui[train]'")
     command = [*worker, str(run.path)]
-    return _several(run.name, world_size, command) if world_size > 1 else lambda: _single(command)
+    return _several(run.name, world_size, command) if world_size > 1 else lambda: _single(command, waiting)
 
 
 def environment(plan: Plan, present: Mapping[str, str]) -> dict[str, str]:
     """What the ranks need in their environment; what the user has set by hand stays."""
     resolved = plan.resolved
-    wanted = {
-        "OMP_NUM_THREADS": str(max(1, usable_cpus() // resolved.world_size)),
-        # Idle OpenMP threads sleep instead of spinning: on two cores shared with other work, spinning made a step of
-        # the tiny model eight times slower (2.0 s against 0.25 s).
-        "OMP_WAIT_POLICY": "PASSIVE",
-        # The ranks of one machine listen where nobody else can reach them.
-        "GLOO_SOCKET_IFNAME": "lo",
-        "NCCL_SOCKET_IFNAME": "lo",
-        # After one rank has failed, its peers hang in a collective: elastic waits so long before it kills them.
-        "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "5",
-    }
-    if resolved.device == "cuda" and "PYTORCH_CUDA_ALLOC_CONF" not in present:  # its old name, which torch still reads
-        wanted["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
-    added = {key: value for key, value in wanted.items() if key not in present}
+    added = rank_environment(present, world=resolved.world_size, cuda=resolved.device == "cuda")
     visible = ",".join(map(str, resolved.gpus)) if resolved.device == "cuda" else ""
     devices = {"CUDA_DEVICE_ORDER": "PCI_BUS_ID", "CUDA_VISIBLE_DEVICES": visible}
     return added | devices | import_environment() | bytecode.environment(present)
 
 
-def _single(command: Sequence[str]) -> dict[int, int]:
+def _single(command: Sequence[str], waiting: WaitingRank | None) -> dict[int, int]:
     # Without LOCAL_RANK: libraries take that for a process group to join.
-    place = {"RANK": "0", "WORLD_SIZE": "1"}
-    rank = subprocess.Popen([sys.executable, *command], env={**os.environ, **place}, start_new_session=True)
-    code = rank.wait()
+    environment = {**os.environ, "RANK": "0", "WORLD_SIZE": "1"}
+    code = None if waiting is None else waiting.train(Path(command[-1]), environment)
+    if code is None:
+        code = subprocess.Popen([sys.executable, *command], env=environment, start_new_session=True).wait()
     return {0: code} if code else {}
 
 

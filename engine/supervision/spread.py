@@ -10,8 +10,9 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Literal
 
-from ...planner.errors import RunError
-from ...planner.plan import Plan, Reason
+from ...planner.errors import RunError, UserError
+from ...planner.plan import Plan, Reason, Resolved
+from ...planner.recipe import Recipe
 from ...planner.rollout import ROLLOUT_METHODS
 from ..durable import write_atomically
 from ..events import LogLine
@@ -49,17 +50,27 @@ def spread(run: Run, gpus: int | list[int]) -> Plan:
         raise RunError(what, where=run.name, do=f"Choose a number of GPUs among {able}.")
     share = batch // world
     micro = max(size for size in range(1, min(share, resolved.micro_batch) + 1) if share % size == 0)
-    strategy: Literal["single", "ddp", "fsdp"] = "single"
-    if world > 1:
-        strategy = "fsdp" if resolved.strategy == "fsdp" else "ddp"
-    wanted = {"hardware.gpus": chosen if resolved.device == "cuda" else world, "hardware.strategy": strategy}
-    new = plan_for(recipe.with_overrides({**pinned(recipe, plan, micro), **wanted}))
+    placed = {"hardware.gpus": chosen if resolved.device == "cuda" else world}
+    graphs = resolved.graphs and world == 1
+    new: Plan | None = None
+    for strategy in _strategies(recipe, resolved, world):
+        wanted = {**placed, "hardware.strategy": strategy, "hardware.graphs": graphs}
+        try:
+            new = plan_for(recipe.with_overrides({**pinned(recipe, plan, micro), **wanted}))
+        except UserError:
+            if new is None:
+                raise
+            break  # it can't be split; what is wrong is that it does not fit otherwise
+        if new.fits:
+            break
+    assert new is not None
     if not new.fits:
         need, have = new.memory.device_gib, new.hardware.memory_gib
         what = f"on {world} it would need {need:.1f} GiB each, and there are {have:.1f}"
         raise RunError(what, where=run.name, do="Choose other GPUs.")
     now = replace(
-        resolved, gpus=new.resolved.gpus, strategy=strategy, micro_batch=micro, accumulation=share // micro
+        resolved, gpus=new.resolved.gpus, strategy=strategy, micro_batch=micro, accumulation=share // micro,
+        graphs=graphs,
     )  # fmt: skip
     why = f"resumed on {world} instead of {resolved.world_size}: the same {batch} rows make a step"
     changed = replace(
@@ -75,3 +86,15 @@ def spread(run: Run, gpus: int | list[int]) -> Plan:
     write_atomically(run.path / "plan.json", changed.to_json() + "\n")
     run.append(LogLine(0, why))
     return changed
+
+
+Strategy = Literal["single", "ddp", "fsdp"]
+
+
+def _strategies(recipe: Recipe, resolved: Resolved, world: int) -> list[Strategy]:
+    """How ranks may share the run, the best first: split if it was or was asked to be, else only where it must be."""
+    if world == 1:
+        return ["single"]
+    if "fsdp" in (resolved.strategy, recipe.hardware.strategy):
+        return ["fsdp"]
+    return ["ddp", "fsdp"] if recipe.hardware.strategy == "auto" else ["ddp"]

@@ -28,9 +28,8 @@ from ..models.sharding import Split
 from .adalora import PATTERN, TakesRanks, add_penalty, allocates, load_state, state_of
 from .adalora import STATE as ADALORA
 from .best import KeepsBest
-from .flat import flatten, shorten_walks
 from .fused_adamw import clipped_on_the_way, fused_adamw
-from .optimizers import OWN, averaged, optimizer_for
+from .optimizers import averaged, optimizer_for
 from .order import Order
 from .saving import Saver
 from .shards import NAMED, Shards, numbered
@@ -48,6 +47,8 @@ from .state import (
     weights_of,
 )
 from .tree import read_tree
+from .unread import Unread
+from .walks import shorten_walks
 
 if TYPE_CHECKING:
     from transformers import Trainer as _Trainer
@@ -71,6 +72,8 @@ class RunTrainer(_Trainer):
 
     may_rest = False
     """A step without any gradient is no mistake: all completions scored alike."""
+    tells_late = False
+    """All figures of a step are tensors on the device, so that they can be told once it is done with them."""
     pool_bytes = 0
     """Device memory of steps that are replayed; see :mod:`..graphs`."""
 
@@ -94,6 +97,11 @@ class RunTrainer(_Trainer):
         """Non-padding tokens processed so far, over all ranks and attempts."""
         self.grad_norm: torch.Tensor | float = math.nan
         """Norm of the gradient of the step in progress, before clipping."""
+        self.guarded = False
+        """The optimiser leaves the step in progress out by itself if its gradient is no number."""
+        self.besides: dict[str, torch.Tensor] = {}
+        """Further figures of the step in progress, told with the others if it is told late."""
+        self.unread = Unread(rest["args"].device)
         self.saver = Saver(Path(str(rest["args"].output_dir)), keep, emit)
         self.identity = identity or {}
         self.on_saved: Callable[[], None] = lambda: None
@@ -112,40 +120,35 @@ class RunTrainer(_Trainer):
                 callback.whole_model = self.whole_model
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
-        """The recipe's optimiser; over many small tensors it takes its steps as over one."""
+        """The recipe's optimiser."""
         new = self.optimizer is None
         if new and self.optimizer_cls_and_kwargs is None:
-            self.optimizer_cls_and_kwargs = self._asked_for() or fused_adamw(self.model, self.args, self.emit)
+            self.optimizer_cls_and_kwargs = self._asked_for()
         optimizer = super().create_optimizer(*args, **kwargs)
-        own = self.resolved is not None and self.resolved.optimizer in OWN
-        adam = self.args.optim in ("adamw_torch_fused", "adamw_bnb_8bit") and not own
-        # The scaler of fp16 looks for each tensor's gradient in the optimiser.
-        on_gpu = self.args.device.type == "cuda" and self.numerics.autocast is not torch.float16
-        on_gpu &= self.shards is None  # which lie in the memory that is gathered
-        # Adapters are small: one more copy of a whole model, for a moment, would not be.
-        if new and adam and on_gpu and hasattr(self.model, "peft_config"):
-            flatten(optimizer)
         if new:
             shorten_walks(self.model, [parameter for _, parameter in self.trained_parameters()])
         return optimizer
 
     def _asked_for(self) -> Any:
         """The plan's optimiser where it is none of the trainer's own, or has groups of its own."""
-        if self.resolved is None:
-            return None
         model: Any = self.model
+        named = self.trained_parameters()
+        shards = None if self.shards is None else [p for _, p in named]
+        kernels = self.resolved is None or self.resolved.kernels != "off"
+        ours = partial(fused_adamw, model, self.args, self.emit, shards, kernels=kernels)
+        if self.resolved is None:
+            return ours()
         decayed = set(self.get_decay_parameter_names(model))
         groups = [
-            {"params": [p for n, p in self.trained_parameters() if (n in decayed) is decays], "weight_decay": decay}
+            {"params": [p for n, p in named if (n in decayed) is decays], "weight_decay": decay}
             for decays, decay in ((True, self.args.weight_decay), (False, 0.0))
         ]
         stock = partial(self.get_optimizer_cls_and_kwargs, self.args, model)
+        asked = optimizer_for(model, self.resolved, groups, lambda: ours() or stock(), named)
         if self.shards is None:
-            return optimizer_for(model, self.resolved, groups, stock)
-        named = self.trained_parameters()
-        asked = optimizer_for(model, self.resolved, groups, stock, named)
-        kind, given = asked or fused_adamw(model, self.args, self.emit, [p for _, p in named]) or stock()
-        return kind, {"params": groups, **given}
+            return asked or ours()
+        kind, given = asked or ours() or stock()
+        return kind, {"params": groups, **self.shards.settled(given)}
 
     def trained_parameters(self) -> list[tuple[str, torch.nn.Parameter]]:
         """What is updated, by name; found once, since a walk over a large model takes as long as a layer."""
@@ -158,6 +161,7 @@ class RunTrainer(_Trainer):
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
         """Forward and backward of one micro-batch, with what an adapter adds to its loss."""
+        self.tell_steps(but=math.inf)
         if self.shards is not None:
             self.shards.split.begin_micro_batch(last=self.accelerator.sync_gradients)
         loss: torch.Tensor = super().training_step(model, inputs, num_items_in_batch)
@@ -192,6 +196,12 @@ class RunTrainer(_Trainer):
             generator=torch.Generator().manual_seed(self.args.seed),
         )
 
+    def _prepare_input(self, data: Any) -> Any:
+        """To the device; from pinned memory, nobody waits for the copy."""
+        if isinstance(data, torch.Tensor) and data.device.type == "cpu" and data.is_pinned():
+            return data.to(self.args.device, non_blocking=True)
+        return super()._prepare_input(data)
+
     # --- figures
 
     def count(self, counts: torch.Tensor) -> None:
@@ -222,12 +232,15 @@ class RunTrainer(_Trainer):
         if self.accelerator.distributed_type not in (DistributedType.NO, DistributedType.MULTI_GPU):
             return super()._clip_grad_norm(model)
         trained = [p for _, p in self.trained_parameters()]
-        norm = clipped_on_the_way(self.optimizer, trained, self.args.max_grad_norm)
-        return norm if norm is not None else self.accelerator.clip_grad_norm_(trained, self.args.max_grad_norm)
+        limit = self.args.max_grad_norm or math.inf
+        # How adapters share out their ranks goes by gradients as they are after clipping.
+        norm = None if allocates(self.model) else clipped_on_the_way(self.optimizer, trained, limit)
+        self.guarded = norm is not None
+        return norm if norm is not None else self.accelerator.clip_grad_norm_(trained, limit)
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
-        if self.shards is not None and grad_norm is None:
-            grad_norm = self.shards.clip(self.optimizer, 0.0)
+        if grad_norm is None:
+            grad_norm = self._clip_grad_norm(model) if self.shards is None else self.shards.clip(self.optimizer, 0.0)
         self.grad_norm = super()._get_grad_norm(model, grad_norm=grad_norm)
         return self.grad_norm
 
@@ -260,8 +273,35 @@ class RunTrainer(_Trainer):
         """Hand figures to the callbacks; no history is kept, since events.jsonl is that history."""
         self.control = self.callback_handler.on_log(self.args, self.state, self.control, logs)
 
+    @property
+    def late(self) -> bool:
+        """Whether the step in progress is told of while the next one is under way.
+
+        Several ranks agree on what comes next by what each has counted, so they wait for it.
+        """
+        return self.tells_late and self.guarded and self.args.world_size == 1
+
+    def leave_out_if(self, condition: torch.Tensor) -> None:
+        """Of a guarded step: make no update where this holds, a scalar on the device."""
+        optimizer: Any = self.optimizer
+        getattr(optimizer, "optimizer", optimizer).leave_out_if(condition)
+
+    def tell_steps(self, *, but: float = 0) -> None:
+        """Tell of the steps that are done; all ``but`` the latest so many are waited for."""
+        for told in self.unread.read(but=but):
+            self.log(vars(told) | {"loss": told.figures["loss"][0], "grad_norm": told.figures["grad_norm"][0]})
+
     def _maybe_log_save_evaluate(self, tr_loss: torch.Tensor, *rest: Any, **more: Any) -> None:
         """The trainer takes the loss that it has told off its sum; what remains of a nan would be nan for good."""
+        if self.control.should_log and self.late:
+            self.control.should_log = False
+            norm = self.grad_norm
+            assert isinstance(norm, torch.Tensor)
+            figures = {"loss": tr_loss, "grad_norm": norm, "counts": self.take_counts(), **self.besides}
+            self.unread.add(self.state.global_step, more["learning_rate"], figures)
+            self.besides = {}
+        pauses = self.control.should_save or self.control.should_evaluate or self.control.should_training_stop
+        self.tell_steps(but=1 if self.late and not pauses else 0)
         super()._maybe_log_save_evaluate(tr_loss, *rest, **more)
         tr_loss.zero_()
 

@@ -1,7 +1,8 @@
 """What a trainer tells and is told: events, TensorBoard, requests from ``control/``, and the rules that end a run.
 
 One object, because it is one conversation: each optimiser step all ranks add up their counts and learn rank 0's
-decision to stop or to write a checkpoint in a single reduction, so that all of them act on the same step.
+decision to stop or to write a checkpoint in a single reduction, so that all of them act on the same step. A rank
+that is alone knows at once what was asked for, and is told of a step once the device is done with it (:mod:`.unread`).
 """
 
 from __future__ import annotations
@@ -65,7 +66,7 @@ class Reporter(TrainerCallback):
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Remember where this attempt begins."""
         self._first_step = state.global_step
-        self._marked = time.perf_counter()
+        self._begin()
         if self._board is not None:
             self._board.begin(state.global_step)
 
@@ -77,7 +78,7 @@ class Reporter(TrainerCallback):
         if state.global_step - self._first_step < 2:
             self._warn_of_dead_gradients(named)
         # One non-finite gradient would turn every weight into nan for good; without it the next batch may be fine.
-        if not math.isfinite(float(self.trainer.grad_norm)):
+        if not self.trainer.guarded and not math.isfinite(float(self.trainer.grad_norm)):
             for _name, parameter in named:
                 parameter.grad = None
 
@@ -87,11 +88,13 @@ class Reporter(TrainerCallback):
         if self.rank == 0:
             wanted = self.run.requested("checkpoint") and not self._serving
             asked[:2] = [int(self.run.requested("stop")), int(wanted)]
-        counts = self.trainer.take_counts()
-        agreed = reduce_sum(torch.cat([counts, counts.new_tensor(asked)]), args.device).tolist()
-        *self._totals, stop, save, failed = agreed
+        if self.trainer.late:
+            stop, save, failed = asked
+        else:
+            counts = self.trainer.take_counts()
+            agreed = reduce_sum(torch.cat([counts, counts.new_tensor(asked)]), args.device).tolist()
+            *self._totals, stop, save, failed = agreed
         self.trainer.agree_on_failed_save(bool(failed))
-        self.trainer.tokens += self._totals[0]
         last = state.global_step >= self.length.steps
         self._serving = self._serving or bool(save)
         if stop and not last:
@@ -110,7 +113,7 @@ class Reporter(TrainerCallback):
         args: TrainingArguments,
         state: TrainerState,
         control: TrainerControl,
-        logs: dict[str, float] | None = None,
+        logs: dict[str, Any] | None = None,
         **_: Any,
     ) -> None:
         """Tell of one optimiser step, and fail after too many that went wrong."""
@@ -118,15 +121,20 @@ class Reporter(TrainerCallback):
             return
         now = time.perf_counter()
         seconds, self._marked = now - self._marked, now
-        tokens, figures = self._totals[0], self.trainer.figures(self._totals)
+        number, totals = state.global_step, self._totals
+        if "figures" in logs:
+            number, seconds = logs["step"], logs["seconds"]
+            totals = [int(count) for count in logs["figures"]["counts"]]
+        tokens, figures = totals[0], self.trainer.figures(totals)
+        self.trainer.tokens += tokens
         loss, grad_norm = float(logs["loss"]), float(logs.get("grad_norm", math.nan))
-        self._tell_memory(args.device, now, early=state.global_step - self._first_step <= 3)
+        self._tell_memory(args.device, now, early=number - self._first_step <= 3)
         if self.rank == 0:
-            if state.global_step == self._first_step + 1:
+            if number == self._first_step + 1:
                 self.run.update(state="stopping" if self.stopped else "running")
             step = Step(
-                step=state.global_step,
-                epoch=round(self.trainer.order.passes(state.global_step), 4),
+                step=number,
+                epoch=round(self.trainer.order.passes(number), 4),
                 loss=loss,
                 learning_rate=float(logs["learning_rate"]),
                 grad_norm=grad_norm,
@@ -142,10 +150,11 @@ class Reporter(TrainerCallback):
             print(f"step {step.step}/{step.steps}  loss {loss:.4f}  lr {step.learning_rate:.3g}  {speed}", flush=True)
             if self._board is not None:
                 self._board.step(step, figures)
-        self._judge(state.global_step, loss, grad_norm, control)
+        self._judge(number, loss, grad_norm, control)
         if self.after_first_step is not None and not self.stopped:
             self.after_first_step()
-            self.after_first_step, self._marked = None, time.perf_counter()
+            self.after_first_step = None
+            self._begin()
 
     def on_evaluate(
         self,
@@ -169,12 +178,12 @@ class Reporter(TrainerCallback):
             if self._board is not None:
                 for name, value in metrics.items():
                     self._board.write(name.replace("eval_", "eval/", 1), value, state.global_step)
-        self._marked = time.perf_counter()
+        self._begin()
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """The time that a checkpoint is waited for does not count as a step's."""
         self._unproven = False
-        self._marked = time.perf_counter()
+        self._begin()
 
     def saved(self) -> None:
         """A checkpoint is on the disk: if one was asked for, that is done."""
@@ -186,6 +195,11 @@ class Reporter(TrainerCallback):
         """Close what is open."""
         if self._board is not None:
             self._board.close()
+
+    def _begin(self) -> None:
+        """What lies between two steps is over, and counts as no step's time."""
+        self._marked = time.perf_counter()
+        self.trainer.unread.begin()
 
     # --- rules
 
@@ -267,13 +281,20 @@ def memory_use(device: torch.device, rank: int, pool: int = 0) -> MemoryUse:
 
 
 class _Board:
-    """TensorBoard files; a resumed run overwrites the steps that it repeats."""
+    """TensorBoard files; a resumed run overwrites the steps that it repeats.
+
+    They are opened for the first figure: until there is one, nobody waits for TensorBoard to be imported.
+    """
 
     def __init__(self, folder: Path, emit: Emit) -> None:
         self.folder, self.emit = folder, emit
         self._writer: Any = None
+        self._first_step: int | None = None
 
     def begin(self, step: int) -> None:
+        self._first_step = step
+
+    def _open(self, step: int) -> None:
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
@@ -288,6 +309,9 @@ class _Board:
             self.write(f"train/{name}", value, step.step)
 
     def write(self, name: str, value: float, step: int) -> None:
+        if self._first_step is not None:
+            self._open(self._first_step)
+            self._first_step = None
         if self._writer is not None:
             self._writer.add_scalar(name, value, step)
 

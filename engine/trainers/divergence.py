@@ -2,7 +2,8 @@
 
 A loss or gradient that is not finite, or a loss far above those of the latest steps, is known before the optimiser
 steps. Such an update is dropped, so one bad batch costs one step; after ``limits.nan_steps`` of them in a row the run
-fails, with the weights and checkpoints of the last good step.
+fails, with the weights and checkpoints of the last good step. Of a step that is told late (:mod:`.unread`) the device
+decides, by the losses that are known by then, and the host learns of it with the step's other figures.
 """
 
 from __future__ import annotations
@@ -55,6 +56,8 @@ class Divergence(TrainerCallback):
         """Of this step's micro-batches: shares of the step's mean, on the device."""
         self._good: deque[float] = deque(maxlen=_LATEST)
         self._exploded = 0
+        self._usual: dict[int, float | None] = {}
+        """What the losses of steps were held against that are not told of yet."""
         # Whatever carries a micro-batch out, eagerly or as a graph, is called by this name.
         inner = trainer.training_step
 
@@ -68,48 +71,77 @@ class Divergence(TrainerCallback):
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
-        """Leave an update out whose loss explodes, and name the rows of one that is left out."""
-        losses: list[float] = torch.stack(self._losses).tolist() if self._losses else []
-        self._losses = []
-        step = state.global_step + 1
-        here = loss = sum(losses)
-        broken = not math.isfinite(float(self.trainer.grad_norm))
+        """Leave an update out whose loss explodes."""
+        step, usual = state.global_step + 1, statistics.median(self._good) if len(self._good) >= _FEWEST else None
+        limit = math.inf if self.explosion is None or usual is None else usual + self.explosion
+        losses, self._losses = self._losses, []
+        if self.trainer.late:
+            together = torch.stack(losses)
+            above = together.sum() > limit
+            self.trainer.leave_out_if(above)
+            self.trainer.besides |= {"losses": together, "exploded": above}
+            self._usual[step] = usual
+            return
+        here: list[float] = torch.stack(losses).tolist() if losses else []
+        loss, broken = sum(here), not math.isfinite(float(self.trainer.grad_norm))
         if torch.distributed.is_initialized() and (self.explosion is not None or broken):
             # Every rank must come to the same judgement, and all have the same gradient.
             loss = reduce_sum(torch.tensor(loss), args.device).item() / args.world_size
-        if broken or not math.isfinite(loss):
-            if not math.isfinite(here):
-                self._tell(step, "loss", "is not finite", losses)
-            elif math.isfinite(loss) and not args.fp16:  # whose scaler looks for its scale in this way
-                self._tell(step, "gradient", "is not finite", losses)
-            return
-        usual = statistics.median(self._good) if len(self._good) >= _FEWEST else None
-        if self.explosion is None or usual is None or loss <= usual + self.explosion:
-            self._good.append(loss)
-            self._exploded = 0
-            return
-        for _name, parameter in self.trainer.trained_parameters():
-            parameter.grad = None
-        self._exploded += 1
-        self._tell(step, "loss", f"rose from {usual:.2f} to {loss:.2f}", losses)
+        exploded = loss > limit
+        if exploded and not broken:
+            for _name, parameter in self.trainer.trained_parameters():
+                parameter.grad = None
+        self._judge(step, here, loss, usual, broken=broken, exploded=exploded, fp16=args.fp16)
 
     def on_log(
         self,
         args: TrainingArguments,
         state: TrainerState,
         control: TrainerControl,
-        logs: dict[str, float] | None = None,
+        logs: dict[str, Any] | None = None,
         **_: Any,
     ) -> None:
         """End the run once too many steps in a row have exploded."""
-        if self._exploded < self.nan_steps or not logs or "loss" not in logs:
+        if not logs or "loss" not in logs:
+            return
+        step = state.global_step
+        if "figures" in logs:
+            step, figures = logs["step"], logs["figures"]
+            losses, exploded = figures["losses"], bool(figures["exploded"][0])
+            broken = not math.isfinite(logs["grad_norm"])
+            usual = self._usual.pop(step)
+            self._judge(step, losses, sum(losses), usual, broken=broken, exploded=exploded, fp16=False)
+        if self._exploded < self.nan_steps:
             return
         raise TrainingError(
-            f"the loss exploded for {self._exploded} steps in a row, up to step {state.global_step}",
+            f"the loss exploded for {self._exploded} steps in a row, up to step {step}",
             cause="nan",
             do="Lower optimizer.learning_rate, or look at the rows that the warnings name; limits.explosion says how "
             "far it may rise. The last good checkpoint is kept.",
         )
+
+    def _judge(
+        self, step: int, here: list[float], loss: float, usual: float | None, *, broken: bool, exploded: bool,
+        fp16: bool,
+    ) -> None:  # fmt: skip
+        """Name the rows of an update that is left out; of any other, remember the loss.
+
+        Args:
+            here: shares of the loss by micro-batch of this rank; ``loss`` is that of all ranks.
+            usual: what it was held against.
+            broken: the gradient is no number.
+        """
+        if broken or not math.isfinite(loss):
+            if not math.isfinite(sum(here)):
+                self._tell(step, "loss", "is not finite", here)
+            elif math.isfinite(loss) and not fp16:  # whose scaler looks for its scale in this way
+                self._tell(step, "gradient", "is not finite", here)
+        elif exploded:
+            self._exploded += 1
+            self._tell(step, "loss", f"rose from {usual:.2f} to {loss:.2f}", here)
+        else:
+            self._good.append(loss)
+            self._exploded = 0
 
     def _tell(self, step: int, what: str, how: str, losses: list[float]) -> None:
         batches = rows_of_step(self.trainer, step)

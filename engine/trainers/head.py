@@ -14,9 +14,13 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers.utils import ModelOutput
 
 from ...kernels.token_weights import Weighting
+
+#: Ways of attention that are compiled already.
+_READY = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 #: Share of labelled positions up to which it pays to leave the others out: gathering rows takes time too.
 _FEW = 0.9
@@ -125,7 +129,9 @@ def _disagreement(causal: Any, scale: float, cap: float | None, called: Any = No
     causal.eval()
     listening = causal.base_model.register_forward_hook(lambda _module, _inputs, out: made.append(out[0]))
     try:
-        with torch.no_grad():  # once: a start waits for it, and all layers of a large model take half a second
+        # Once: a start waits for it. And without cuDNN, which takes a second to prepare attention for a shape that
+        # never comes again; how hidden states are made does not matter for what the head makes of them.
+        with torch.no_grad(), sdpa_kernel(_READY):
             theirs = (called or causal)(input_ids=words, use_cache=False).logits.float()
             if len(made) != 1:
                 return "it does not call its backbone once"

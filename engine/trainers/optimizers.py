@@ -27,21 +27,21 @@ OWN = frozenset({"sgd", "lion", "muon", "galore", "apollo", "apollo-mini", "sche
 
 
 def optimizer_for(
-    model: Any, resolved: Resolved, groups: list[Group], stock: Any, named: Iterable[tuple[str, Tensor]] | None = None
+    model: Any, resolved: Resolved, groups: list[Group], stock: Any, named: Iterable[tuple[str, Tensor]]
 ) -> tuple[Any, dict[str, Any]] | None:
     """Class and arguments of the plan's optimiser, in the form that a trainer takes; None if its own serves.
 
     Args:
         groups: trained parameters with their weight decay, as the trainer would group them.
         stock: gives the trainer's own class and arguments for the plan's settings.
-        named: what is in the groups, if that is not the model's own parameters.
+        named: what is in the groups, by name.
     """
     options, ratio = resolved.updates, resolved.options.lora_plus_ratio
     name, rate = resolved.optimizer, resolved.learning_rate
     if name not in OWN and ratio == 1.0:
         return None
     if ratio > 1.0:
-        groups = with_faster_b(named or model.named_parameters(), groups, rate, ratio)
+        groups = with_faster_b(named, groups, rate, ratio)
     if name not in OWN:
         kind, given = stock()
         return kind, {**given, "params": groups}

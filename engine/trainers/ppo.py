@@ -21,10 +21,10 @@ from trl.trainer.utils import pad, use_adapter
 from ...planner.errors import RecipeError
 from ...planner.rollout import rollouts
 from ..evaluate import reduce_sum
-from .flat import shorten_walks
 from .gae import KlControl, advantages, clipped_policy_loss, clipped_value_loss, masked_mean, whitened
 from .job import Job
 from .rl import RolloutTrainer, generation_settings, initial_policy, rollout_parts
+from .walks import shorten_walks
 
 _HEAD = "value_head"
 

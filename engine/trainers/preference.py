@@ -215,7 +215,9 @@ class _Sharing:
 def _share(trainer: PairTrainer, job: Job) -> PairTrainer:
     """As the recipe says, or where it pays and has been measured to."""
     asked, part = job.recipe.preference.share_prompt, saved(job.rows.train)
-    if asked is False or (asked == "auto" and (job.device.type == "cuda" or part < _PAYS)):
+    # Of a model in shards the backbone can't be tried by itself.
+    pays = job.split is None and job.device.type != "cuda" and part >= _PAYS
+    if asked is False or (asked == "auto" and not pays):
         return trainer
     if why := trainer.share_prompts(job):
         job.emit(Fallback("each prompt is computed for both of its answers", why))

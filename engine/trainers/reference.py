@@ -124,6 +124,7 @@ class ReferenceScores:
         device: torch.device,
         stopped: Callable[[], bool],
         told: Callable[[int, int], object],
+        together: bool = False,
     ) -> Scores | None:
         """Compute what is missing of ``wanted``; None if the run was asked to stop meanwhile.
 
@@ -132,6 +133,7 @@ class ReferenceScores:
             size: rows per call.
             stopped: asked on rank 0.
             told: receives rows done and in all.
+            together: every rank scores in every round, one without rows of its own any row: the model is split.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         have = self.read()
@@ -142,7 +144,8 @@ class ReferenceScores:
             file.write("\n")  # ends a line that a killed process left half-written
             for done, mine in _rounds(missing, size, self.rank, self.world):
                 # `[row, better, worse]`; JSON of a float reads back as the same float.
-                for row, (better, worse) in zip(mine, score(mine) if mine else [], strict=True):
+                scored = score(mine) if mine else score(missing[:1])[:0] if together else []
+                for row, (better, worse) in zip(mine, scored, strict=True):
                     file.write(json.dumps([row, better, worse]) + "\n")
                 file.flush()
                 if time.monotonic() - last > _TOLD_EVERY_S:
@@ -193,6 +196,7 @@ def precompute(trainer: Any, job: Job) -> bool:
             device=job.device,
             stopped=lambda: job.run.requested("stop"),
             told=told,
+            together=trainer.shards is not None,
         )
         model.train()
         if found is None:

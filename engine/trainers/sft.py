@@ -7,6 +7,7 @@ divided by their number, so it does not depend on how the batch is cut up.
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -33,6 +34,8 @@ class TokenMeanTrainer(RunTrainer, SFTTrainer):
         collate: rows to a batch of tensors.
         rest: what :class:`.base.RunTrainer` and ``SFTTrainer`` take.
     """
+
+    tells_late = True
 
     def __init__(self, *, collate: Collate, **rest: Any) -> None:
         self.collate = collate
@@ -105,6 +108,7 @@ class TokenMeanTrainer(RunTrainer, SFTTrainer):
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
         """Forward and backward of one micro-batch; after the last of a step, the next step's are made ready."""
         if self.replays is not None:
+            self.tell_steps(but=math.inf)
             loss = self.replays.step(inputs, num_items_in_batch)
         else:
             loss = super().training_step(model, inputs, num_items_in_batch)

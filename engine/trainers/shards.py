@@ -4,14 +4,19 @@ Each shard becomes a plain parameter over the same memory, and an optimiser that
 no more: its states are as large as the shards, and its step sends nothing. What takes a whole gradient to know, its
 norm, is one sum over the ranks.
 
+8-bit states share a scale among 256 neighbours. Where each rank's rows are whole blocks, the scales of all ranks are
+end to end those of the whole tensor; where they are not, the states stay in 32 bits, as those of small tensors do.
+
 A checkpoint has the states whole and under the names of their parameters, so that any number of ranks can go on from
 it, one included; each reads its own rows out of the file.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -20,9 +25,16 @@ from torch import distributed as dist
 
 from ...planner.errors import RunError
 from ..models.sharding import Split, gathered, local, rows_of
-from .flat import members_of
 from .tree import Stored, loaded, opened_tree
 
+#: 8-bit states share a scale among so many neighbours, and tensors below so many values have none
+#: (:mod:`finetui.kernels.adamw`, and bitsandbytes' ``optimizer_update_8bit_blockwise`` and ``min_8bit_size``).
+BLOCK, SMALLEST = 256, 4096
+#: What these optimisers call the scales of blocks, and the tables of what codes stand for.
+_SCALES = frozenset({"exp_avg_scale", "exp_avg_sq_scale", "absmax1", "absmax2"})
+_TABLES = frozenset({"qmap1", "qmap2"})
+#: Under this key bitsandbytes puts scales and tables when it is asked for its states (``Optimizer8bit.state_dict``).
+_WRAPPED = "__bnb_optimizer_quant_state__"
 #: Under this key a checkpoint has states by name; without it they are as the optimiser itself numbers them.
 NAMED = "named"
 
@@ -45,7 +57,8 @@ class Shards:
         for name, shard in self.named:
             source = self._sources[name]
             if source.grad is not None:
-                shard.grad = local(source.grad)
+                if shard.numel():  # some optimisers can't step over nothing
+                    shard.grad = local(source.grad)
                 source.grad = None
 
     def norm(self) -> Tensor:
@@ -81,6 +94,22 @@ class Shards:
             torch._foreach_mul_(gradients, (max_norm / (norm + 1e-6)).clamp(max=1.0))
         return norm
 
+    def settled(self, given: dict[str, Any]) -> dict[str, Any]:
+        """Arguments of an optimiser with 8-bit states, by which those of some shards stay in 32 bits: where blocks
+        would span ranks, and of embeddings, whose gradients are far from evenly spread (arXiv:2110.02861)."""
+        world = dist.get_world_size()
+        tables = {f"{path}.weight" for path, m in self.split.model.named_modules() if isinstance(m, nn.Embedding)}
+        wide = [p for n, p in self.named if n in tables or not in_blocks(self._sources[n].shape, world)]
+        if "wide" in given:
+            return {**given, "wide": wide}
+        if given.get("optim_bits") == 8:
+            from bitsandbytes.optim import GlobalOptimManager
+
+            for shard in wide:
+                place = SimpleNamespace(weight=shard)
+                GlobalOptimManager.get_instance().register_module_override(place, "weight", {"optim_bits": 32})
+        return given
+
     def state(self, optimizer: Any) -> dict[str, Any] | None:
         """What a checkpoint keeps of an optimiser over these shards, on rank 0; every rank has to come here."""
         inner = getattr(optimizer, "optimizer", optimizer)
@@ -92,9 +121,15 @@ class Shards:
                     whole[key] = value
                 elif not value.dim():
                     whole[key] = value.detach().to("cpu", copy=True)  # training goes on while this is written
+                elif key in _TABLES:
+                    whole[key] = value.to("cpu", copy=True)
+                elif key in _SCALES:
+                    count = -(-shape.numel() // BLOCK)
+                    whole[key] = gathered(value, [count], lambda _, *at, s=shape: blocks_of(s, *at))
                 else:
                     assert value.shape == shard.shape, f"{key} of {name} is not of the shape of its weight"
-                    whole[key] = gathered(value, shape)
+                    # Paged states are no tensors of a device as far as torch knows.
+                    whole[key] = gathered(value.to(shard.device), shape)
             found[name] = whole
         groups = named_groups(inner, self.named)
         return {NAMED: found, "param_groups": groups} if dist.get_rank() == 0 else None
@@ -103,25 +138,51 @@ class Shards:
         """A checkpoint's tree of training state, with the optimiser's as that takes it: this rank's rows alone.
 
         Raises:
-            RunError: a run that was not split wrote the checkpoint.
+            RunError: its 8-bit states can't be cut for so many ranks, or it is of an optimiser over other parameters.
         """
         rank, world = dist.get_rank(), dist.get_world_size()
         with opened_tree(path) as tree:
-            if NAMED not in tree["optimizer"]:
-                do = "Resume it as it was: hardware.strategy ddp, or one GPU."
-                raise RunError("this checkpoint was written by a run that was not split", where=str(path.parent), do=do)
             rest = loaded({key: value for key, value in tree.items() if key != "optimizer"})
-            states: dict[str, dict[str, Any]] = tree["optimizer"][NAMED]
+            try:
+                states: dict[str, dict[str, Any]] = by_name(optimizer, self.named, tree["optimizer"])
+            except ValueError:
+                what, do = "its optimiser is of other parameters than this run's", "Resume with as many GPUs as before."
+                raise RunError(what, where=str(path.parent), do=do) from None
+            for name, state in states.items():
+                if not _SCALES.isdisjoint(state) and not in_blocks(self._sources[name].shape, world, smallest=0):
+                    what = f"the 8-bit states of {name} can't be cut for {world} ranks: blocks would span them"
+                    raise RunError(what, where=str(path.parent), do="Resume with as many GPUs as before, or with one.")
             mine = {
-                name: {key: self._mine(name, value, rank, world) for key, value in state.items()}
+                name: {key: self._mine(name, key, value, rank, world) for key, value in state.items()}
                 for name, state in states.items()
             }
             told = {NAMED: mine, "param_groups": loaded(tree["optimizer"]["param_groups"])}
             return {**rest, "optimizer": numbered(optimizer, self.named, told)}
 
-    def _mine(self, name: str, value: Any, rank: int, world: int) -> Any:
-        rows = rows_of(self._sources[name].shape[0], rank, world)
-        return value.rows(rows) if isinstance(value, Stored) else value
+    def _mine(self, name: str, key: str, value: Any, rank: int, world: int) -> Any:
+        if not isinstance(value, Stored):
+            return value
+        if key in _TABLES:
+            return value.whole()
+        shape = self._sources[name].shape
+        return value.rows(blocks_of(shape, rank, world) if key in _SCALES else rows_of(shape[0], rank, world))
+
+
+def in_blocks(shape: Sequence[int], world: int, *, smallest: int = SMALLEST) -> bool:
+    """Whether each rank's rows of a tensor are blocks of their own, and no fewer values than ``smallest``.
+
+    The last rank's may end in a part of one, as the whole tensor does.
+    """
+    columns = math.prod(shape[1:])
+    cuts = [rows_of(shape[0], rank, world) for rank in range(world)]
+    sizes = [size for cut in cuts if (size := (cut.stop - cut.start) * columns)]
+    return all(size >= smallest for size in sizes) and all(size % BLOCK == 0 for size in sizes[:-1])
+
+
+def blocks_of(shape: Sequence[int], rank: int, world: int) -> slice:
+    """Which of a tensor's blocks a rank has, where :func:`in_blocks` holds."""
+    rows, columns = rows_of(shape[0], rank, world), math.prod(shape[1:])
+    return slice(*(-(-end * columns // BLOCK) for end in (rows.start, rows.stop)))
 
 
 def named_groups(optimizer: Any, named: Iterable[tuple[str, Tensor]]) -> list[dict[str, Any]]:
@@ -130,11 +191,34 @@ def named_groups(optimizer: Any, named: Iterable[tuple[str, Tensor]]) -> list[di
     return [{**group, "params": [names[id(p)] for p in group["params"]]} for group in optimizer.param_groups]
 
 
+def by_name(optimizer: Any, named: Iterable[tuple[str, Tensor]], told: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """States by the names of their parameters, also of a run that was not split, which has them by numbers.
+
+    Args:
+        optimizer: over the same parameters, in the same groups.
+        named: its parameters.
+        told: what a checkpoint has of an optimiser.
+
+    Raises:
+        ValueError: it is of other groups.
+    """
+    if NAMED in told:
+        states: dict[str, dict[str, Any]] = told[NAMED]
+        return states
+    inner = getattr(optimizer, "optimizer", optimizer)
+    names, found = {id(p): name for name, p in named}, dict[str, dict[str, Any]]()
+    for group, saved in zip(inner.param_groups, told["param_groups"], strict=True):
+        for parameter, number in zip(group["params"], saved["params"], strict=True):
+            state = dict(told["state"].get(number, {}))
+            found[names[id(parameter)]] = {**state.pop(_WRAPPED, {}), **state}
+    return found
+
+
 def numbered(optimizer: Any, named: Iterable[tuple[str, Tensor]], told: Mapping[str, Any]) -> dict[str, Any]:
     """A state dictionary as an optimiser has it, by numbers, of one by names.
 
     Args:
-        named: the model's parameters, of which the optimiser may have joined some (:mod:`.flat`).
+        named: the model's parameters.
     """
     inner = getattr(optimizer, "optimizer", optimizer)
     names = {id(p): name for name, p in named}
@@ -143,15 +227,8 @@ def numbered(optimizer: Any, named: Iterable[tuple[str, Tensor]], told: Mapping[
     for group, saved in zip(inner.param_groups, told["param_groups"], strict=True):
         first = number
         for parameter in group["params"]:
-            parts = [told[NAMED][names[id(member)]] for member in members_of(inner, parameter)]
-            if parts[0]:
-                state[number] = {key: _joined([part[key] for part in parts]) for key in parts[0]}
+            if found := told[NAMED][names[id(parameter)]]:
+                state[number] = found
             number += 1
         groups.append({**saved, "params": list(range(first, number))})
     return {"state": state, "param_groups": groups}
-
-
-def _joined(values: list[Any]) -> Any:
-    if len(values) == 1 or not isinstance(values[0], Tensor) or not values[0].dim():
-        return values[0]
-    return torch.cat([value.reshape(-1) for value in values])

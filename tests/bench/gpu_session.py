@@ -103,14 +103,14 @@ class Session:
         yield Job("engine profile of 1b", command, 120, least=45)
 
     def _beside(self, name: str, shape: str, tuning: str, modes: list[str], more: list[str]) -> list[str]:
-        """Ours and Unsloth's, loaded side by side and timed in turns, two rounds of eight steps."""
+        """Ours and Unsloth's, loaded side by side and timed in turns, three rounds of four steps."""
         folder = self.out.parent / f"{self.out.name}-arms" / name.replace(" ", "-").replace(",", "")
         command = [*_PYTHON, "-m", "finetui.tests.bench.engine", *self._model(shape), "--tuning", tuning]
         command += ["--checkpointing", *modes, "--append", str(self.out / "engine.jsonl"), "--folder", str(folder)]
         if "--arms" not in more:
             command += ["--arms", "finetui", *([] if self.dry else ["unsloth"])]
         small = ["--sequence-length", "32", "--micro-batch", "1", "--rounds", "1", "--turn", "1", "--timeout", "120"]
-        return [*command, *more, *(small if self.dry else ["--rounds", "2", "--turn", "8", "--timeout", "110"])]
+        return [*command, *more, *(small if self.dry else ["--rounds", "3", "--turn", "4", "--timeout", "110"])]
 
     def _model(self, shape: str) -> list[str]:
         shape = "tiny" if self.dry else shape

@@ -38,7 +38,7 @@ def write_rows(path: Path, count: int, length: int) -> None:
 def measure(strategy: str, asked: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """What one run was planned to need and to reach, and what it did."""
     recipe = Recipe.build({
-        "model": str(folder / "model"), "method": "pretrain", "data": str(folder / "rows.jsonl"),
+        "model": str(asked.models / asked.shape), "method": "pretrain", "data": str(folder / "rows.jsonl"),
         "tuning": asked.tuning, "sequence_length": asked.length, "batch_size": 8 * asked.gpus, "max_steps": asked.steps,
         "epochs": 1000, "evaluation": {"holdout": 0.0}, "checkpoint": {"every": 10_000, "keep": 1}, "track": [],
         "optimizer": {"name": "adamw"},
@@ -47,10 +47,18 @@ def measure(strategy: str, asked: argparse.Namespace, folder: Path) -> dict[str,
     plan = plan_for(recipe)
     run = Run.create(recipe, plan, root=folder / "runs", name=strategy)
     launcher.start(run)
+    until = time.monotonic() + asked.seconds
     while run.status.state in LIVE_STATES:
         time.sleep(1.0)
+        if time.monotonic() > until:
+            launcher.kill(run)
     told = list(read_events(run.events_path))
-    assert run.status.state == "finished", [event.data for event in told if event.type == "failure"]
+    assert run.status.state == "finished", "\n".join(
+        f"{event.time - told[0].time:6.1f} s  {event.type}  {str(event.data)[:200]}"
+        for event in told
+        if event.type in ("state", "phase", "step", "failure", "fallback")
+    )
+    began = min(event.time for event in told if event.type == "step") - told[0].time
     steps = [event.data for event in told if event.type == "step"]
     peak = max(event.data["peak_gib"] for event in told if event.type == "memory")
     return {
@@ -58,7 +66,7 @@ def measure(strategy: str, asked: argparse.Namespace, folder: Path) -> dict[str,
         "planned GiB": round(plan.memory.allocated_gib, 2), "measured GiB": peak,
         "planned tokens/s": round(plan.speed.tokens_per_s),
         "measured tokens/s": round(statistics.median(step["tokens_per_s"] for step in steps[len(steps) // 2 :])),
-        "last loss": steps[-1]["loss"],
+        "first step after s": round(began, 1), "last loss": steps[-1]["loss"],
         "fallbacks": [event.data["what"] for event in told if event.type == "fallback"],
     }  # fmt: skip
 
@@ -66,17 +74,21 @@ def measure(strategy: str, asked: argparse.Namespace, folder: Path) -> dict[str,
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=tuple(SHAPES), default="tiny")
-    parser.add_argument("--tuning", choices=("full", "lora"), default="full")
+    parser.add_argument("--tuning", choices=("full", "lora", "qlora"), default="full")
     parser.add_argument("--precision", choices=("auto", "bf16", "bf16-mixed", "fp32"), default="auto")
     parser.add_argument("--gpus", type=int, default=2)
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--seconds", type=float, default=3600.0, help="after which a run is ended, and nothing told")
     parser.add_argument("--ways", nargs="+", choices=("ddp", "fsdp"), default=["ddp", "fsdp"])
+    parser.add_argument("--models", type=Path, help="where checkpoints are kept and looked for; else they are not kept")
     parser.add_argument("--json", type=Path)
     asked = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        make(asked.shape, folder / "model")
+        asked.models = asked.models or folder
+        if not (asked.models / asked.shape / "config.json").is_file():
+            make(asked.shape, asked.models / asked.shape)
         write_rows(folder / "rows.jsonl", 64 * asked.gpus, 2 * asked.length)
         answer: dict[str, Any] = {"shape": asked.shape, "tuning": asked.tuning, "gpus": asked.gpus}
         for strategy in asked.ways:

@@ -30,8 +30,9 @@ def recipe(tmp_path: Path) -> Recipe:
     """A model folder and a dataset that are all right."""
     model = tmp_path / "model"
     model.mkdir()
-    for name in ("config.json", "tokenizer.json", "model.safetensors"):
+    for name in ("config.json", "tokenizer.json"):
         (model / name).write_text("{}")
+    (model / "model.safetensors").write_bytes(b"\2" + bytes(7) + b"{}")
     rows = tmp_path / "rows.jsonl"
     rows.write_text('{"prompt": "one", "completion": "two"}\n' * 30)
     return Recipe.build({"model": str(model), "data": str(rows)})
@@ -69,6 +70,16 @@ def test_it_imports_neither_torch_nor_textual(recipe: Recipe, make_plan: Callabl
         [sys.executable, "-P", "-c", probe], env={"PYTHONPATH": folder}, capture_output=True, text=True
     )
     assert answer.stdout.strip() == "[]", answer.stderr
+
+
+def test_weights_that_are_cut_short_are_found_before_the_start(
+    recipe: Recipe, make_plan: Callable[..., Plan], tmp_path: Path
+) -> None:
+    weights = Path(recipe.model) / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1])
+    check = found(preflight(recipe, make_plan(), tmp_path / "runs"), "model")
+    assert (check.status, check.do) == ("fail", "Fetch or copy the file again.")
+    assert str(weights) in check.detail
 
 
 def test_the_packages_are_those_of_the_extra() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -36,6 +37,22 @@ class Words:
 
     def decode(self, ids: list[int], **_: Any) -> str:
         return " ".join(map(str, ids))
+
+
+def test_a_static_cache_compiles_nothing_in_the_middle_of_a_run() -> None:
+    asked: dict[str, Any] = {}
+
+    class Static(Own):
+        generation_config = SimpleNamespace(cache_implementation="static")
+
+        def generate(self, *, disable_compile: bool, **wishes: Any) -> torch.Tensor:
+            asked.update(disable_compile=disable_compile)
+            return super().generate(**wishes)
+
+    told: list[Any] = []
+    answer(Static(), Words(), [Prompt([1, 2, 3], [4])], 5, told.append, contextlib.nullcontext())
+    assert asked == {"disable_compile": True}
+    assert len(told) == 1
 
 
 def test_a_whole_model_is_asked_for_nothing_that_only_a_split_one_needs() -> None:

@@ -16,10 +16,11 @@ pytest.importorskip("torch")
 import torch
 
 from finetui.engine.checkpoints import store
-from finetui.engine.evaluate import evaluate_run
 from finetui.engine.events import read_events
 from finetui.engine.run import Run
 from finetui.engine.worker import attempt
+
+from .yardstick import evaluate_run
 
 MakeRun = Callable[..., Run]
 PowerCut = Callable[..., AbstractContextManager[None]]

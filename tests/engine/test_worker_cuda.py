@@ -11,10 +11,11 @@ import pytest
 
 pytest.importorskip("torch")
 
-from finetui.engine.evaluate import evaluate_run
 from finetui.engine.events import read_events
 from finetui.engine.run import Run
 from finetui.engine.worker import attempt
+
+from .yardstick import evaluate_run
 
 # These tests are one rank in this process, which must not see the other GPUs of the machine.
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")

@@ -55,7 +55,7 @@ def import_all() -> None:
     torch.set_num_threads(1)
 
 
-def launcher(run: Run, world: int, _worker: Sequence[str]) -> Callable[[], dict[int, int]]:
+def launcher(run: Run, world: int, _worker: Sequence[str], _waiting: object = None) -> Callable[[], dict[int, int]]:
     """As :func:`finetui.engine.supervision.ranks.launcher`, by forks."""
 
     def launch() -> dict[int, int]:

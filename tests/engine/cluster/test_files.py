@@ -70,7 +70,7 @@ def test_an_adapter_comes_without_the_run_around_it(rows: Callable[..., Path], t
     output = tmp_path / "runs" / "first" / "output"
     output.mkdir(parents=True)
     (output / "adapter_config.json").write_text("{}")
-    (output / "adapter_model.safetensors").write_bytes(b"weights")
+    (output / "adapter_model.safetensors").write_bytes(b"\2" + bytes(7) + b"{}")
     tree = {"model": "m/m", "data": str(rows()), "tuning": {"type": "lora", "start_from": str(output.parent)}}
     there, mounts = bundled(Recipe.build(tree))
     assert [mount.local for mount in mounts if mount.is_folder] == [output]

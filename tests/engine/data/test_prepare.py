@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import json
 from collections.abc import Callable
@@ -144,6 +145,20 @@ def test_the_cache_is_read_again(run: Callable[..., Prepared], write: Any, monke
     again = run(wanted)
     assert (again.facts, again.path) == (first.facts, first.path)
     assert again.train[:] == first.train[:]
+
+
+@pytest.mark.parametrize("set_aside", [True, False])
+def test_what_a_run_has_set_aside_from_the_collector_stays_so(
+    run: Callable[..., Prepared], write: Any, set_aside: bool
+) -> None:
+    try:
+        if set_aside:
+            gc.freeze()
+        before = gc.get_freeze_count()
+        run(recipe(write("x.jsonl", chats(30))))
+        assert (gc.get_freeze_count() >= before > 0) if set_aside else gc.get_freeze_count() == 0
+    finally:
+        gc.unfreeze()
 
 
 def test_the_cache_knows_content_tokenizer_template_and_settings(

@@ -13,13 +13,13 @@ import pytest
 
 pytest.importorskip("torch")
 
-from finetui.engine.evaluate import evaluate_run
 from finetui.engine.evaluation.answers import Generation
 from finetui.engine.events import read_events
 from finetui.engine.run import Run
 from finetui.planner.errors import ModelError, RecipeError, RunError
 from finetui.planner.rollout import Reward
 
+from ..yardstick import evaluate_run
 from .conftest import figures
 
 MakeRun = Callable[..., Run]

@@ -21,7 +21,7 @@ Write = Callable[..., Path]
 
 def laid_out(*models: Path, slices: Any = None, **tree: Any) -> Layout:
     tree = {"method": "linear", **tree}
-    tree |= {"slices": slices} if slices else {"models": [{"model": str(one)} for one in models]}
+    tree = {"models": [{"model": str(one)} for one in models], **tree} if not slices else tree | {"slices": slices}
     recipe = MergeRecipe.build(tree, source="test")
     return lay_out(recipe, [find(name) for name in recipe.names])
 
@@ -103,10 +103,25 @@ def test_values_that_lead_nowhere(write_model: Write) -> None:
     a, b, base = write_model("a", 1), write_model("b", 2), write_model("base")
     with pytest.raises(RecipeError, match="add up to 0"):
         laid_out(a, b, weight=0.0)
+    mostly = [{"model": str(a), "weight": 1.0}, {"model": str(b), "weight": -0.999}]
+    with pytest.raises(RecipeError, match=r"add up to 0\.001, and can't be divided by that"):
+        laid_out(models=mostly)
+    laid_out(models=mostly, normalize=False)
+    with pytest.raises(RecipeError, match=r"one is nothing beside the others \(1\)"):
+        laid_out(models=[{"model": str(a), "weight": 1e9}, {"model": str(b), "weight": 1.0}])
     with pytest.raises(RecipeError, match="density has no value for"):
         laid_out(a, b, method="ties", base=str(base), density=[{"filter": "mlp", "value": 0.5}])
     with pytest.raises(RecipeError, match="goes beyond 0 and 1"):
         laid_out(a, b, method="della", base=str(base), density=0.9, epsilon=0.2)
+
+
+def test_a_config_with_other_words_than_there_are_rows(write_model: Write) -> None:
+    a, b = write_model("a", 1), write_model("b", 2, config={"vocab_size": 99})
+    with pytest.raises(
+        ModelError, match=r"embed_tokens\.weight has \d+ rows, and config\.json says 99 words"
+    ) as caught:
+        laid_out(a, b)
+    assert caught.value.where == str(b)
 
 
 def test_packed_weights_and_configs_that_differ(write_model: Write, tmp_path: Path) -> None:
@@ -127,3 +142,7 @@ def test_packed_weights_and_configs_that_differ(write_model: Write, tmp_path: Pa
     assert [piece.name for piece in made.pieces if piece.copied] == ["steps"]
     with pytest.raises(FinetuiError, match="steps"):
         laid_out(a, write_model("o", stored=numbers))
+    whole = write_model("whole", stored={name: tensor.int() for name, tensor in dict(tensors(2)).items()})
+    with pytest.raises(ModelError, match="is stored as I32, and such can't be added up") as caught:
+        laid_out(a, whole)
+    assert caught.value.where == str(whole)

@@ -52,6 +52,21 @@ def test_a_file_comes_back_as_it_was(tmp_path: Path) -> None:
         ({"method": "model_stock", "base": "o", "per": "column"}, "tensor or row", ""),
         ({"method": "nearswap", "base": "o", "models": AB[:1]}, "needs t", ""),
         ({"method": "cat", "to": "model"}, "makes an adapter", "linear"),
+        ({"method": "slerp", "t": 9}, "from 0, the first model, to 1", ""),
+        ({"method": "slerp", "t": [0, -0.1]}, "from 0, the first model, to 1", ""),
+        ({"method": "slerp", "t": float("nan")}, "t: nan is no number", "Write 0.5"),
+        ({"method": "slerp", "t": [{"filter": "mlp", "value": 2}, {"value": 0}]}, "from 0, the first model", ""),
+        ({"method": "nearswap", "base": "o", "models": AB[:1], "t": 0}, "above 0", "t: 0.0001"),
+        ({"method": "nuslerp", "weight": -1}, "nuslerp goes from one model to the other", "0 or more"),
+        ({"method": "task_arithmetic", "base": "o", "weight": 1e9}, "a weight of 1e+09", "-100 to 100"),
+        ({"method": "linear", "weight": 1e30}, "weight is 1e+30, larger than any", "smaller"),
+        ({"method": "task_arithmetic", "base": "o", "models": [{"model": "a", "weight": -101}]}, "of -101", "100"),
+        ({"method": "task_arithmetic", "base": "o", "scale": 1e9}, "a scale of 1e+09", "100"),
+        ({"method": "task_arithmetic", "base": "o", "scale": float("inf")}, "scale: inf is no number", ""),
+        ({"method": "linear", "normalize": False, "weight": 1e4}, "a weight of 10000", "100"),
+        ({"method": "cat", "weight": 1e4}, "a weight of 10000", "100"),
+        ({"method": "ties", "base": "o", "density": -0.5}, "above 0 and at most 1", ""),
+        ({"method": "ties", "base": "o", "density": float("nan")}, "density: nan is no number", ""),
         ({"method": "ties", "to": "adapter", "base": "o", "density": 1}, "makes no adapter", "cat, svd"),
         ({"method": "cat", "weight": [0, 1]}, "one number", ""),
         ({"method": "linear", "sclices": []}, "unknown key 'sclices'", "slices"),
@@ -69,6 +84,21 @@ def test_what_is_not_possible(tree: dict[str, Any], what: str, do: str) -> None:
         build(**tree)
     assert what in error.value.message
     assert do in error.value.message
+
+
+@pytest.mark.parametrize(
+    "tree",
+    [
+        {"method": "slerp", "t": [0, 1]},
+        {"method": "nearswap", "base": "o", "models": AB[:1], "t": 9},
+        {"method": "linear", "weight": 1e6},  # counts beside the other's alone
+        {"method": "nuslerp", "weight": 1e6},
+        {"method": "ties", "base": "o", "density": 1, "weight": 1e6},
+        {"method": "task_arithmetic", "base": "o", "weight": -1, "scale": 2.5},
+    ],
+)
+def test_what_is_unusual_and_possible(tree: dict[str, Any]) -> None:
+    assert build(**tree).method == tree["method"]
 
 
 def test_hyphens_are_underscores() -> None:

@@ -19,6 +19,7 @@ from torch import distributed as dist
 
 from finetui.engine.models.adapt import adapt, decoder_layers
 from finetui.engine.models.load import Numerics
+from finetui.engine.models.nf4_tensors import lay_open
 from finetui.engine.models.sharding import Split, gathered, load_whole, local, lowered_to, split, twin_of
 from finetui.engine.models.stand_in import stood_in
 from finetui.engine.trainers.head import Wanted, give_token_loss
@@ -38,6 +39,7 @@ RESOLVED = Resolved(
 
 CASES: list[tuple[str, Any, Policy]] = [
     ("lora", "fp32", "inputs"),
+    ("qlora", "fp32", "inputs+attention"),
     ("full", "fp32", "inputs+attention"),
     ("full", "bf16-mixed", "all-but-elementwise"),
 ]
@@ -74,9 +76,11 @@ def of_the_whole(folder: Path, resolved: Resolved, policy: Any) -> dict[str, tor
     return {name: p.grad.float() / 2 for name, p in model.named_parameters() if p.grad is not None}
 
 
-def changed(model: Any, resolved: Resolved) -> Any:
+def changed(model: Any, resolved: Resolved, *, shards: bool = False) -> Any:
     with torch.device("cpu" if dist.get_rank() == 0 else "meta"):
         model = adapt(model, resolved, "base")
+    if shards and resolved.quantization == "nf4":
+        lay_open(model)
     with torch.no_grad():  # an adapter whose B is zero has no gradient in A
         for name, parameter in model.named_parameters():
             if "lora_B" in name and not parameter.is_meta:
@@ -85,7 +89,7 @@ def changed(model: Any, resolved: Resolved) -> Any:
 
 
 def of_the_shards(folder: Path, resolved: Resolved, policy: Any) -> tuple[Split, dict[str, torch.Tensor]]:
-    model = changed(load_whole(folder, resolved, print), resolved)
+    model = changed(load_whole(folder, resolved, print), resolved, shards=True)
     twin = twin_of(model) if dist.get_rank() == 0 else None
     lowered = lowered_to(resolved)
     with stood_in(model, CPU, lowered):
@@ -122,7 +126,8 @@ def main(folder: Path, meeting: str, rank: int) -> None:
     dist.init_process_group("gloo", store=dist.FileStore(meeting, 2), rank=rank, world_size=2)
     told: dict[str, float] = {}
     for tuning, precision, policy in CASES:
-        resolved = dataclasses.replace(RESOLVED, tuning=tuning, precision=precision)
+        quantization: Any = "nf4" if tuning == "qlora" else "none"
+        resolved = dataclasses.replace(RESOLVED, tuning=tuning, precision=precision, quantization=quantization)
         expected = of_the_whole(folder, resolved, policy)
         _, found = of_the_shards(folder, resolved, policy)
         if rank == 0:

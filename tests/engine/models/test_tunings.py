@@ -15,7 +15,6 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from finetui.engine.chat import load_tuned  # noqa: E402
-from finetui.engine.evaluate import evaluate_run  # noqa: E402
 from finetui.engine.events import read_events  # noqa: E402
 from finetui.engine.export import export_run  # noqa: E402
 from finetui.engine.run import Run  # noqa: E402
@@ -23,6 +22,8 @@ from finetui.engine.worker import attempt  # noqa: E402
 from finetui.planner.errors import RunError  # noqa: E402
 from finetui.planner.options import TUNING_KEYS  # noqa: E402
 from finetui.planner.tuning import Tuning  # noqa: E402
+
+from ..yardstick import evaluate_run  # noqa: E402
 
 MakeRun = Callable[..., Run]
 PowerCut = Callable[..., AbstractContextManager[None]]

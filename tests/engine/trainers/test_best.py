@@ -11,12 +11,13 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from finetui.engine.evaluate import evaluate_run  # noqa: E402
 from finetui.engine.events import read_events  # noqa: E402
 from finetui.engine.run import Run  # noqa: E402
 from finetui.engine.worker import attempt  # noqa: E402
 from finetui.planner.errors import RecipeError  # noqa: E402
 from finetui.planner.recipe import Recipe  # noqa: E402
+
+from ..yardstick import evaluate_run  # noqa: E402
 
 MakeRun = Callable[..., Run]
 PowerCut = Callable[..., AbstractContextManager[None]]

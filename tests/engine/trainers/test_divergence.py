@@ -31,6 +31,7 @@ class Bench:
             trained_parameters=lambda: [("w", self.weight)],
             training_step=lambda loss: torch.tensor(loss),
             grad_norm=1.0,
+            late=False,
         )
         self.watch = Divergence(self.trainer, self.told.append, explosion=explosion, nan_steps=nan_steps)
         self.done = 0

@@ -1,4 +1,4 @@
-"""When full fine-tuning gets the fused optimiser, and with which states."""
+"""When training gets the fused optimiser, and with which states."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ from torch import nn
 from finetui.engine.trainers.fused_adamw import clipped_on_the_way, fused_adamw
 
 
-def settings(optim="adamw_bnb_8bit"):
+def settings(optim="adamw_bnb_8bit", fp16=False):
     return SimpleNamespace(
+        fp16=fp16,
         optim=SimpleNamespace(value=optim),
         learning_rate=1e-5,
         adam_beta1=0.9,
@@ -51,8 +52,24 @@ def test_bf16_weights_on_a_gpu_get_it(optim, states):
 
 
 @pytest.mark.cuda
+@pytest.mark.parametrize(("optim", "dtype"), [("adamw_bnb_8bit", torch.int8), ("adamw_torch_fused", torch.float32)])
+def test_fp32_weights_have_it_too(optim, dtype):
+    trained = model("cuda", torch.float32)
+    kind, options = fused_adamw(trained, settings(optim), refuse)
+    optimizer = kind(trained.parameters(), **options)
+    for p in trained.parameters():
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    assert optimizer.state[trained[1].weight]["exp_avg"].dtype == dtype
+
+
+@pytest.mark.cuda
 def test_other_weights_and_other_optimisers_do_not():
-    assert fused_adamw(model("cuda", torch.float32), settings(), refuse) is None
+    wide = model("cuda", torch.float32)
+    assert fused_adamw(wide, settings(), refuse, kernels=False) is None
+    assert fused_adamw(wide, settings(fp16=True), refuse) is None
+    wide[1].bfloat16()
+    assert fused_adamw(wide, settings(), refuse) is None, "of two formats"
     assert fused_adamw(model("cuda"), settings("adafactor"), refuse) is None
 
 

@@ -43,6 +43,19 @@ def test_heads_of_one_matrix_are_taken(kind, changes):
     assert made(input_ids=ids).logits.shape == (1, 6, 32)
 
 
+def test_a_trial_prepares_no_attention_that_nothing_else_will_use():
+    """cuDNN takes a second for each new shape; afterwards all ways of attention are as they were."""
+    made, seen = model("llama"), []
+    ways = torch.backends.cuda
+    before = (ways.cudnn_sdp_enabled(), ways.flash_sdp_enabled(), ways.math_sdp_enabled())
+    made.model.layers[0].register_forward_hook(
+        lambda *_: seen.append((ways.cudnn_sdp_enabled(), ways.math_sdp_enabled()))
+    )
+    assert give_token_loss(made, contextlib.nullcontext()) == ""
+    assert seen == [(False, True)]
+    assert (ways.cudnn_sdp_enabled(), ways.flash_sdp_enabled(), ways.math_sdp_enabled()) == before
+
+
 @pytest.mark.parametrize("weighting", ["nll", "dft", "eaft"])
 @pytest.mark.parametrize(("kind", "changes"), [("granite", {"logits_scaling": 4.0}), ("gemma2", {})])
 def test_the_loss_is_that_of_the_trainers_own_head(kind, changes, weighting):

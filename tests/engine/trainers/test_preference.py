@@ -201,15 +201,12 @@ def test_what_a_method_can_not_be_asked_is_said(method_run: MakeRun) -> None:
     from transformers import AutoModelForCausalLM
 
     from finetui.engine.chat import load_tuned
-    from finetui.engine.evaluate import evaluate_run
     from finetui.planner.errors import RunError
 
     reward, pairs = method_run("reward", steps=1), method_run("dpo", steps=1)
     assert attempt(reward) == attempt(pairs) == 0
     with pytest.raises(RunError, match="scores answers, it does not write"):
         load_tuned(reward)
-    with pytest.raises(RunError, match="no loss per token"):
-        evaluate_run(pairs)
     words = torch.arange(3, 12)[None]
     base = AutoModelForCausalLM.from_pretrained(pairs.recipe.model)
     with torch.no_grad():
