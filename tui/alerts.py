@@ -23,6 +23,8 @@ from .history import History
 Kind = Literal["finished", "stopped", "failed", "lost", "diverged", "gpu"]
 #: Kinds that are bad news.
 GRAVE: frozenset[str] = frozenset({"failed", "lost", "diverged", "gpu"})
+#: Kinds that are states of the run.
+STATES: frozenset[str] = frozenset({"finished", "stopped", "failed", "lost"})
 #: A loss that has risen to this many times the least that its mean has been is said to diverge. Losses rise and fall
 #: by tenths; twice is what a learning rate far too high does within a few steps.
 _DIVERGED = 2.0

@@ -16,6 +16,7 @@ from rich.style import Style
 from textual.app import App, SystemCommand
 from textual.await_complete import AwaitComplete
 from textual.filter import LineFilter
+from textual.notifications import SeverityLevel
 from textual.screen import Screen
 
 from ..planner import preferences as settings
@@ -27,7 +28,7 @@ from . import (
     terminal,
 )
 from .backend import Backend
-from .form import Tree
+from .form import Tree, get, put
 from .keys import bindings, key_map, keys_of, rebound
 from .planning import DraftPlanner
 from .stylesheet import SteadyStylesheet
@@ -36,6 +37,7 @@ from .widgets.lines import ROLES
 
 if TYPE_CHECKING:
     from ..engine.run import Run
+    from ..planner.importers import Imported
     from ..planner.recipe import Recipe
 
 Mode = Literal["plan", "gpus", "data", "launch", "monitor", "runs", "compare", "logs", "settings"]
@@ -158,6 +160,8 @@ class FinetuiApp(App[None]):
         """The recipe that the draft came from: what it is called, and what it said."""
         if recipe is not None and recipe_path is not None:
             self.origin = (recipe_path.name, recipe.to_dict())
+        self.imported: Imported | None = None
+        """The file of another tool that the draft came from."""
         self.recipe: Recipe | None = None
         self.plan: Plan | None = None
         self.edited = False
@@ -176,7 +180,7 @@ class FinetuiApp(App[None]):
         """Open the first screen and look at this machine."""
         self.switch_mode(self._first_mode)
         if self._problems:
-            self.notify("\n".join(self._problems), title="settings", severity="warning", timeout=20, markup=False)
+            self.notify("\n".join(self._problems), title="settings", severity="warning", timeout=20)
         self.call_after_refresh(  # the first picture comes first
             self.run_worker, self._look_around, thread=True, group="machine", exit_on_error=False
         )
@@ -197,6 +201,18 @@ class FinetuiApp(App[None]):
         names = {"good": "success", "warn": "warning", "bad": "error", "accent": "accent"}
         color = getattr(self.current_theme, names.get(role, ""), None) if role in names else None
         return Style.parse(color.removeprefix("ansi_")) if color else Style()
+
+    def notify(
+        self,
+        message: str,
+        *,
+        title: str = "",
+        severity: SeverityLevel = "information",
+        timeout: float | None = None,
+        markup: bool = False,
+    ) -> None:
+        """Tell the user something, as it is: paths and messages of other programs have brackets that are no markup."""
+        super().notify(message, title=title, severity=severity, timeout=timeout, markup=False)
 
     # --- preferences
 
@@ -255,7 +271,17 @@ class FinetuiApp(App[None]):
         recipe = Recipe.load(path)
         self.draft, self.recipe_path, self.edited = recipe.to_dict(), path.resolve(), False
         self.origin = (_called(self.recipe_path), self.draft)
-        self.recipe = self.plan = None
+        self.recipe = self.plan = self.imported = None
+
+    def take_imported(self, found: Imported) -> None:
+        """Make what another tool's file says the one that is planned; no recipe holds it yet. Such a file names no GPU:
+        that of the form stays."""
+        self.edit(put(found.recipe.to_dict(), "hardware.gpu", get(self.draft, "hardware.gpu")))
+        self.imported, self.origin = found, (Path(found.source).name, self.draft)
+
+    def recipe_text(self, recipe: Recipe) -> str:
+        """A recipe as YAML; one that came from another tool's file is headed by what it does not hold."""
+        return recipe.to_yaml() if self.imported is None else replace(self.imported, recipe=recipe).to_yaml()
 
     def edit(self, draft: Tree) -> None:
         """Make a draft the one that is planned; it is not what any file holds."""
@@ -279,6 +305,10 @@ class FinetuiApp(App[None]):
 
         if len(self.screen_stack) == 1:
             self.push_screen(Help(str(self.current_mode), self.own_keys))
+
+    def action_hush(self) -> None:
+        """Take the notices away."""
+        self.clear_notifications()
 
     def action_leave(self) -> None:
         """Leave; a recipe that was edited and not saved is worth a second press."""

@@ -5,6 +5,7 @@ Each function imports what it needs when it is called, from a worker thread: the
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -12,11 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..planner.errors import RunError
+from ..planner.errors import RecipeError, RunError, UserError
 
 if TYPE_CHECKING:
     from ..engine.check import Check
+    from ..engine.cluster.clouds import System
     from ..engine.run import Run
+    from ..planner.importers import Imported
     from ..planner.plan import Plan
     from ..planner.recipe import Recipe
     from ..planner.terms import Term
@@ -131,6 +134,7 @@ def _remember_model(model: str) -> None:
 def _offers(recipe: Recipe, spot: bool) -> list[OfferRow]:
     from ..engine.planning import plan_for, workload_of
     from ..planner.architecture import Architecture
+    from ..planner.hardware import this_machine
     from ..planner.hub import find_config
     from ..planner.limits import HardwareRequest
     from ..planner.ranking import rank_offers
@@ -158,9 +162,10 @@ def _offers(recipe: Recipe, spot: bool) -> list[OfferRow]:
         )
         for entry in ranked
     ]
-    here = plan_for(anywhere)
-    if here.hardware.kind == "cuda":
-        rows.insert(0, OfferRow("this machine", here.hardware.gpu, here.hardware.count, here, 0.0, 0.0))
+    if this_machine().gpu.kind == "cuda":
+        with contextlib.suppress(UserError):  # what can't be done here can be done elsewhere
+            here = plan_for(anywhere)
+            rows.insert(0, OfferRow("this machine", here.hardware.gpu, here.hardware.count, here, 0.0, 0.0))
     return with_frontier(rows)
 
 
@@ -190,6 +195,43 @@ def _look(recipe: Recipe) -> DataLook:
     from .data_look import look_at
 
     return look_at(recipe, _EXAMPLES)
+
+
+def _tool_of(path: Path) -> str:
+    from ..planner.importers import title_of
+    from ..planner.importers.source import read
+
+    try:
+        return title_of(read(path)[0]) or ""
+    except RecipeError:  # which opening it tells
+        return ""
+
+
+def _import_file(path: Path, kind: str | None, gpus: int, method: str | None) -> Imported:
+    from ..planner.importers import import_file
+
+    return import_file(path, kind=kind, gpus=gpus, method=method)
+
+
+def _systems(provider: str) -> Sequence[tuple[System, str]]:
+    from ..engine.cluster.written import SUFFIXES
+    from .job_file import systems_at
+
+    return [(system, SUFFIXES[system]) for system in systems_at(provider)]
+
+
+def _job(recipe: Recipe, provider: str, spot: bool, target: Path) -> Sequence[str]:
+    from ..engine.cluster.job import Ask
+    from .job_file import job_file, save, system_of
+
+    system = system_of(target.name)
+    if system is None:
+        endings = ".sky.yaml for SkyPilot, .modal.py for Modal, .sbatch for Slurm"
+        raise UserError("the name does not say what the job is for", where=str(target), do=f"Let it end in {endings}.")
+    rented = system == "skypilot"
+    made = job_file(recipe, Ask(system, provider=provider if rented else None, spot=spot and rented), target)
+    save(target, made.written.text)
+    return made.talk()
 
 
 def _runs() -> list[Run]:
@@ -236,5 +278,14 @@ class Backend:
     data: Callable[[Recipe], list[str]] = _data
     """One line per source that is trained on: its format and how many rows it has."""
     look: Callable[[Recipe], DataLook] = _look
+    tool_of: Callable[[Path], str] = _tool_of
+    """The tool whose training file this is; empty for any other file."""
+    import_file: Callable[[Path, str | None, int, str | None], Imported] = _import_file
+    """The recipe of a tool's file (None: told by its keys), started on so many GPUs, for a command of TRL's."""
+    systems: Callable[[str], Sequence[tuple[System, str]]] = _systems
+    """Systems that run jobs on a provider's machines, the one to propose first, with what their files end with."""
+    job: Callable[[Recipe, str, bool, Path], Sequence[str]] = _job
+    """Writes a recipe's job at a provider, at spot prices or not, for the system that the file's name says. Gives back
+    what there is to say about it."""
     root: Callable[[], Path] = _root
     now: Callable[[], float] = time.time

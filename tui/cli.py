@@ -5,15 +5,15 @@ stdout is data, stderr is talk. Exit codes: 0 done, 1 a failure, 2 a mistake tha
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import gc
 import json
-import os
 import sys
 
 from ..engine import bytecode
 from ..planner.errors import FinetuiError, UserError
-from .outlet import guard_streams
+from .outlet import give_up_output, guard_streams, open_streams
 
 #: Verb → module in ``commands/``, in the order of the help page.
 VERBS: dict[str, str] = {
@@ -45,13 +45,25 @@ VERBS: dict[str, str] = {
     "settings": "settings",
 }
 
-#: What a system says of a file or folder that this user may not read or write.
-_FORBIDDEN = frozenset({errno.EACCES, errno.EPERM, errno.EROFS})
+#: Verbs that start a run, and are called for nothing else.
+STARTING = frozenset({"quickstart", "run", "resume"})
+
+_ELSEWHERE = "Look whose it is (ls -ld), or name another place."
+#: What a system says of a file that can't be used as it was named, wherever that comes up, and what to do about it.
+_TOLD = {
+    errno.EACCES: _ELSEWHERE, errno.EPERM: _ELSEWHERE, errno.EROFS: _ELSEWHERE,
+    errno.ENAMETOOLONG: "Check the name.", errno.ELOOP: "Look where the link leads (ls -l).",
+    errno.ENOTDIR: "Check the path: a part of it is a file.", errno.EISDIR: "Name a file.",
+    errno.ENOSPC: "Free some space, or name another place.", errno.EDQUOT: "Free some space, or name another place.",
+}  # fmt: skip
+_FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
+_LONGEST_NAME = 200
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Entry point of ``finetui`` and of ``python -m finetui``."""
     arguments = sys.argv[1:] if arguments is None else arguments
+    open_streams()
     bytecode.keep()
     verb = next((word for word in arguments if not word.startswith("-")), None)
     if not all(
@@ -70,26 +82,50 @@ def main(arguments: list[str] | None = None) -> None:
             gc.enable()
             run_app()
             return
-        from .verbs import build
+        with _processes(verb, arguments):
+            from .verbs import build
 
-        _prefer(quiet="--json" in arguments or verb == "settings")
-        app = build({verb: VERBS[verb]} if verb in VERBS else VERBS)
-        gc.enable()
-        app(args=arguments, prog_name="finetui", standalone_mode=True)
+            _prefer(quiet="--json" in arguments or verb == "settings")
+            app = build({verb: VERBS[verb]} if verb in VERBS else VERBS)
+            gc.enable()
+            try:
+                app(args=arguments, prog_name="finetui", standalone_mode=True)
+            finally:
+                sys.stdout.flush()  # what can't be written is told below, and not by the interpreter on its way out
     except FinetuiError as error:
         _report(error, as_json="--json" in arguments)
         raise SystemExit(error.exit_code) from None
     except KeyboardInterrupt:
         raise SystemExit(130) from None
     except BrokenPipeError:  # `finetui logs | head` has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        give_up_output()
         raise SystemExit(141) from None
-    except OSError as error:
-        if error.errno not in _FORBIDDEN or error.filename is None:
+    except RuntimeError as error:  # what pathlib has for ELOOP before Python 3.13
+        if not str(error).startswith("Symlink loop from "):
             raise
-        do = "Look whose it is (ls -ld), or name another place."
-        _report(UserError(str(error.strerror), where=str(error.filename), do=do), as_json="--json" in arguments)
+        where = str(error).removeprefix("Symlink loop from ").strip("'")
+        told = UserError("this link leads back to itself", where=where, do=_TOLD[errno.ELOOP])
+        _report(told, as_json="--json" in arguments)
         raise SystemExit(2) from None
+    except OSError as error:
+        if error.errno not in _TOLD or (error.filename is None and error.errno not in _FULL):
+            raise
+        if error.filename is None:  # every file of ours is written by who names it
+            give_up_output()
+        name = str(error.filename or "standard output")
+        where = name if len(name) <= _LONGEST_NAME else f"{name[:_LONGEST_NAME]}…"
+        told = UserError(str(error.strerror), where=where, do=_TOLD[error.errno])
+        _report(told, as_json="--json" in arguments and error.filename is not None)
+        raise SystemExit(2) from None
+
+
+def _processes(verb: str | None, arguments: list[str]) -> contextlib.AbstractContextManager[None]:
+    """Within, those that a run will need begin to import what they need, if this command is to start one."""
+    if verb not in STARTING or not {"--help", "--check"}.isdisjoint(arguments):
+        return contextlib.nullcontext()
+    from ..engine.standby import standing_by
+
+    return standing_by()
 
 
 def _prefer(*, quiet: bool) -> None:

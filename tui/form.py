@@ -48,7 +48,10 @@ _OPTIMIZERS = (
     "auto", "adamw", "adamw-8bit", "paged-adamw", "paged-adamw-8bit", "lion", "lion-8bit", "paged-lion-8bit", "muon",
     "adafactor", "came", "adopt", "galore", "apollo", "apollo-mini", "schedule-free", "sgd",
 )  # fmt: skip
-_METHODS = ("sft", "pretrain", "dpo", "ipo", "orpo", "kto", "cpo", "simpo", "reward", "grpo", "rloo", "ppo")
+_LOSSES = ("nll", "dft", "eaft")
+#: Methods that learn from single tokens: what a loss can weigh, and what steps can be replayed of.
+_TOKEN_METHODS = ("sft", "pretrain")
+_METHODS = (*_TOKEN_METHODS, "dpo", "ipo", "orpo", "kto", "cpo", "simpo", "reward", "grpo", "rloo", "ppo")
 
 FIELDS: tuple[FieldSpec, ...] = (
     FieldSpec("model", "model", "A hub id, a folder or a config.json", auto=False),
@@ -88,6 +91,7 @@ FIELDS: tuple[FieldSpec, ...] = (
         ),
     ),
     FieldSpec("epochs", "epochs", "Passes over the data", ("0.25", "0.5", "1", "2", "3", "4", "5", "10"), auto=False),
+    FieldSpec("loss", "loss", "nll; dft and eaft weigh each token", _LOSSES, True, False),
     FieldSpec(
         "optimizer.learning_rate",
         "learning rate",
@@ -118,6 +122,22 @@ FIELDS: tuple[FieldSpec, ...] = (
         "How many GPUs",
         ("auto", "1", "2", "4", "8"),
         resolved=lambda plan: str(plan.hardware.count),
+    ),
+    FieldSpec(
+        "hardware.strategy",
+        "  strategy",
+        "ddp: each GPU has all of it; fsdp: its share",
+        ("auto", "single", "ddp", "fsdp"),
+        True,
+        resolved=lambda plan: plan.resolved.strategy,
+    ),
+    FieldSpec(
+        "hardware.graphs",
+        "  graphs",
+        "Steps as CUDA graphs, for small models",
+        ("auto", "true", "false"),
+        True,
+        resolved=lambda plan: "true" if plan.resolved.graphs else "false",
     ),
 )
 
@@ -167,6 +187,8 @@ def get(tree: Tree, key: str) -> str:
         node = (tree if node is None else node).get(part) if isinstance(tree if node is None else node, dict) else None
         if node is None:
             return _DEFAULTS.get(key, "auto")
+    if isinstance(node, bool):
+        return str(node).lower()
     return f"{node:g}" if isinstance(node, float) else str(node)
 
 
@@ -175,9 +197,9 @@ def _held_out(source: Any) -> bool:
 
 
 _DEFAULTS = {
-    "model": "", "method": "sft", "tuning.type": "lora", "tuning.rank": "16", "epochs": "1", "limits.cost_usd": "none",
-    "limits.hours": "none", "limits.nan_steps": "3", "limits.restarts": "3", "limits.at_end": "nothing",
-    "checkpoint.keep": "2", "hardware.usd_per_h": "none",
+    "model": "", "method": "sft", "loss": "nll", "tuning.type": "lora", "tuning.rank": "16", "epochs": "1",
+    "limits.cost_usd": "none", "limits.hours": "none", "limits.nan_steps": "3", "limits.restarts": "3",
+    "limits.at_end": "nothing", "checkpoint.keep": "2", "hardware.usd_per_h": "none",
 }  # fmt: skip
 
 
@@ -231,6 +253,8 @@ def _put_value(tree: Tree, key: str, text: str) -> None:
         kept = TUNING_KEYS.get(SHORT.get(text, {"type": text})["type"], set()) - set(SHORT.get(text, ()))
         for adapter_key in set(target) - kept - {"type"}:
             target.pop(adapter_key)
+    if key == "method" and text not in _TOKEN_METHODS:
+        tree.pop("loss", None)
     if key == "batch_size" and name in tree:
         tree.pop("batch_tokens", None)
 
@@ -280,7 +304,9 @@ def disabled(tree: Tree, key: str) -> bool:
     if section == "tuning" and name != "type":
         kind = get(tree, "tuning.type")
         return name not in TUNING_KEYS.get(SHORT.get(kind, {"type": kind})["type"], {name})
-    return key == "hardware.gpus" and get(tree, "hardware.gpu") == CPU
+    if key in ("loss", "hardware.graphs") and get(tree, "method") not in _TOKEN_METHODS:
+        return True
+    return key in ("hardware.gpus", "hardware.strategy", "hardware.graphs") and get(tree, "hardware.gpu") == CPU
 
 
 def shown(tree: Tree, spec: FieldSpec, plan: Plan | None) -> tuple[str, str]:

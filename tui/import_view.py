@@ -1,16 +1,18 @@
-"""What became of each key of another tool's file, as a table on stderr."""
+"""What became of each key of another tool's file: in rows, and as a table on stderr."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 from rich.table import Table
 from rich.text import Text
 
-from ..planner.importers import OUTCOMES, Fate, Imported
+from ..planner.importers import OUTCOMES, Fate, Imported, Outcome
 from .console import Console
 
-_GLYPHS = {"carried": "✔", "default": "+", "not needed": "·", "not carried": "!", "unknown": "?"}
+GLYPHS: dict[Outcome, str] = {"carried": "✔", "default": "+", "not needed": "·", "not carried": "!", "unknown": "?"}
 _STYLES = {"carried": "green", "default": "cyan", "not needed": "dim", "not carried": "yellow", "unknown": "red"}
-_TITLES = {
+TITLES: dict[Outcome, str] = {
     "carried": "carried over",
     "default": "not in the file, but what its tool does",
     "not needed": "not needed",
@@ -22,26 +24,32 @@ _TITLES = {
 def print_fates(found: Imported, console: Console | None = None) -> None:
     """Write the table; what needs a look comes last, where the eye is."""
     console = console or Console(stderr=True, highlight=False)
-    for outcome in ("not needed", "carried", "default", "not carried", "unknown"):
+    order: tuple[Outcome, ...] = ("not needed", "carried", "default", "not carried", "unknown")
+    for outcome in order:
         fates = [fate for fate in found.fates if fate.outcome == outcome]
         if not fates:
             continue
         console.print()
-        console.print(Text(f"{_TITLES[outcome]} ({len(fates)})", style="bold"))
+        console.print(Text(f"{TITLES[outcome]} ({len(fates)})", style="bold"))
         table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
         table.add_column(width=1)
         table.add_column(overflow="fold", max_width=38)
         table.add_column(overflow="fold")
-        for left, right in _rows(fates):
-            table.add_row(Text(_GLYPHS[outcome], style=_STYLES[outcome]), Text(left), Text(right))
+        for left, right in rows_of(fates):
+            table.add_row(Text(GLYPHS[outcome], style=_STYLES[outcome]), Text(left), Text(right))
         console.print(table)
+    console.print()
+    console.print(summary(found))
+
+
+def summary(found: Imported) -> str:
+    """Whose file it was, and how many of its keys came to what."""
     counts = ", ".join(f"{found.counts[name]} {name}" for name in OUTCOMES if name != "default")
     keys = sum(number for name, number in found.counts.items() if name != "default")
-    console.print()
-    console.print(f"{found.title}: {keys} keys: {counts}")
+    return f"{found.title}: {keys} keys: {counts}"
 
 
-def _rows(fates: list[Fate]) -> list[tuple[str, str]]:
+def rows_of(fates: Sequence[Fate]) -> list[tuple[str, str]]:
     """Left and right of each row; keys that say nothing share one."""
     silent = {why: [fate.key for fate in fates if fate.why == why] for why in ("it is empty", "it is off")}
     rows = [(_left(fate), _right(fate)) for fate in fates if fate.why not in silent]

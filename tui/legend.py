@@ -26,7 +26,7 @@ LEGEND: dict[str, tuple[tuple[str, str], ...]] = {
         ("n", "How many GPUs the machine has"),
         ("fit", "Share of each GPU's memory that the run needs"),
         ("! after an age", "The price is old: look at it again before you rent"),
-        ("! after $ run", "Over the limit on money or time that the plan sets"),
+        ("! ? after $ run", "Over the limit on money or time that the plan or a free machine sets; perhaps over it"),
         ("spot", "Cheaper, but the machine may be taken away at any moment; runs save themselves and can be resumed"),
     ),
     "data": (

@@ -49,13 +49,18 @@ class OfferRow:
         """Whether it is this machine."""
         return self.plan.hardware.local
 
+    @property
+    def unproven(self) -> bool:
+        """Whether it is lent for one session at a time, and how long the run takes is not known before its data is."""
+        return bool(self.quota) and not self.over and self.plan.workload.basis == "assumed"
+
 
 def with_frontier(rows: Sequence[OfferRow]) -> list[OfferRow]:
-    """The rows with ``best`` set on those that fit, keep to every limit, and that nothing for rent beats in both time
-    and money."""
+    """The rows with ``best`` set on those that fit, surely keep to every limit, and that nothing for rent beats in both
+    time and money."""
     cheapest = float("inf")
     best = set()
-    rented = [row for row in rows if row.plan.fits and not row.local and not row.over]
+    rented = [row for row in rows if row.plan.fits and not row.local and not row.over and not row.unproven]
     for row in sorted(rented, key=lambda row: (row.plan.time_s, row.usd)):
         if row.usd < cheapest:
             best.add(row.key)
@@ -64,8 +69,8 @@ def with_frontier(rows: Sequence[OfferRow]) -> list[OfferRow]:
 
 
 def arranged(rows: Iterable[OfferRow], *, sort: str, everything: bool, words: str = "") -> list[OfferRow]:
-    """The rows to show, best first; those that break a limit come after all that do not, and those that do not fit
-    last, and only with ``everything``.
+    """The rows to show, best first; those that break a limit come after all that do not, behind those that may, and
+    those that do not fit last, and only with ``everything``.
 
     ``words`` are looked for in provider and GPU; every one has to be there.
     """
@@ -76,7 +81,8 @@ def arranged(rows: Iterable[OfferRow], *, sort: str, everything: bool, words: st
         if (everything or row.plan.fits) and all(word in f"{row.provider} {row.gpu}".lower() for word in wanted)
     ]
     return sorted(
-        shown, key=lambda row: (not row.plan.fits, bool(row.over), SORTS[sort](row), row.plan.time_s, row.key)
+        shown,
+        key=lambda row: (not row.plan.fits, bool(row.over), row.unproven, SORTS[sort](row), row.plan.time_s, row.key),
     )
 
 
@@ -86,7 +92,9 @@ def money(row: OfferRow, usd: float) -> str:
 
 
 def over_limit(row: OfferRow) -> str:
-    """That the run breaks a limit on this machine, in words; empty where it keeps to all."""
+    """That the run breaks a limit on this machine, or may, in words; empty where it keeps to all."""
+    if row.unproven:
+        return "how long the run takes is not known before its data is: a free session may end first"
     if not row.over:
         return ""
     if row.over == "cost_usd":

@@ -6,6 +6,7 @@ their own colours and cursor movements past this guard and nobody else's.
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterable
 from typing import Any, TextIO
@@ -31,6 +32,26 @@ class GuardedStream:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.unguarded, name)
+
+
+def open_streams() -> None:
+    """Put the null device in the place of standard streams that whoever started this process has closed.
+
+    Else the next file that is opened would be theirs by its number, and get what libraries and children print.
+    """
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # the lowest number that is free
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w" if number else "r", encoding="utf-8"))  # noqa: SIM115
+
+
+def give_up_output() -> None:
+    """Let nothing more be written to standard output, which takes nothing any more: not even on the way out."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def guard_streams() -> None:

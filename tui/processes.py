@@ -34,8 +34,17 @@ def family(run: Run) -> list[str]:
 def _title(process: psutil.Process) -> str:
     """What a process is in a few words: the module or script that Python runs, else its name."""
     words = process.cmdline()
-    if "-m" in words[:-1]:
-        module = words[words.index("-m") + 1]
+    if module := _module(words[1:]):
         return module.rpartition(".")[2] if module.startswith(("finetui.", "torch.")) else module
     script = next((word.rpartition("/")[2] for word in words[1:] if word.endswith(".py")), "")
     return f"{process.name()} {script}".strip()
+
+
+def _module(words: list[str]) -> str:
+    """What Python's own ``-m`` names; one that comes after a script is the script's."""
+    place = 0
+    while place < len(words) - 1 and words[place].startswith("-"):
+        if words[place] == "-m":
+            return words[place + 1]
+        place += 2 if words[place] in ("-X", "-W") else 1
+    return ""

@@ -128,3 +128,26 @@ def test_a_table_of_ones_own(own: dict[str, str], kept: dict[str, str], problem:
     assert chosen == kept
     assert problem in " ".join(problems)
     assert bool(problem) == bool(problems)
+
+
+async def test_a_click_on_a_bar_presses_its_key(app_of: AppOf, settle: Settle, fleet: list[Run]) -> None:
+    from finetui.tui.widgets.bars import Bar, KeyBar, TopBar
+
+    app = app_of("plan", fleet[0])
+
+    async def click(bar: type[Bar], words: str) -> None:
+        at = app.screen.query_one(bar).text.index(words)
+        await pilot.click(bar, offset=(at + 1, 0))
+        await settle(pilot)
+
+    async with app.run_test(size=(110, 30)) as pilot:
+        await settle(pilot)
+        for words, mode in (("Runs", "runs"), ("finetui", "runs"), ("8 Logs", "logs"), ("1 × H100", "logs")):
+            await click(TopBar, words)
+            assert app.current_mode == mode
+        await click(TopBar, "GPUs")
+        before = str(app.screen.query_one(DataTable).border_title)
+        await click(KeyBar, "Sort")
+        assert str(app.screen.query_one(DataTable).border_title) != before
+        await click(KeyBar, "Help")
+        assert len(app.screen_stack) == 2

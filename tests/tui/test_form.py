@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import pytest
 
 from finetui.planner.errors import RecipeError
+from finetui.planner.limits import HardwareRequest
 from finetui.planner.optimizer import OptimizerName
 from finetui.planner.options import SHORT
-from finetui.planner.recipe import RUNNABLE_METHODS, Recipe
+from finetui.planner.recipe import PACKABLE_METHODS, RUNNABLE_METHODS, Recipe
 from finetui.planner.tuning import TuningType
 from finetui.tui.form import CPU, FIELDS, THIS_MACHINE, Tree, disabled, field_of, get, put, recipe_of, step
 
@@ -23,7 +24,8 @@ SPECS = {spec.key: spec for spec in FIELDS}
         ("model", "meta-llama/Llama-3.1-8B"), ("method", "pretrain"), ("tuning.type", "qlora"), ("tuning.rank", "64"),
         ("tuning.alpha", "32"), ("data", "/data/# odd: name.jsonl"), ("sequence_length", "4096"), ("batch_size", "32"),
         ("epochs", "2.5"), ("optimizer.learning_rate", "2e-05"), ("optimizer.name", "adamw-8bit"),
-        ("hardware.checkpointing", "full"), ("hardware.gpu", "H100"), ("hardware.gpus", "4"),
+        ("hardware.checkpointing", "full"), ("hardware.gpu", "H100"), ("hardware.gpus", "4"), ("loss", "dft"),
+        ("hardware.strategy", "fsdp"), ("hardware.graphs", "false"),
     ],
 )  # fmt: skip
 def test_what_is_typed_is_what_the_recipe_says(key: str, text: str) -> None:
@@ -45,6 +47,25 @@ def test_the_methods_are_those_that_can_be_run() -> None:
 
 def test_the_optimizers_are_those_that_a_recipe_may_name() -> None:
     assert set(SPECS["optimizer.name"].steps) == set(get_args(OptimizerName))
+
+
+def choices(model: Any, name: str) -> set[str]:
+    """The words that a recipe's key may be."""
+    return {word for word in get_args(model.model_fields[name].annotation) if isinstance(word, str)}
+
+
+def test_losses_and_strategies_are_those_of_a_recipe() -> None:
+    assert set(SPECS["loss"].steps) == choices(Recipe, "loss")
+    assert set(SPECS["hardware.strategy"].steps) == choices(HardwareRequest, "strategy")
+    assert set(SPECS["hardware.checkpointing"].steps) == choices(HardwareRequest, "checkpointing")
+
+
+@pytest.mark.parametrize("method", SPECS["method"].steps)
+def test_a_loss_of_tokens_goes_with_the_method_that_has_it(method: str) -> None:
+    tree: Tree = {"model": "a/b", "loss": "dft"}
+    changed = put(tree, "method", method)
+    assert recipe_of(changed).loss == ("dft" if method in PACKABLE_METHODS else "nll")
+    assert disabled(changed, "loss") == (method not in PACKABLE_METHODS)
 
 
 def test_the_tunings_are_those_that_need_nothing_more_to_be_said() -> None:

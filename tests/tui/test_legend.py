@@ -33,7 +33,7 @@ def test_every_state_has_a_meaning() -> None:
 def test_every_sign_has_a_likeness_in_ascii() -> None:
     lost = STATE_GLYPHS["lost"][0]
     said = [text for rows in LEGEND.values() for row in rows for text in row if text != lost]
-    assert [text for text in said if "?" in to_ascii(text)] == []
+    assert [text for text in said if to_ascii(text).count("?") > text.count("?")] == []
 
 
 @pytest.mark.parametrize("scope", LEGEND)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -66,6 +67,21 @@ def test_a_plan_that_does_not_fit(snap_compare: Any, app_of: AppOf, settle: Sett
 
 def test_a_model_that_is_being_chosen(snap_compare: Any, app_of: AppOf, settle: Settle) -> None:
     assert snap_compare(app_of(), terminal_size=(80, 24), run_before=pressing(settle, "enter"))
+
+
+def test_a_file_of_another_tool(snap_compare: Any, app_of: AppOf, settle: Settle, tmp_path: Path) -> None:
+    file = tmp_path / "lora.yml"
+    file.write_text(
+        "base_model: Qwen/Qwen3-8B\nadapter: lora\nlora_r: 8\nmicro_batch_size: 2\nsequence_len: 1024\n"
+        "datasets: [{path: org/rows, type: alpaca}]\nwandb_project: mine\ngradient_checkpoint: true\n"
+    )
+
+    async def run_before(pilot: Any) -> None:
+        await pressing(settle, "i")(pilot)
+        pilot.app.screen.query_one(Input).value = str(file)
+        await pressing(settle, "enter")(pilot)
+
+    assert snap_compare(app_of(), terminal_size=(80, 24), run_before=run_before)
 
 
 def test_help(snap_compare: Any, app_of: AppOf, settle: Settle) -> None:

@@ -19,8 +19,10 @@ if TYPE_CHECKING:
 
 BaseFlag = Annotated[bool, typer.Option("--base", help="Show the base model's answer beside the tuned one's.")]
 PromptFlag = Annotated[str | None, typer.Option("--prompt", "-p", help="Ask this once, print the answer, leave.")]
-LengthFlag = Annotated[int, typer.Option("--max-new-tokens", help="Longest answer in tokens.")]
-TemperatureFlag = Annotated[float, typer.Option("--temperature", help="0 always takes the likeliest token.")]
+LengthFlag = Annotated[int, typer.Option("--max-new-tokens", min=1, max=2**20, help="Longest answer in tokens.")]
+TemperatureFlag = Annotated[
+    float, typer.Option("--temperature", min=0.0, max=100.0, help="0 always takes the likeliest token.")
+]
 
 
 def chat(

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import shlex
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -12,12 +10,10 @@ from typing import Annotated, Any
 import typer
 
 from ...engine.cluster.clouds import System
-from ...engine.cluster.job import Ask, Job, make_job
-from ...engine.cluster.written import SUFFIXES, Written
-from ...engine.durable import write_atomically
+from ...engine.cluster.job import Ask
 from ...planner.errors import HardwareError, UserError
 from ...planner.recipe import Recipe
-from ..format import sentence
+from ..job_file import JobFile, job_file, save
 from .options import JsonFlag, takes_recipe
 
 ToFlag = Annotated[System | None, typer.Option("--to", help="Which system of jobs.")]
@@ -83,58 +79,23 @@ def cluster(
         to, name, provider, spot, bucket, gpu_name,
         packages=tuple(package or ()), secrets=tuple(secret or ()), idle_minutes=idle_minutes,
     )  # fmt: skip
-    job = make_job(recipe, ask, has_token=_has_token())
-    base = target.resolve().parent if target else Path.cwd()
-    file = str(target or f"{job.name}{SUFFIXES[to]}")
-    written = _writer(to)(job, base, file)
+    made = job_file(recipe, ask, target)
     if target is not None:
-        _save(target, written.text)
+        save(target, made.written.text)
     if as_json:
-        print(json.dumps(_tree(job, written, file), indent=2, ensure_ascii=False))
+        print(json.dumps(_tree(made), indent=2, ensure_ascii=False))
         return
     if target is None:
-        print(written.text, end="")
-    _say(job, written, file, saved=target is not None)
+        print(made.written.text, end="")
+    print("\n".join(made.talk(saved=target is not None)), file=sys.stderr)
 
 
-def _writer(system: System) -> Any:
-    if system == "slurm":
-        from ...engine.cluster.slurm import write
-    elif system == "modal":
-        from ...engine.cluster.modal import write
-    else:
-        from ...engine.cluster.skypilot import write
-    return write
-
-
-def _has_token() -> bool:
-    """Whether this user has a token for the Hub in the environment; nobody needs its value here."""
-    return bool(os.environ.get("HF_TOKEN"))
-
-
-def _save(target: Path, text: str) -> None:
-    try:
-        write_atomically(target, text)
-    except OSError as error:
-        what = f"the job can't be written ({error.strerror})"
-        raise UserError(what, where=str(target), do="Give another path.") from None
-
-
-def _say(job: Job, written: Written, file: str, *, saved: bool) -> None:
-    lines = [*job.summary(), *(f"! {sentence(note)}" for note in (*job.notes, *written.notes))]
-    if not saved:
-        lines.append(f"saved in this folder as {file}:")
-    for why, command in written.commands:
-        lines += [f"{why}:", f"  {shlex.join(command)}"]
-    print("\n".join(lines), file=sys.stderr)
-
-
-def _tree(job: Job, written: Written, file: str) -> dict[str, Any]:
-    machine = job.machine
+def _tree(made: JobFile) -> dict[str, Any]:
+    job, written, machine = made.job, made.written, made.job.machine
     return {
         "system": job.system,
         "name": job.name,
-        "file": file,
+        "file": made.name,
         "text": written.text,
         "gpu": machine.plan.hardware.gpu,
         "gpu_name": machine.gpu_name,

@@ -27,11 +27,14 @@ CheckpointFlag = Annotated[
 ]
 DataFlag = Annotated[str | None, typer.Option("--data", help="Rows to use instead of those that were held out.")]
 FormatFlag = Annotated[DataFormat, typer.Option("--format", metavar="NAME", help="With --data: how its rows are read.")]
-LimitFlag = Annotated[int | None, typer.Option("--limit", min=1, help="At most so many rows, the first.")]
+LimitFlag = Annotated[int | None, typer.Option("--limit", min=1, max=2**40, help="At most so many rows, the first.")]
 AnswersFlag = Annotated[int, typer.Option("--answers", min=0, help="At most so many prompts are answered; 0 is none.")]
-LengthFlag = Annotated[int, typer.Option("--max-new-tokens", min=1, help="Longest answer in tokens.")]
+LengthFlag = Annotated[int, typer.Option("--max-new-tokens", min=1, max=2**20, help="Longest answer in tokens.")]
 TemperatureFlag = Annotated[
-    float, typer.Option("--temperature", min=0.0, help="0 always takes the likeliest token; above it, --seed counts.")
+    float,
+    typer.Option(
+        "--temperature", min=0.0, max=100.0, help="0 always takes the likeliest token; above it, --seed counts."
+    ),
 ]
 SeedFlag = Annotated[int, typer.Option("--seed", min=0, help="With --temperature: of the draws.")]
 ScoreFlag = Annotated[
@@ -49,7 +52,9 @@ TasksFlag = Annotated[
 ]
 FewshotFlag = Annotated[int | None, typer.Option("--fewshot", min=0, help="With --tasks: examples in each prompt.")]
 AsChatFlag = Annotated[bool, typer.Option("--as-chat", help="With --tasks: prompts go through the chat template.")]
-BatchFlag = Annotated[int | None, typer.Option("--batch", min=1, help="Rows at once; the plan's micro batch.")]
+BatchFlag = Annotated[
+    int | None, typer.Option("--batch", min=1, max=2**20, help="Rows at once; the plan's micro batch.")
+]
 DeviceFlag = Annotated[Literal["cuda", "cpu"] | None, typer.Option("--device", help="What is there, by default.")]
 ShowFlag = Annotated[int, typer.Option("--show", min=0, help="Print so many answers beside what was expected.")]
 NameFlag = Annotated[str | None, typer.Option("--name", help="What the evaluation is called in the run's folder.")]

@@ -153,6 +153,8 @@ def parse_gpus(text: str) -> int | list[int] | str:
     if not parts or not all(part.isdigit() for part in parts):
         raise RecipeError(f"{text!r} names no GPUs", where="--gpus", do="Give a count (2) or indices (0,1).")
     numbers = [int(part) for part in parts]
+    if max(numbers) > 2**16:
+        raise RecipeError(f"{text!r} are more GPUs than there are", where="--gpus", do="Check the number.")
     if "," not in text and numbers[0] > 0:
         return numbers[0]
     if len(set(numbers)) != len(numbers):

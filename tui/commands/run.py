@@ -14,7 +14,7 @@ from ...engine.check import Check
 from ...engine.launcher import start
 from ...engine.planning import plan_for
 from ...engine.preflight import at_end, preflight
-from ...engine.run import Run
+from ...engine.run import Run, check_name
 from ...planner.errors import HardwareError
 from ...planner.plan import Plan
 from ...planner.recipe import Recipe
@@ -46,6 +46,7 @@ def run(
 ) -> None:
     """Start a run that outlives this terminal, and watch it. Ctrl-C stops only the watching."""
     if check:
+        check_name(name)
         found = checks(recipe, plan_for(recipe), out)
         command = as_shell(command_for(recipe, name=name or "", root=out), width=sys.maxsize)
         _print_checks(found, command, as_json=as_json)

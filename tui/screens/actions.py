@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from ...engine.run import Run
 from ...planner.errors import FinetuiError
 from .. import format  # noqa: A004
-from ..alerts import GRAVE, Alert, sound
+from ..alerts import GRAVE, STATES, Alert, sound
 from ..processes import family
 from .editor import Confirm
 
@@ -33,9 +33,10 @@ def kill(app: FinetuiApp, run: Run) -> None:
     _ask(app, "kill", question, lambda: app.backend.kill(run), f"{run.name} was killed.")
 
 
-def announce(app: FinetuiApp, alert: Alert, run: str) -> None:
-    """Tell an alert on the screen, and outside of it as the user wants it."""
-    app.notify(alert.text, title=alert.kind, severity="error" if alert.kind in GRAVE else "information", timeout=30)
+def announce(app: FinetuiApp, alert: Alert, run: str, *, seen: bool) -> None:
+    """Tell an alert on the screen, unless what is in front tells it (``seen``), and outside as the user wants it."""
+    if not (seen and alert.kind in STATES):
+        app.notify(alert.text, title=alert.kind, severity="error" if alert.kind in GRAVE else "information", timeout=30)
     sequence = sound(alert, run, app.preferences)
     if sequence and app._driver is not None and not app.is_web:  # Textual has a bell, but no desktop notifications
         app._driver.write(sequence)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, ClassVar, cast
 from textual.app import ComposeResult
 from textual.containers import Vertical
 from textual.events import DescendantFocus
+from textual.geometry import Region
 from textual.screen import Screen
 from textual.widget import Widget
 
@@ -43,6 +44,7 @@ class BaseScreen(Screen[None]):
     VERTICAL_BREAKPOINTS = [(0, "-flat"), (18, "-short"), (28, "-tall")]  # noqa: RUF012
 
     _focused_last: Widget | None = None
+    _pictured: dict[Widget, tuple[Region, Region]] | None = None
 
     @property
     def owner(self) -> FinetuiApp:
@@ -93,7 +95,21 @@ class BaseScreen(Screen[None]):
             self._repaint_required = False
         # What became due while a batch was open is drawn with the rest: behind this, nothing counts as due.
         self._compositor.update_widgets(self._dirty_widgets)
+        due |= self._displaced()
         super()._compositor_refresh()
+
+    # Whoever asks Textual where a widget is, after one was added, gets a new map of all widgets, and has put it in the
+    # place of the old one. The layout that comes next finds nothing in another place than before: what has moved stays
+    # on the screen where it was, under what is drawn over it.
+
+    def _displaced(self) -> set[Region]:
+        """Where widgets are now, and where they were in the last picture, if those differ."""
+        compositor, before = self._compositor, self._pictured or {}
+        now = self._pictured = dict(compositor.visible_widgets)
+        moved = {clip.intersection(region) for _, (region, clip) in now.items() ^ before.items()}
+        if moved:
+            compositor._cuts = compositor._layers = compositor._layers_visible = None
+        return {region for region in moved if region}
 
     # A terminal that is tiny for a moment hides what has the focus, which loses it then.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from rich.markup import escape
 from textual import on, work
 from textual.app import ComposeResult
 from textual.containers import Horizontal, VerticalScroll
@@ -12,7 +13,7 @@ from textual.message import Message
 from ...planner.errors import FinetuiError
 from ..data_look import DataLook
 from ..form import Tree, recipe_of
-from ..keys import Key, bindings
+from ..keys import Key, bindings, key_of
 from ..widgets.data_facts import DataFacts, LengthHistogram
 from ..widgets.lines import Line
 from ..widgets.sample_view import MARKS, Marks, SampleView
@@ -89,7 +90,8 @@ class DataScreen(BaseScreen):
         if self._error is not None:
             facts.show(None, str(self._error), "bad")
         elif self._look is None:
-            words = "reading…" if self.owner.draft.get("data") else "the plan names no data: give some on Plan"
+            nothing = f"the plan names no data yet: go to its field on Plan ({key_of('plan')}), and press enter"
+            words = "reading…" if self.owner.draft.get("data") else nothing
             facts.show(None, words)
         else:
             facts.show(self._look)
@@ -108,16 +110,18 @@ class DataScreen(BaseScreen):
         part = f" ({sample.part})" if sample.part else ""
         cut = f", {sample.cut} cut off" if sample.cut else ""
         panel.border_title = (
-            f"example {self._at + 1} of {len(samples)}: {sample.where}{part}, "
+            f"example {self._at + 1} of {len(samples)}: {escape(sample.where)}{part}, "
             f"{len(sample.pieces)} tokens, {sample.trained} trained{cut}"
         )
         view.show(sample, marks=self._marks)
         panel.scroll_home(animate=False)
 
     def keys_shown(self) -> list[Key]:
-        """There is a next example only where there are several."""
-        several = self._look is not None and len(self._look.samples) > 1
-        return [key for key in super().keys_shown() if several or not key.action.startswith("example")]
+        """A next example only where there are several, and nothing to mark or to read again without data."""
+        samples, named = self._look.samples if self._look else (), bool(self.owner.draft.get("data"))
+        several = len(samples) > 1
+        fitting = {"example(1)": several, "example(-1)": several, "marks": bool(samples), "again": named}
+        return [key for key in super().keys_shown() if fitting.get(key.action, True)]
 
     def status_line(self) -> Line:
         """The counts in one line."""

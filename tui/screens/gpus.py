@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
+from rich.markup import escape
 from rich.text import Text
 from textual import on, work
 from textual.app import ComposeResult
@@ -17,7 +20,7 @@ from ...planner.errors import FinetuiError
 from ...planner.plan import Plan
 from .. import format  # noqa: A004
 from ..columns import Column, fitting
-from ..form import Tree, put, recipe_of
+from ..form import Tree, get, put, recipe_of
 from ..keys import Key, bindings
 from ..offers import SORTS, Alternative, OfferRow, alternatives, arranged, money, on_machine, price_age
 from ..plan_view import verdict
@@ -25,8 +28,9 @@ from ..widgets.lines import Line
 from ..widgets.offer_details import OfferDetails
 from ..widgets.scatter import Scatter
 from .base import BaseScreen
-from .editor import Editor
+from .editor import Confirm, Editor
 from .offers_compared import OffersCompared
+from .told import Told
 
 _COLUMNS = (
     Column(""),
@@ -44,12 +48,15 @@ _COLUMNS = (
 #: Cells of the table's border, padding and scrollbar.
 _FRAME = 5
 _ROLES = {"✔": "good", "!": "warn", "✘": "bad"}
+#: What job files end with, and whose they are.
+_SYSTEMS = {".sky.yaml": "SkyPilot", ".modal.py": "Modal", ".sbatch": "Slurm"}
 
 
 def cells(row: OfferRow, marked: bool, now: float) -> dict[str, str]:
     """One offer as the text of its columns; ``now`` is what the age of its price is reckoned from."""
     plan = row.plan
     glyph, _ = verdict(plan)
+    doubt = "!" if row.over else "?" if row.unproven else ""
     share = plan.memory.device_gib / max(plan.hardware.memory_gib, 1e-9)
     return {
         "": ("*" if marked else " ") + ("◆" if row.best else " "),
@@ -60,7 +67,7 @@ def cells(row: OfferRow, marked: bool, now: float) -> dict[str, str]:
         "tok/s": format.rate(plan.speed.tokens_per_s) if plan.fits else "–",
         "time": format.duration(plan.time_s) if plan.fits else "–",
         "$/h": money(row, row.usd_per_h),
-        "$ run": money(row, row.usd) + "!" * bool(row.over) if plan.fits else "–",
+        "$ run": money(row, row.usd) + doubt if plan.fits else "–",
         "provider": row.provider,
         "age": "now" if row.local else price_age(row.as_of, now) + ("!" if row.stale else ""),
     }
@@ -91,6 +98,14 @@ class GpusScreen(BaseScreen):
         key: str
         others: list[Alternative]
 
+    @dataclass
+    class Wrote(Message):
+        """A job file is written, with what there is to say about it; or why it is not."""
+
+        target: Path
+        lines: Sequence[str] = ()
+        error: FinetuiError | None = None
+
     def __init__(self) -> None:
         super().__init__()
         self._asked: tuple[Tree, bool] | None = None
@@ -101,7 +116,7 @@ class GpusScreen(BaseScreen):
         self._widths: dict[str, int] = {}
         self._gap = 1
         self._sort, self._words = next(iter(SORTS)), ""
-        self._everything = self._spot = self._only_marked = False
+        self._everything = self._spot = self._only_marked = self._searching = False
         self._priced = ""
         self._error: FinetuiError | None = None
 
@@ -159,8 +174,9 @@ class GpusScreen(BaseScreen):
     def _ask(self) -> None:
         wanted = (self.owner.draft, self._spot)
         if wanted != self._asked:
-            self._asked, self._others = wanted, {}
+            self._asked, self._others, self._searching = wanted, {}, True
             self._find(*wanted)
+            self._fill()
 
     @work(thread=True, exclusive=True, group="offers", exit_on_error=False)
     def _find(self, draft: Tree, spot: bool) -> None:
@@ -172,7 +188,7 @@ class GpusScreen(BaseScreen):
 
     @on(Found)
     def _found(self, message: Found) -> None:
-        self._rows, self._error = message.rows, message.error
+        self._rows, self._error, self._searching = message.rows, message.error, False
         self._marked &= {row.key for row in self._rows}
         self._fill()
 
@@ -202,13 +218,17 @@ class GpusScreen(BaseScreen):
         keys = [row.key for row in self._shown]
         if at is not None and at.key in keys:
             table.move_cursor(row=keys.index(at.key))
-        table.border_title = self._title()
+        table.border_title = escape(self._title())
         self._show_offer()
         self.refresh_bars()
 
     def _title(self) -> str:
         if self._error is not None:
             return "offers: none, the plan is not right yet"
+        if self._searching:
+            return (
+                f"offers: looking, these {len(self._rows)} are for the plan before" if self._rows else "offers: looking"
+            )
         parts = [f"offers: {len(self._shown)} of {len(self._rows)}", f"by {self._sort}"]
         parts += ["spot prices"] * self._spot + ["marked"] * self._only_marked
         parts += [f"filter {self._words!r}"] * bool(self._words)
@@ -245,20 +265,33 @@ class GpusScreen(BaseScreen):
     def _show_offer(self) -> None:
         row = self._current()
         others: Sequence[Alternative] = self._others.get(row.key, ()) if row else ()
-        self.query_one(OfferDetails).show(row, others)
+        self.query_one(OfferDetails).show(row, others, self._nothing())
         self.query_one(Scatter).show(self._rows, row)
         panel = self.query_one("#offer")
         panel.border_title = f"{row.count} × {row.gpu}, {row.provider}" if row else "offer"
-        if self._error is not None:
-            panel.border_title = self._error.what
         if row is not None and row.key not in self._others and self._asked is not None:
             self._others[row.key] = []
             self._weigh(self._asked[0], row)
 
+    def _nothing(self) -> str:
+        """Why there is no offer to show."""
+        if self._error is not None:
+            return self._error.message
+        if self._searching:
+            return "planning for every offer…"
+        return "no offers to show: f shows those that do not fit, / changes the filter"
+
     def keys_shown(self) -> list[Key]:
         """Without an offer there is none to use; what is marked can be compared, which comes first then."""
         found, marked = bool(self._shown), len(self._marked)
-        fitting = {"use": found, "mark": found, "sort": found, "compare": marked > 1, "marked": marked > 0}
+        fitting = {
+            "use": found,
+            "mark": found,
+            "sort": found,
+            "job": found,
+            "compare": marked > 1,
+            "marked": marked > 0,
+        }
         keys = [key for key in super().keys_shown() if key.scope == "app" or fitting.get(key.action, True)]
         return sorted(keys, key=lambda key: key.action != "compare")
 
@@ -289,6 +322,58 @@ class GpusScreen(BaseScreen):
     def _take(self, draft: Tree) -> None:
         self.owner.edit(draft)
         self.owner.action_mode("plan")
+
+    def action_job(self) -> None:
+        """Ask for a file, and write the job that carries out the plan on such a machine into it."""
+        row = self._current()
+        if row is None:
+            return
+        endings = [ending for _, ending in self.owner.backend.systems(row.provider)]
+        model = get(self.owner.draft, "model").rstrip("/").rpartition("/")[2]
+        stem = re.sub(r"[^a-z0-9._]+", "-", f"{model}-{row.gpu}".lower())
+
+        def stem_of(text: str) -> str:
+            return next((text.removesuffix(ending) for ending in endings if text.endswith(ending)), text)
+
+        def named(text: str) -> list[str]:
+            return [f"{stem_of(text)}{ending}" for ending in endings] if text else []
+
+        def done(text: str | None) -> None:
+            if text:
+                self._write_over(Path(text if stem_of(text) != text else named(text)[0]).expanduser(), row)
+
+        nobody = f"SkyPilot and Modal don't rent at {row.provider}: for a Slurm cluster with such GPUs"
+        hint = "The ending says what for: " + ", ".join(f"{end} {_SYSTEMS[end]}" for end in endings)
+        hint = hint if len(endings) > 1 else nobody
+        title = f"write a job for {row.count} × {row.gpu}"
+        self.app.push_screen(Editor(title, f"{stem}{endings[0]}", hint=hint, options=named), done)
+
+    def _write_over(self, target: Path, row: OfferRow) -> None:
+        """Write a job, after a question where there is a file already."""
+
+        def sure(yes: bool | None) -> None:
+            if yes:
+                self._write_job(self.owner.draft, row, self._spot, target)
+
+        if target.exists():
+            self.app.push_screen(Confirm("write a job", f"{target} is there already. Write over it?"), sure)
+        else:
+            sure(True)
+
+    @work(thread=True, exclusive=True, group="job", exit_on_error=False)
+    def _write_job(self, draft: Tree, row: OfferRow, spot: bool, target: Path) -> None:
+        try:
+            recipe = recipe_of(on_machine(draft, row))
+            self.post_message(self.Wrote(target, self.owner.backend.job(recipe, row.provider, spot, target)))
+        except FinetuiError as error:
+            self.post_message(self.Wrote(target, error=error))
+
+    @on(Wrote)
+    def _wrote(self, message: Wrote) -> None:
+        if message.error is not None:
+            self.notify(str(message.error), title="no job was written", severity="error", timeout=12)
+        else:
+            self.app.push_screen(Told(f"written: {message.target}", message.lines))
 
     def action_sort(self) -> None:
         """Sort by the next figure."""

@@ -220,7 +220,7 @@ class LaunchScreen(BaseScreen):
         differ = sum(mark != " " for mark, _ in marked)
         lines = "1 line differs" if differ == 1 else f"{differ} lines differ"
         told = f": {lines} from {escape(name)}" if differ else f": as {escape(name)} says" if name else ""
-        panel.border_title = f"recipe{told}"
+        panel.border_title = escape(f"recipe{told}")
         self.query_one(RecipeView).show(marked)
 
     def _summary(self, plan: Plan) -> str:

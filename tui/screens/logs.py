@@ -17,10 +17,11 @@ from ...engine.run import Run
 from ...planner.errors import FinetuiError
 from ..follower import BATCH
 from ..history import History
-from ..keys import Key, bindings, key_of
+from ..keys import Key, bindings
 from ..watch import lines_of
 from ..widgets.lines import Line
 from ..widgets.log_view import KEPT, LogView
+from ..widgets.run_details import NO_RUNS
 from .base import BaseScreen
 from .editor import Editor
 
@@ -116,7 +117,7 @@ class LogsScreen(BaseScreen):
             self._read(run, sources(run)[0])
         elif run is None:
             view = self.query_one(LogView)
-            view.nothing = f"no runs yet: plan one ({key_of('plan')}), then launch it ({key_of('launch')})"
+            view.nothing = NO_RUNS
             view.redraw()
         self._seen.set()
 

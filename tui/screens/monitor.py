@@ -20,12 +20,13 @@ from .. import format  # noqa: A004
 from ..alerts import Watchman
 from ..follower import Follower, Update
 from ..history import EMA_WEIGHT, EMA_WEIGHTS, History
-from ..keys import Key, bindings, key_of
+from ..keys import Key, bindings
 from ..machine_curves import FIGURES
 from ..widgets.gpu_panel import GpuPanel
 from ..widgets.line_chart import Curve, LineChart
 from ..widgets.lines import Line
 from ..widgets.log_pane import LogPane
+from ..widgets.run_details import NO_RUNS
 from ..widgets.run_header import RunHeader, eta_text, state_span
 from . import actions
 from .base import BaseScreen
@@ -150,7 +151,7 @@ class MonitorScreen(BaseScreen):
         self._changed = True
         if update.caught_up:
             for alert in self._watchman.news(self._history, self._status):
-                actions.announce(self.owner, alert, self._watchman.name)
+                actions.announce(self.owner, alert, self._watchman.name, seen=self._seen)
         if self._seen and update.caught_up and (first or ended or update.fold is not None):
             self._show()
 
@@ -193,11 +194,15 @@ class MonitorScreen(BaseScreen):
         live = self._status.state in LIVE_STATES
         total = float(history.steps)
         self.set_class(self._run is None, "-none")
-        name = self._run.name if self._run else f"no runs yet: start one from Launch ({key_of('launch')})"
-        at = next((n for n, run in enumerate(self._runs, 1) if self._run and run.path == self._run.path), 0)
+        if self._run is None:
+            self.query_one(RunHeader).show_nothing(NO_RUNS)
+            self.refresh_bars()
+            return
+        name = self._run.name
+        at = next((n for n, run in enumerate(self._runs, 1) if run.path == self._run.path), 0)
         place = f"{at} of {len(self._runs)}" if at and len(self._runs) > 1 else ""
         with self.app.batch_update():
-            self.query_one(RunHeader).show(name, history, self._status, self._plan, now, place)
+            self.query_one(RunHeader).show(name, history, self._status, self._plan, now, place, self._after())
             self._chart("loss").show(self._loss_curves(), self._loss_figures(), total, history.marks)
             rate, norm = history.tokens_per_s, history.grad_norm
             mfu = history.mfu(self._plan)
@@ -211,6 +216,12 @@ class MonitorScreen(BaseScreen):
             self.query_one(GpuPanel).show(gpus, history.host)
             self.query_one(LogPane).show(history, self._plan, self._status.elapsed_s(now), live=live)
             self.refresh_bars()
+
+    def _after(self) -> str:
+        """What can be done with the result, once there is one."""
+        if self._run is None or self._status.state != "finished" or not self._run.output_path.exists():
+            return ""
+        return f"finetui chat {self._run.name}, finetui eval …, finetui export …"
 
     def _figures(self) -> list[str]:
         """What the last small chart can show: the method's own figures first, where it has any; the machine's last."""

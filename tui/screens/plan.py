@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.markup import escape
 from textual import on, work
@@ -33,6 +34,10 @@ from ..widgets.term_rows import TermRows
 from .base import BaseScreen
 from .editor import Editor, complete_path
 from .formula import Formula
+from .import_file import ImportFile
+
+if TYPE_CHECKING:
+    from ...planner.importers import Imported
 
 #: Seconds without an edit before planning: holding an arrow key down plans once.
 DEBOUNCE_S = 0.05
@@ -96,8 +101,10 @@ class PlanScreen(BaseScreen):
         """The keys differ between a field and the reasons."""
         self.refresh_bars()
         if isinstance(self.focused, Field):
-            form_panel, words = self.query_one("#form"), self.focused.spec.help
-            form_panel.border_subtitle = words if len(words) <= form_panel.size.width - 4 else ""
+            spec, form_panel = self.focused.spec, self.query_one("#form")
+            beside = len(spec.help) <= form_panel.size.width - 4
+            form_panel.border_subtitle = spec.help if beside else ""
+            self.query_one("#reasons").border_subtitle = "" if beside else f"{spec.label.strip()}: {spec.help}"
 
     def on_resize(self) -> None:
         """A field's words may fit now, or no longer."""
@@ -287,17 +294,43 @@ class PlanScreen(BaseScreen):
         def done(text: str | None) -> None:
             if not text:
                 return
+            path = _recipe_path(text)
             try:
-                self.owner.open_recipe(_recipe_path(text))
+                self.owner.open_recipe(path)
             except RecipeError as error:
+                if self.owner.backend.tool_of(path):
+                    self._import(path)
+                    return
                 self.notify(str(error), title="not opened", severity="error", timeout=12)
                 return
             self._show_fields()
             self.plan_again(at_once=True)
 
         self.app.push_screen(
-            Editor("open a recipe", "", hint="A preset's name, or a YAML file", options=_recipes), done
+            Editor("open a recipe", "", hint="A preset, a recipe, or another tool's training file", options=_recipes),
+            done,
         )
+
+    def action_import_(self) -> None:
+        """Ask for another tool's training file, and make a recipe of it."""
+
+        def done(text: str | None) -> None:
+            if text:
+                self._import(Path(text).expanduser())
+
+        hint = "A YAML file of Axolotl, LLaMA-Factory, torchtune or TRL"
+        self.app.push_screen(Editor("import a training file", "", hint=hint, options=_training_files), done)
+
+    def _import(self, path: Path) -> None:
+        def done(found: Imported | None) -> None:
+            if found is None:
+                return
+            self.owner.take_imported(found)
+            self._show_fields()
+            self.plan_again(at_once=True)
+            self.notify(f"{path.name} is planned. s saves it as a recipe.", title="imported")
+
+        self.app.push_screen(ImportFile(path, self.owner.backend.import_file), done)
 
     def action_save(self) -> None:
         """Ask where to, and save the recipe."""
@@ -311,7 +344,7 @@ class PlanScreen(BaseScreen):
                 return
             path = Path(text).expanduser().resolve()
             try:
-                recipe.save(path)
+                path.write_text(self.owner.recipe_text(recipe), encoding="utf-8")
             except OSError as error:
                 self.notify(f"{path}: {error.strerror}", title="not saved", severity="error", timeout=12)
                 return
@@ -332,6 +365,10 @@ def _recipes(text: str) -> list[str]:
     """Presets by their names, then files."""
     presets = sorted(path.stem for path in PRESETS.glob("*.yaml") if path.stem.startswith(text))
     return [*presets, *complete_path(text, suffixes=_RECIPE_SUFFIXES)]
+
+
+def _training_files(text: str) -> list[str]:
+    return complete_path(text, suffixes=(*_RECIPE_SUFFIXES, ".json"))
 
 
 def _recipe_path(text: str) -> Path:

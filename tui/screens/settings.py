@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from rich.markup import escape
 from textual import on
 from textual.app import ComposeResult
 from textual.containers import VerticalScroll
@@ -79,7 +80,7 @@ class SettingsScreen(BaseScreen):
             value = shown(field.spec.key, getattr(self.owner.preferences, field.spec.key))
             where = source(field.spec.key, self.owner.preferences)
             field.show(value or "–", field.spec.help if where == "default" else where)
-        self.query_one("#settings").border_subtitle = format.path(settings_path())
+        self.query_one("#settings").border_subtitle = escape(format.path(settings_path()))
         self._show_about()
         self.refresh_bars()
 
@@ -114,7 +115,7 @@ class SettingsScreen(BaseScreen):
         try:
             self.owner.prefer(name, parsed(name, text))
         except SettingsError as error:
-            self.notify(str(error), title="not kept", severity="error", timeout=12, markup=False)
+            self.notify(str(error), title="not kept", severity="error", timeout=12)
         self._problems = []
         self._show()
 
@@ -185,7 +186,7 @@ class SettingsScreen(BaseScreen):
     def action_copy(self) -> None:
         """Copy the file's path."""
         self.app.copy_to_clipboard(str(settings_path()))
-        self.notify(str(settings_path()), title="copied", markup=False)
+        self.notify(str(settings_path()), title="copied")
 
 
 def _folders(text: str) -> list[str]:

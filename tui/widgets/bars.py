@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from rich.cells import cell_len
+from textual.events import Click
+
 from ..keys import KEYS, Key, key_name
 from .lines import Line, Lines, fitted, length, spread
 
@@ -20,7 +23,30 @@ def rebound_modes(own: Mapping[str, str]) -> list[tuple[str, str, str]]:
     return [(key_name(own.get(f"app.mode.{mode}", key).split(",")[0]), mode, label) for key, mode, label in MODES]
 
 
-class TopBar(Lines):
+class Bar(Lines):
+    """One line with keys on it, which a click presses."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._pressed: Mapping[str, str] = {}
+        """Keys by what stands for them in the line."""
+
+    def on_click(self, event: Click) -> None:
+        """Press the key that the name under the pointer belongs to."""
+        place, key = 0, ""
+        for text, role in self._lines[0] if self._lines else ():
+            if role in ("key", "cursor"):
+                key = self._pressed.get(text.split()[0], "")
+            elif role:
+                key = ""
+            place += cell_len(text)
+            if event.x < place:
+                if key and text.strip():
+                    self.app.simulate_key(key)
+                return
+
+
+class TopBar(Bar):
     """The program's name, its screens with their keys, and this machine."""
 
     def __init__(self, mode: str) -> None:
@@ -32,6 +58,10 @@ class TopBar(Lines):
     def show(self, machine: str, own: Mapping[str, str]) -> None:
         """Say which machine this is; ``own`` are the user's own keys."""
         self._machine, self._own = machine, own
+        self._pressed = {
+            key_name(first): first
+            for first in (own.get(f"app.mode.{mode}", key).split(",")[0] for key, mode, _ in MODES)
+        }
         self.redraw()
 
     def draw(self, width: int, height: int) -> list[Line]:
@@ -53,7 +83,7 @@ class TopBar(Lines):
         return [spread(left, right, width) if right else fitted(left, width)]
 
 
-class KeyBar(Lines):
+class KeyBar(Bar):
     """As many keys as fit; help and quit always do."""
 
     def __init__(self) -> None:
@@ -63,6 +93,7 @@ class KeyBar(Lines):
     def show(self, keys: Sequence[Key]) -> None:
         """List these keys, the most useful ones first."""
         self._keys = [key for key in keys if key.label]
+        self._pressed = {key.shown: key.keys.split(",")[0] for key in self._keys}
         self.redraw()
 
     def draw(self, width: int, height: int) -> list[Line]:

@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ..comparison import Contender, differences, ending, outcome, outcome_rows
-from .lines import Line, Lines, fitted
+from .lines import Line, Lines, fitted, wrapped
+from .run_details import NO_RUNS
 from .run_header import STATE_ROLES
 
 #: One letter and one colour per run.
 LETTERS = "ABCDEF"
 ROLES = ("accent", "second", "good", "warn", "bad", "")
+#: How runs come here.
+_HOW = "the two newest runs are compared, or those marked with space on Runs"
 
 
 class ComparisonTable(Lines):
@@ -30,7 +33,7 @@ class ComparisonTable(Lines):
         """See :class:`Lines`."""
         contenders = self._contenders
         if not contenders:
-            return [[("no runs to compare: mark some with space on Runs, then press c", "dim")]]
+            return [*wrapped(NO_RUNS, width, "dim"), [("", "")], *wrapped(_HOW, width, "dim")]
         head, names = 16, [contender.run.name for contender in contenders]
         cell = max((width - head) // len(contenders), 6)
         lines: list[Line] = [[(" " * head, "")]]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from textual import on
+from textual.events import Resize
 from textual.message import Message
 
 from ..form import FieldSpec
@@ -69,10 +71,11 @@ class Field(Lines, can_focus=True):
         if self._disabled_here:
             return [fitted([*label, ("–", "dim")], width)]
         room = width - length(label)
-        value = _shortened(self.value, room - 4 if self.spec.steps else room) if self.value else "press enter"
-        role = "bad" if self.error else "dim" if value in ("auto", "press enter") else "accent"
         arrows = focused and bool(self.spec.steps)
-        body: Line = [("‹ " if arrows else "", "dim"), (value, role), (" ›" if arrows else "", "dim")]
+        gap = " " if len(self.value) + 4 <= room else ""
+        value = _shortened(self.value, room - 2 - 2 * len(gap) if arrows else room) if self.value else "press enter"
+        role = "bad" if self.error else "dim" if value in ("auto", "press enter") else "accent"
+        body: Line = [(f"‹{gap}" if arrows else "", "dim"), (value, role), (f"{gap}›" if arrows else "", "dim")]
         note = f"  {self._note}" if self._note else ""
         if note and length(body) + len(note) <= room:
             body.append((note, "" if value == "auto" else "dim"))
@@ -87,6 +90,12 @@ class Field(Lines, can_focus=True):
         """Show the cursor, or take it away."""
         super().watch_has_focus(focused)
         self.redraw()
+
+    @on(Resize)
+    def _grown(self) -> None:
+        """What is wrong with it may be below what can be seen."""
+        if self.error and self.has_focus:
+            self.scroll_visible(animate=False)
 
     def on_click(self) -> None:
         """A click on the row that has the cursor edits it."""

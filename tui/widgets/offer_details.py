@@ -21,10 +21,11 @@ class OfferDetails(Lines):
         super().__init__()
         self._row: OfferRow | None = None
         self._others: Sequence[Alternative] = ()
+        self._nothing = ""
 
-    def show(self, row: OfferRow | None, others: Sequence[Alternative] = ()) -> None:
-        """Draw an offer."""
-        self._row, self._others = row, others
+    def show(self, row: OfferRow | None, others: Sequence[Alternative] = (), nothing: str = "") -> None:
+        """Draw an offer; without one, ``nothing`` says why."""
+        self._row, self._others, self._nothing = row, others, nothing
         self.refresh(layout=True)
         self.redraw()
 
@@ -32,7 +33,7 @@ class OfferDetails(Lines):
         """See :class:`Lines`."""
         row = self._row
         if row is None:
-            return [[("no offers to show: f shows those that do not fit, / changes the filter", "dim")]]
+            return wrapped(self._nothing, width, "dim")
         plan, memory = row.plan, row.plan.memory
         glyph, words = verdict(plan)
         lines: list[Line] = [
@@ -43,7 +44,8 @@ class OfferDetails(Lines):
             ]
         ]
         r = plan.resolved
-        setting = f"micro batch {r.micro_batch}, {r.checkpointing} checkpointing, {r.optimizer}"
+        kept = "no" if r.checkpointing == "none" else r.checkpointing
+        setting = f"micro batch {r.micro_batch}, {kept} checkpointing, {r.optimizer}"
         lines.append([("plan     ", "dim"), (setting, "")])
         if row.local:
             lines.append([("price    ", "dim"), ("this machine: nothing to rent", "")])

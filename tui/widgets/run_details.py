@@ -10,6 +10,9 @@ from ..run_table import RunRow
 from .lines import Line, Lines, wrapped
 from .run_header import STATE_ROLES
 
+#: What is said wherever a run would be shown.
+NO_RUNS = f"no runs yet: plan ({key_of('plan')}), then launch ({key_of('launch')}), or leave and try finetui quickstart"
+
 
 class RunDetails(Lines):
     """The run under the cursor: why it ended, what to try, what it is."""
@@ -29,7 +32,7 @@ class RunDetails(Lines):
         """See :class:`Lines`."""
         row = self._row
         if row is None:
-            return [[(f"no runs yet: plan one ({key_of('plan')}), then launch it ({key_of('launch')})", "dim")]]
+            return wrapped(NO_RUNS, width, "dim")
         lines: list[Line] = []
         if row.message:
             lines += wrapped(row.message, width, STATE_ROLES.get(row.state, ""))

@@ -46,19 +46,36 @@ class RunHeader(Lines):
         self._status = Status()
         self._plan: Plan | None = None
         self._now = 0.0
-        self._place = ""
+        self._place = self._after = self._nothing = ""
 
-    def show(self, name: str, history: History, status: Status, plan: Plan | None, now: float, place: str = "") -> None:
-        """Draw a run; ``place`` is its position among several (``2 of 5``)."""
+    def show_nothing(self, words: str) -> None:
+        """Draw why there is no run."""
+        self._nothing = words
+        self.refresh(layout=True)
+        self.redraw()
+
+    def show(
+        self,
+        name: str,
+        history: History,
+        status: Status,
+        plan: Plan | None,
+        now: float,
+        place: str = "",
+        after: str = "",
+    ) -> None:
+        """Draw a run; ``place`` is its position among several (``2 of 5``), ``after`` what can be done with it now."""
         rows = self.lines_needed(self.size.width)
         self._run_name, self._history, self._status, self._plan, self._now = name, history, status, plan, now
-        self._place = place
+        self._place, self._after, self._nothing = place, after, ""
         if rows != self.lines_needed(self.size.width):
             self.refresh(layout=True)
         self.redraw()
 
     def draw(self, width: int, height: int) -> list[Line]:
         """See :class:`Lines`."""
+        if self._nothing:
+            return wrapped(f" {self._nothing}", width, "dim", indent=" ")
         if not self._run_name or width < 10:
             return []
         status, live = self._status, self._status.state in LIVE_STATES
@@ -76,6 +93,8 @@ class RunHeader(Lines):
             lines += wrapped(f" {status.message}", width - 1, role, indent="   ")[:3]
             if status.do:
                 lines += wrapped(f" Try: {status.do}", width - 1, "bold", indent="   ")[:3]
+        if self._after:
+            lines += wrapped(f" Next: {self._after}", width - 1, "dim", indent="   ")[:3]
         return lines
 
     def _where(self) -> str:

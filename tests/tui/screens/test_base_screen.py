@@ -6,11 +6,12 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from textual._compositor import LayoutUpdate
+from textual._compositor import Compositor, LayoutUpdate
 from textual.app import App
 
 from finetui.engine.run import Run
 from finetui.tui.app import FinetuiApp
+from finetui.tui.screens.base import BaseScreen
 
 
 @pytest.fixture
@@ -47,3 +48,31 @@ async def test_the_first_picture_is_whole_and_none_is_thrown_away(
             await settle(pilot)
             assert isinstance(pictures[0][0], LayoutUpdate), f"{mode}: pieces of it came first"
             assert {batches for _, batches in pictures} == {0}, f"{mode}: drawn for nothing"
+
+
+async def test_what_has_moved_is_drawn_even_where_the_map_was_read_before_the_layout(
+    app_of: Callable[..., FinetuiApp], settle: Callable[[Any], Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    app = app_of("launch")
+    async with app.run_test(size=(80, 24)) as pilot:
+        await settle(pilot)
+        screen, due = app.screen, set()
+        draw, lay_out = Compositor.render_update, BaseScreen._refresh_layout
+
+        def drawn(compositor: Compositor, **more: Any) -> Any:
+            due.update(compositor._dirty_regions)
+            return draw(compositor, **more)
+
+        def laid_out(screen: BaseScreen, *sizes: Any, **more: Any) -> None:
+            screen._compositor._full_map_invalidated = True  # as after a widget was added
+            assert screen._compositor.full_map
+            lay_out(screen, *sizes, **more)
+
+        monkeypatch.setattr(Compositor, "render_update", drawn)
+        monkeypatch.setattr(BaseScreen, "_refresh_layout", laid_out)
+        before = screen.query_one("#command").region
+        screen.query_one("#recipe").styles.height = 8  # what is above it goes up, as large as before
+        await settle(pilot)
+        now = screen.query_one("#command").region
+        assert now == before.translate((0, -2))
+        assert any(region.contains_region(now) for region in due), due

@@ -4,20 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
-from textual.widgets import DataTable
+from textual.widgets import DataTable, Input
 
 from finetui.planner.errors import ModelError
 from finetui.planner.recipe import Recipe
 from finetui.tui.app import FinetuiApp
 from finetui.tui.backend import Backend
 from finetui.tui.form import get
-from finetui.tui.offers import price_age
+from finetui.tui.offers import price_age, with_frontier
 from finetui.tui.screens.offers_compared import OfferColumns, OffersCompared
+from finetui.tui.screens.told import Told
 from finetui.tui.widgets.offer_details import OfferDetails
 from finetui.tui.widgets.scatter import Scatter
+from finetui.tui.widgets.text_block import TextBlock
 
 AppOf = Callable[..., FinetuiApp]
 Settle = Callable[[Any], Awaitable[None]]
@@ -133,7 +136,7 @@ async def test_a_recipe_that_can_not_be_planned(app_of: AppOf, settle: Settle, b
     app = app_of("gpus", recipe=LORA, backend=replace(backend, offers=offers))
     async with app.run_test(size=(100, 30)) as pilot:
         await settle(pilot)
-        assert "there is no model" in str(app.screen.query_one("#offer").border_title)
+        assert "there is no model" in app.screen.query_one(OfferDetails).text
         await pilot.press("enter", "a", "space", "k")
         assert app.current_mode == "gpus"
 
@@ -189,3 +192,70 @@ async def test_time_and_provider_are_shown_where_there_is_room(
         words = app.screen.query_one(OfferDetails).text
         assert "longer than one free session" in words
         assert "quota    12 h a session, 30 h a week" in words
+
+
+async def test_what_is_free_for_a_session_does_not_lead_before_the_data_is_known(
+    app_of: AppOf, settle: Settle, backend: Backend
+) -> None:
+    def offers(recipe: Recipe, spot: bool) -> Any:
+        rows = backend.offers(recipe, spot)
+        unknown = replace(rows[0].plan, workload=replace(rows[0].plan.workload, basis="assumed"))
+        lent = {"provider": "kaggle", "usd": 0.0, "usd_per_h": 0.0, "quota": "12 h a session"}
+        return with_frontier([replace(rows[0], plan=unknown, **lent), *rows])
+
+    app = app_of("gpus", recipe=LORA, backend=replace(backend, offers=offers))
+    async with app.run_test(size=(130, 36)) as pilot:
+        await settle(pilot)
+        rows = table(app)
+        assert [row[0] for row in rows if "kaggle" in row] == [""]
+        assert "kaggle" in rows[-1]
+        assert "free?" in rows[-1]
+        await pilot.press(*["j"] * 9)
+        await settle(pilot)
+        assert "a free session may end first" in " ".join(app.screen.query_one(OfferDetails).text.split())
+
+
+async def test_a_job_is_written_for_an_offer(app_of: AppOf, settle: Settle, backend: Backend, tmp_path: Path) -> None:
+    written: list[tuple[str | None, Any, str, bool, Path]] = []
+
+    def job(recipe: Recipe, provider: str, spot: bool, target: Path) -> list[str]:
+        written.append((recipe.hardware.gpu, recipe.hardware.gpus, provider, spot, target))
+        return ["start it:", "  sky launch mine.sky.yaml"]
+
+    app = app_of("gpus", recipe=LORA, backend=replace(backend, job=job))
+    async with app.run_test(size=(130, 36)) as pilot:
+        await settle(pilot)
+        await pilot.press("j", "w")
+        await settle(pilot)
+        assert app.screen.query_one(Input).value == "qwen3-8b-rtx-4090.sky.yaml"
+        app.screen.query_one(Input).value = str(tmp_path / "mine")
+        await pilot.press("enter")
+        await settle(pilot)
+        target = tmp_path / "mine.sky.yaml"
+        assert written == [("RTX 4090", 1, "runpod", False, target)]
+        assert isinstance(app.screen, Told)
+        assert "sky launch mine.sky.yaml" in app.screen.query_one(TextBlock).text
+        await pilot.press("escape")
+        target.write_text("mine already")
+        await pilot.press("w")
+        app.screen.query_one(Input).value = str(target)
+        await pilot.press("enter")
+        await settle(pilot)
+        await pilot.press("enter")  # no
+        await settle(pilot)
+        assert len(written) == 1
+
+
+async def test_a_job_that_can_not_be_written_is_told(app_of: AppOf, settle: Settle, backend: Backend) -> None:
+    def job(recipe: Recipe, provider: str, spot: bool, target: Path) -> list[str]:
+        raise ModelError("the recipe names no dataset", where="data")
+
+    app = app_of("gpus", recipe=LORA, backend=replace(backend, job=job))
+    async with app.run_test(size=(130, 36)) as pilot:
+        await settle(pilot)
+        await pilot.press("w", "enter")
+        await settle(pilot)
+        assert not isinstance(app.screen, Told)
+        assert [note.message for note in app._notifications] == ["data: the recipe names no dataset."]
+        await pilot.press("escape")
+        assert not list(app._notifications)

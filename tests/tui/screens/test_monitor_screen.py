@@ -9,11 +9,15 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+from textual.widgets._toast import Toast
 
 from finetui.engine.events import EventLog, Metrics, Step, Warn
 from finetui.engine.run import Run
+from finetui.planner.errors import RunError
 from finetui.tui.app import FinetuiApp
+from finetui.tui.backend import Backend
 from finetui.tui.keys import key_of
+from finetui.tui.processes import _module
 from finetui.tui.screens.base import StatusLine
 from finetui.tui.screens.monitor import MonitorScreen
 from finetui.tui.widgets.bars import KeyBar
@@ -295,19 +299,72 @@ async def test_the_processes_are_named_before_they_are_killed(
     assert ("kill", fleet[0].name) in calls
 
 
+@pytest.mark.parametrize("elsewhere", [True, False])
 async def test_a_run_that_ends_is_announced(
-    app_of: AppOf, settle: Settle, fleet: list[Run], monkeypatch: pytest.MonkeyPatch
+    app_of: AppOf, settle: Settle, fleet: list[Run], monkeypatch: pytest.MonkeyPatch, elsewhere: bool
 ) -> None:
     told: list[str] = []
     monkeypatch.setattr("finetui.tui.screens.actions.sound", lambda alert, run, wanted: told.append(alert.text) or "")
     app = app_of("monitor", fleet[0])
-    async with app.run_test(size=(80, 24)) as pilot:
+    async with app.run_test(size=(80, 24), notifications=True) as pilot:
         await settle(pilot)
-        await pilot.press(key_of("runs"))  # somebody looks elsewhere
-        await settle(pilot)
-        fleet[0].update(state="failed", cause="oom", message="CUDA out of memory")
+        if elsewhere:
+            await pilot.press(key_of("runs"))
+            await settle(pilot)
+        fleet[0].update(state="failed", cause="oom", message="[rank0]: CUDA out of memory [/tmp]")
         for _ in range(50):
             await pilot.pause(0.1)
             if told:
                 break
-    assert told == [f"{fleet[0].name} failed (oom): CUDA out of memory"]
+        await settle(pilot)
+        shown = [str(toast.render()) for toast in app.screen.query(Toast)]
+        words = f"{fleet[0].name} failed (oom): [rank0]: CUDA out of memory [/tmp]"
+        assert told == [words]
+        assert shown == ([f"failed\n{words}"] if elsewhere else [])  # the header says it
+        assert elsewhere or "[rank0]: CUDA out of memory [/tmp]" in app.screen.query_one(RunHeader).text
+
+
+async def test_a_notice_leaves_the_gpus_in_sight(
+    app_of: AppOf, settle: Settle, fleet: list[Run], backend: Backend
+) -> None:
+    def refuse(run: Run) -> None:
+        raise RunError("can't be told to: its folder is read-only [/srv]", where=run.name, do="Make it writable.")
+
+    app = app_of("monitor", fleet[0], backend=replace(backend, checkpoint=refuse))
+    async with app.run_test(size=(80, 24), notifications=True) as pilot:
+        await settle(pilot)
+        await pilot.press("w")
+        await settle(pilot)
+        (toast,) = app.screen.query(Toast)
+        assert "read-only [/srv]" in str(toast.render())
+        assert not toast.region.overlaps(app.screen.query_one(GpuPanel).region)
+        assert toast.region.width > 70  # not half of it, which takes twice the lines
+        await pilot.press("escape")
+        await settle(pilot)
+        assert not app.screen.query(Toast)
+
+
+@pytest.mark.parametrize("kept", [True, False])
+async def test_what_can_be_done_with_a_result(app_of: AppOf, settle: Settle, fleet: list[Run], kept: bool) -> None:
+    run = fleet[1]
+    if kept:
+        run.output_path.mkdir(parents=True)
+    app = app_of("monitor", run)
+    async with app.run_test(size=(80, 24)) as pilot:
+        await settle(pilot)
+        words = " ".join(app.screen.query_one(RunHeader).text.split())
+        assert (f"Next: finetui chat {run.name}" in words) == kept
+
+
+@pytest.mark.parametrize(
+    ("words", "module"),
+    [
+        (["-P", "-m", "finetui.engine.supervisor", "-m", "x"], "finetui.engine.supervisor"),
+        (["-X", "utf8", "-m", "torch.distributed.run"], "torch.distributed.run"),
+        (["/usr/bin/pytest", "-m", "not slow"], ""),
+        (["train.py"], ""),
+        ([], ""),
+    ],
+)
+def test_the_module_that_python_runs(words: list[str], module: str) -> None:
+    assert _module(words) == module
