@@ -226,23 +226,27 @@ class RunTrainer(_Trainer):
         return {name: sum(values) / len(values) for name, values in gathered.items() if values and name != "num_tokens"}
 
     def _clip_grad_norm(self, model: Any) -> Any:
-        """As the trainer does it, but over what has gradients: a walk over all modules takes as long as a layer."""
+        return self._clipped(model, self.args.max_grad_norm)
+
+    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
+        norm = self._clipped(model, 0.0) if grad_norm is None else grad_norm
+        self.grad_norm = super()._get_grad_norm(model, grad_norm=norm)
+        return self.grad_norm
+
+    def _clipped(self, model: Any, max_norm: float) -> Any:
+        """The norm of the gradient, which is shortened to ``max_norm`` (0: it stays); None: let the trainer find it.
+
+        As the trainer does it, but over what has gradients: a walk over all modules takes as long as a layer.
+        """
         if self.shards is not None:
-            return self.shards.clip(self.optimizer, self.args.max_grad_norm)
+            return self.shards.clip(self.optimizer, max_norm)
         if self.accelerator.distributed_type not in (DistributedType.NO, DistributedType.MULTI_GPU):
-            return super()._clip_grad_norm(model)
-        trained = [p for _, p in self.trained_parameters()]
-        limit = self.args.max_grad_norm or math.inf
+            return super()._clip_grad_norm(model) if max_norm else None
+        trained, limit = [p for _, p in self.trained_parameters()], max_norm or math.inf
         # How adapters share out their ranks goes by gradients as they are after clipping.
         norm = None if allocates(self.model) else clipped_on_the_way(self.optimizer, trained, limit)
         self.guarded = norm is not None
         return norm if norm is not None else self.accelerator.clip_grad_norm_(trained, limit)
-
-    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
-        if grad_norm is None:
-            grad_norm = self._clip_grad_norm(model) if self.shards is None else self.shards.clip(self.optimizer, 0.0)
-        self.grad_norm = super()._get_grad_norm(model, grad_norm=grad_norm)
-        return self.grad_norm
 
     def norms(self, tensors: list[torch.Tensor]) -> list[float]:
         """The norm of each tensor, one for each trained parameter; of shards, over all ranks."""

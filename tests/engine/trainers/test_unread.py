@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ import torch
 pytest.importorskip("trl")
 from finetui.engine.events import read_events
 from finetui.engine.trainers import base, unread
+from finetui.engine.trainers.sft import TokenMeanTrainer
 from finetui.engine.trainers.unread import Unread
 from finetui.engine.worker import attempt
 
@@ -103,10 +105,25 @@ def test_a_run_is_the_same(training_run, late, clipped):
     assert all(step["step_s"] > 0 for step in events(other, "step"))
 
 
+@pytest.mark.parametrize("kind", ["NO", "MULTI_CPU"])
+def test_without_a_limit_gradients_stay_as_they_are(kind):
+    from accelerate.utils import DistributedType
+
+    weight = torch.nn.Parameter(torch.ones(4))
+    weight.grad = torch.full((4,), 3.0)
+    trainer: Any = object.__new__(TokenMeanTrainer)
+    trainer.shards, trainer.model, trainer._trained = None, torch.nn.Module(), [("weight", weight)]
+    trainer.model.weight, trainer.optimizer = weight, torch.optim.SGD([weight])
+    trainer.args, trainer._mixed_mesh_grads = SimpleNamespace(max_grad_norm=0.0), False
+    trainer.accelerator = SimpleNamespace(
+        distributed_type=DistributedType[kind], clip_grad_norm_=torch.nn.utils.clip_grad_norm_
+    )
+    assert float(trainer._get_grad_norm(trainer.model)) == pytest.approx(6.0)
+    assert weight.grad.tolist() == [3.0] * 4
+
+
 def spoil(monkeypatch, bad, by):
     """Multiply the loss of some steps, and with it their gradients; returns some weights as they were before each."""
-    from finetui.engine.trainers.sft import TokenMeanTrainer
-
     compute, weights = TokenMeanTrainer.compute_loss, []
 
     def compute_loss(self, *args, **kwargs):
