@@ -45,10 +45,10 @@ def cache_folder(present: Mapping[str, str], name: str) -> Path | None:
     Args:
         present: the environment, which may say where caches are.
     """
-    cache = Path(present.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "finetui" / name
     try:
+        cache = Path(present.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "finetui" / name
         cache.mkdir(parents=True, exist_ok=True)
-    except OSError:
+    except (OSError, RuntimeError):  # the second of a user without a home, as in a container
         return None  # a home that can't be written: all starts later, and works
     return cache
 

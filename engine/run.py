@@ -54,6 +54,8 @@ RESERVE_BYTES = 256 * 1024
 #: A live run samples its machine every few seconds; one that is silent for so long is gone.
 SILENCE_S = 120.0
 
+#: A process that was killed may hold its files until the last of its threads is gone.
+_DYING_S = 1.0
 #: What follows a run's name in that of its stages.
 _STAGE = re.compile(r"\.(\d+)-[A-Za-z0-9_-]+")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
@@ -301,16 +303,21 @@ class Run:
         (self.path / "control").mkdir(exist_ok=True)
         fd = os.open(self.path / "control" / "supervisor.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, FILE)
         lock = FileLock(fd, self.path / "control" / "supervisor.lock")
-        try:
-            lock.acquire(wait=False)
-        except BlockingIOError:
-            lock.close()
-            os.close(fd)
-            raise RunError(
-                "another process is at work on this run",
-                where=self.name,
-                do=f"Watch it with: finetui attach {self.name}",
-            ) from None
+        until = time.monotonic() + _DYING_S
+        while True:
+            try:
+                lock.acquire(wait=False)
+                break
+            except BlockingIOError:
+                if time.monotonic() > until or self._process_lives(self.recorded):
+                    lock.close()
+                    os.close(fd)
+                    raise RunError(
+                        "another process is at work on this run",
+                        where=self.name,
+                        do=f"Watch it with: finetui attach {self.name}",
+                    ) from None
+            time.sleep(0.02)
         if lock.fd != fd:
             os.close(fd)
         return lock.fd

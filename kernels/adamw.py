@@ -269,6 +269,11 @@ class AdamW(torch.optim.Optimizer):
         factor = _one(condition.device) if self._factor is None else self._factor
         self._factor = torch.where(condition, torch.nan, factor)
 
+    def uncount(self) -> None:
+        """The latest step was left out, as is known now, and does not count: bias corrections go by the number."""
+        for state in self.state.values():
+            state["step"] -= 1
+
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
         """Update every parameter that has a gradient.
@@ -297,8 +302,10 @@ class AdamW(torch.optim.Optimizer):
         """Take over a state exactly: the base class would cast 8-bit codes and scales to the parameters' format.
 
         Raises:
-            ValueError: 8-bit states of a version of this optimiser whose codes meant other values.
+            ValueError: states of another optimiser, or 8-bit ones of a version of this whose codes meant other values.
         """
+        if any(state and "exp_avg" not in state for state in state_dict["state"].values()):
+            raise ValueError("these states are of another optimiser")
         if any(getattr(s.get("exp_avg"), "dtype", None) == torch.uint8 for s in state_dict["state"].values()):
             raise ValueError("these 8-bit states are of an earlier version of AdamW, whose codes meant other values")
         super().load_state_dict(state_dict)

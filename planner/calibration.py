@@ -1,11 +1,10 @@
-"""What finished runs teach: measured over predicted, kept per GPU, family, size and tuning, and by how a run is spread
-over devices and replayed; used once it is trusted.
+"""What finished runs teach: measured over predicted, kept per kind of run, used once it is trusted.
 
-A correction is the median over at least three runs of the same kind, so one odd run (a busy GPU, a throttled one, a
-shared machine) bends nothing, and it is bounded, so that no history makes a plan absurd. One run that was out of memory
-raises it at once, to what that run held by then. It corrects what moves
-(activations, logits, buffers) and the speed; what is stored is counted exactly. Ratios are against the formula, not
-against an already corrected prediction, so they don't feed on themselves.
+A kind is GPU, family, size and tuning, and how a run is spread over devices and replayed. A correction is the median
+over at least three runs of the same kind, so one odd run (a busy GPU, a throttled one, a shared machine) bends nothing,
+and it is bounded, so that no history makes a plan absurd. One run that was out of memory raises it at once, to what
+that run held by then. It corrects what moves (activations, logits, buffers) and the speed; what is stored is counted
+exactly. Ratios are against the formula, not against an already corrected prediction, so they don't feed on themselves.
 """
 
 from __future__ import annotations

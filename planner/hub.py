@@ -110,7 +110,7 @@ def read_config(path: Path) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:  # numbers of thousands of digits, and thousands of brackets
         raise ModelError(f"this is not valid JSON ({str(error).partition(';')[0]})", where=str(path)) from None
     if not isinstance(config, dict):
-        raise ModelError(f"a {path.name} is a JSON object", where=str(path))
+        raise ModelError(f"{path.name} must be a JSON object", where=str(path))
     _require_believable(config, path)
     return config
 

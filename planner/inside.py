@@ -17,7 +17,7 @@ def local_path(text: str, *, error: type[UserError] = UserError, where: str = ""
         path = Path(text).expanduser()
         path.exists()
     except (OSError, ValueError, RuntimeError) as reason:
-        why = getattr(reason, "strerror", None) or str(reason)
+        why = getattr(reason, "strerror", None) or str(reason).rstrip(".")
         raise error(f"{text[:60]!r} can't be a path ({why})", where=where, do="Check it.") from None
     return path
 

@@ -138,6 +138,8 @@ class Recipe(Section):
             raise ValueError("sequence_length is below 8 tokens||Use 512 or more, or auto.")
         if self.sequence_length != "auto" and self.sequence_length > 2**27:
             raise ValueError("sequence_length is above 2**27 tokens, which no model reads||Use fewer, or auto.")
+        if self.seed >= 2**32:  # NumPy's, which the trainer seeds too
+            raise ValueError("seed is above 2**32 - 1, the largest that NumPy takes||Use a smaller one.")
         if self.data and all(source.split == "eval" for source in self.data):
             raise ValueError("no source in data has split: train||Give at least one source to train on.")
         check_objective(self)

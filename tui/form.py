@@ -5,11 +5,12 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from ..planner.errors import UserError
+from ..planner.inside import local_path
 from ..planner.options import SHORT, TUNING_KEYS
 from ..planner.plan import Plan
 from . import format  # noqa: A004
@@ -228,7 +229,10 @@ def put(tree: Tree, key: str, text: str) -> Tree:
 
 def _local(text: str) -> str:
     """A path that is there as an absolute one, because a run keeps its recipe in another folder; hub ids stay."""
-    path = Path(text).expanduser()
+    try:
+        path = local_path(text)
+    except UserError:  # which the plan tells
+        return text
     there = bool(text) and (text.startswith(("./", "../", "~")) or path.exists())
     return str(path.resolve()) if there else text
 

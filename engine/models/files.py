@@ -92,8 +92,12 @@ def opened(file: Path, framework: str = "pt") -> Any:
 #: How files begin that people have in the place of weights.
 _OTHERS = {
     b"version https://git-lfs": ("this is the pointer of Git LFS to a file, and not the file", "Run: git lfs pull"),
-    b"<": ("this is a web page, and no safetensors file", "Fetch the file again."),
-    b"PK": ("this is a zip archive or a pickle, and no safetensors file", "Fetch the model's safetensors files."),
+    b"<!": ("this is a web page, and no safetensors file", "Fetch the file again."),
+    b"<h": ("this is a web page, and no safetensors file", "Fetch the file again."),
+    b"PK\x03\x04": (
+        "this is a zip archive or a pickle, and no safetensors file",
+        "Fetch the model's safetensors files.",
+    ),
 }
 
 

@@ -19,6 +19,7 @@ import torch
 from accelerate.utils import DistributedType
 from torch.utils.data import DataLoader
 
+from ...planner.errors import RunError, first_line
 from ...planner.plan import Resolved
 from ..checkpoints import store
 from ..durable import reported_as_disk_error
@@ -293,12 +294,16 @@ class RunTrainer(_Trainer):
     def tell_steps(self, *, but: float = 0) -> None:
         """Tell of the steps that are done; all ``but`` the latest so many are waited for."""
         for told in self.unread.read(but=but):
-            self.log(vars(told) | {"loss": told.figures["loss"][0], "grad_norm": told.figures["grad_norm"][0]})
+            loss, norm = told.figures["loss"][0], told.figures["grad_norm"][0]
+            if not math.isfinite(norm) or any(told.figures.get("exploded", ())):
+                optimizer: Any = self.optimizer
+                getattr(optimizer, "optimizer", optimizer).uncount()
+            self.log(vars(told) | {"loss": loss, "grad_norm": norm})
 
     def _maybe_log_save_evaluate(self, tr_loss: torch.Tensor, *rest: Any, **more: Any) -> None:
         """The trainer takes the loss that it has told off its sum; what remains of a nan would be nan for good."""
         if self.control.should_log and self.late:
-            self.control.should_log = False
+            self.control.should_log, self._globalstep_last_logged = False, self.state.global_step
             norm = self.grad_norm
             assert isinstance(norm, torch.Tensor)
             figures = {"loss": tr_loss, "grad_norm": norm, "counts": self.take_counts(), **self.besides}
@@ -425,7 +430,12 @@ class RunTrainer(_Trainer):
         if self._resumed_state is not None:
             optimizer: Any = self.optimizer
             scheduler: Any = self.lr_scheduler
-            optimizer.load_state_dict(self._resumed_state["optimizer"])
+            try:
+                optimizer.load_state_dict(self._resumed_state["optimizer"])
+            except ValueError as error:  # of other groups, or of another optimiser of the same name
+                what = f"the optimiser can't go on from its state in this checkpoint ({first_line(error)})"
+                do = "Resume it with the release of finetui, and with the kernels and devices, that wrote it."
+                raise RunError(what, where=str(checkpoint), do=do) from error
             scheduler.load_state_dict(self._resumed_state["scheduler"])
 
     def _load_scaler(self, checkpoint: str | None) -> None:

@@ -58,6 +58,8 @@ class Reporter(TrainerCallback):
         self._first_step = 0
         self._serving = False
         """A checkpoint that was asked for is being written."""
+        self._asked = False
+        """It was asked for in the latest step."""
         self._unproven = True
         """This attempt has not saved yet: it does so after its first good step, to know that it can."""
 
@@ -78,7 +80,8 @@ class Reporter(TrainerCallback):
         if state.global_step - self._first_step < 2:
             self._warn_of_dead_gradients(named)
         # One non-finite gradient would turn every weight into nan for good; without it the next batch may be fine.
-        if not self.trainer.guarded and not math.isfinite(float(self.trainer.grad_norm)):
+        # Told late, it is left out by the device.
+        if not self.trainer.late and not math.isfinite(float(self.trainer.grad_norm)):
             for _name, parameter in named:
                 parameter.grad = None
 
@@ -96,7 +99,7 @@ class Reporter(TrainerCallback):
             *self._totals, stop, save, failed = agreed
         self.trainer.agree_on_failed_save(bool(failed))
         last = state.global_step >= self.length.steps
-        self._serving = self._serving or bool(save)
+        self._asked, self._serving = bool(save), self._serving or bool(save)
         if stop and not last:
             self.stopped = True
             control.should_training_stop = True
@@ -150,7 +153,7 @@ class Reporter(TrainerCallback):
             print(f"step {step.step}/{step.steps}  loss {loss:.4f}  lr {step.learning_rate:.3g}  {speed}", flush=True)
             if self._board is not None:
                 self._board.step(step, figures)
-        self._judge(number, loss, grad_norm, control)
+        self._judge(number, loss, grad_norm, control, latest=number == state.global_step)
         if self.after_first_step is not None and not self.stopped:
             self.after_first_step()
             self.after_first_step = None
@@ -203,13 +206,18 @@ class Reporter(TrainerCallback):
 
     # --- rules
 
-    def _judge(self, step: int, loss: float, grad_norm: float, control: TrainerControl) -> None:
-        """Every rank sees the same reduced figures, so all come to the same judgement."""
+    def _judge(self, step: int, loss: float, grad_norm: float, control: TrainerControl, *, latest: bool) -> None:
+        """Every rank sees the same reduced figures, so all come to the same judgement.
+
+        Args:
+            latest: no step has been made since, so that it is this one after which a checkpoint would be written.
+        """
         overflow = self.trainer.args.fp16 and math.isfinite(loss)  # the loss scaler is finding its scale
         bad = not math.isfinite(loss) or (not math.isfinite(grad_norm) and not overflow)
         self._bad_steps = self._bad_steps + 1 if bad else 0
-        if bad and not self.stopped:
+        if bad and latest and not self.stopped:
             control.should_save = False
+            self._serving = self._serving and not self._asked  # by the next step, then
         if self._bad_steps < self.nan_steps:
             return
         what = "loss" if not math.isfinite(loss) else "gradient norm"

@@ -71,3 +71,14 @@ def test_a_command_keeps_its_own_and_still_tells_its_children(
 def test_a_home_that_cannot_be_written_changes_nothing(library: Path, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     assert bytecode.environment({"PYTHONDONTWRITEBYTECODE": "1", "XDG_CACHE_HOME": str(tmp_path / "file")}) == {}
+
+
+def test_a_user_without_a_home_has_no_cache() -> None:
+    code = (
+        "import os, pathlib, pwd\nfrom finetui.engine import bytecode\n"
+        "def nobody(_):\n    raise KeyError\n"
+        "pwd.getpwuid = nobody\nos.environ.pop('HOME', None)\n"
+        "assert bytecode.cache_folder({}, 'modules') is None\n"
+    )
+    path = os.pathsep.join([str(Path(bytecode.__file__).parents[2]), *sys.path])
+    subprocess.run([sys.executable, "-P", "-c", code], env={**os.environ, "PYTHONPATH": path}, check=True)

@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -191,6 +192,20 @@ def test_a_run_that_never_starts_is_lost_after_a_minute(make_run: Callable[..., 
     assert run.live
     run.update(created=time.time() - 61)
     assert not run.live
+
+
+def test_a_killed_process_may_hold_a_run_for_a_moment_longer(make_run: Callable[..., Run]) -> None:
+    run = make_run()
+    lock = run.claim()
+    ended = subprocess.Popen(["true"])
+    ended.wait()
+    run.update(state="running", pid=ended.pid, pid_started=1.0)
+    threading.Timer(0.2, os.close, [lock]).start()
+    os.close(Run(run.path).claim())
+    lock = run.claim()
+    with pytest.raises(RunError, match="another process"):  # and no longer
+        Run(run.path).claim()
+    os.close(lock)
 
 
 def test_one_process_claims_a_run(make_run: Callable[..., Run]) -> None:

@@ -273,5 +273,5 @@ def finish(forge: Forge, run: Run) -> None:
     """Go on to the end."""
     supervisor = forge.start(run)
     wait_until(lambda: gone(supervisor))
-    assert run.recorded.state == "finished", run.recorded
+    assert run.recorded.state == "finished", (run.path / "log" / "supervisor.log").read_text()[-1500:]
     require_orderly(run)

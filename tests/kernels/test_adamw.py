@@ -129,6 +129,14 @@ def test_states_whose_codes_meant_other_values_are_refused(device):
         adamw.AdamW([p]).load_state_dict(saved)
 
 
+def test_states_of_another_optimiser_are_refused():
+    p = torch.ones(3, requires_grad=True)
+    for state in ({"step": 1, "state1": torch.zeros(3)}, {"step": 1, "__bnb_optimizer_quant_state__": {}}):
+        saved = {**adamw.AdamW([p]).state_dict(), "state": {0: state}}
+        with pytest.raises(ValueError, match="another optimiser"):
+            adamw.AdamW([p]).load_state_dict(saved)
+
+
 @pytest.mark.parametrize("states", adamw.STATES)
 def test_without_a_learning_rate_only_the_states_move(device, states):
     params = parameters(device)
@@ -308,7 +316,7 @@ def test_gradients_can_be_scaled_on_the_way(device, states):
     assert all(torch.equal(second.state[p]["exp_avg"], kept) for p, kept in zip(scaled, before, strict=True))
     for one, other in zip(clipped, scaled, strict=True):  # that was for one step
         one.grad, other.grad = torch.ones_like(one), torch.ones_like(other)
-    first.state.update({p: {**state, "step": state["step"] + 1} for p, state in first.state.items()})
+    second.uncount()
     first.step()
     second.step()
     assert all(torch.equal(one, other) for one, other in zip(clipped, scaled, strict=True))

@@ -65,7 +65,7 @@ def test_what_is_kept_is_what_the_kernels_say():
 
 
 @pytest.mark.parametrize(
-    ("checkpointing", "measured_gib", "measured_speed"), [("none", 38.91, 17162), ("offload", 16.47, 13584)]
+    ("checkpointing", "measured_gib", "measured_speed"), [("none", 38.91, 17930), ("offload", 16.47, 14116)]
 )
 def test_eight_billion_parameters_on_an_h200(checkpointing, measured_gib, measured_speed):
     """Measured at 4 x 2048 tokens (tests/bench/results), when a layer's parked tensors still came back all at once."""

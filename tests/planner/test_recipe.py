@@ -194,6 +194,7 @@ def test_a_key_without_effect_or_sense_is_an_error(recipe: dict, words: str) -> 
         ("batch_size=1000000000000000", "batch_size must be at most"),
         ("sequence_length=1000000000000", "sequence_length is above"),
         ("seed=100000000000000000000000000000", r"seed is 100000000000… \(30 digits\), larger than any"),
+        ("seed=4294967296", r"seed is above 2\*\*32 - 1"),
         ("hardware.gpus=100000000", "hardware.gpus must be at most"),
         ("hardware.gpus=[0, 100000000]", "hardware.gpus"),
         ("optimizer.learning_rate=.nan", "learning_rate: must be a number"),

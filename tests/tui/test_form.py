@@ -148,3 +148,9 @@ def test_an_error_points_at_its_field(key: str, text: str) -> None:
     with pytest.raises(RecipeError) as caught:
         recipe_of(put({"model": "a/b"}, key, text))
     assert field_of(caught.value.where) == key or key in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ["~nobody-of-this-name/x", "x" * 300])
+@pytest.mark.parametrize("key", ["model", "data"])
+def test_what_can_not_be_a_path_stays_as_it_is_typed(key: str, text: str) -> None:
+    assert text in str(put({"model": "a/b"}, key, text)[key])

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
+from ...planner import inside
 from ...planner.errors import RecipeError
 from ...planner.options import LORA_TYPES, SHORT
 from ...planner.recipe import Recipe, apply_overrides
@@ -126,7 +127,7 @@ def takes_recipe(
 
 def local_path(text: str) -> str:
     """What a user typed, as an absolute path if it is one here; hub ids stay as they are."""
-    path = Path(text).expanduser()
+    path = inside.local_path(text)
     return str(path.resolve()) if path.exists() or text.startswith(("./", "../", "~")) else text
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, cast
 
 from textual.app import ComposeResult
@@ -11,6 +12,8 @@ from textual.geometry import Region
 from textual.screen import Screen
 from textual.widget import Widget
 
+from ...planner.errors import UserError
+from ...planner.inside import local_path
 from ..keys import Key, keys_of, rebound
 from ..widgets.bars import KeyBar, TopBar
 from ..widgets.lines import Line, Lines, fitted
@@ -50,6 +53,14 @@ class BaseScreen(Screen[None]):
     def owner(self) -> FinetuiApp:
         """The app, by its own type."""
         return cast("FinetuiApp", self.app)
+
+    def path_of(self, text: str) -> Path | None:
+        """What a user typed as a path; None, and a notice, if it can't be one."""
+        try:
+            return local_path(text)
+        except UserError as error:
+            self.notify(str(error), title="no path", severity="error", timeout=12)
+            return None
 
     def compose(self) -> ComposeResult:
         """The bar at the top, the body, the bar at the foot."""

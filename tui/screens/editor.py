@@ -211,11 +211,11 @@ class Confirm(ModalScreen[bool]):
 
 def complete_path(text: str, *, suffixes: Sequence[str] = ()) -> list[str]:
     """Folders and files that begin with what was typed; of files only those with one of ``suffixes``."""
-    typed = Path(text).expanduser() if text else Path()
-    folder, prefix = (typed, "") if not text or text.endswith("/") else (typed.parent, typed.name)
     try:
+        typed = Path(text).expanduser() if text else Path()
+        folder, prefix = (typed, "") if not text or text.endswith("/") else (typed.parent, typed.name)
         entries = sorted(folder.iterdir(), key=lambda entry: entry.name.lower())
-    except OSError:
+    except (OSError, RuntimeError):  # the latter of a ~ that names nobody
         return []
     found = []
     for entry in entries:

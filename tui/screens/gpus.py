@@ -339,8 +339,9 @@ class GpusScreen(BaseScreen):
             return [f"{stem_of(text)}{ending}" for ending in endings] if text else []
 
         def done(text: str | None) -> None:
-            if text:
-                self._write_over(Path(text if stem_of(text) != text else named(text)[0]).expanduser(), row)
+            target = self.path_of(text if stem_of(text) != text else named(text)[0]) if text else None
+            if target is not None:
+                self._write_over(target, row)
 
         nobody = f"SkyPilot and Modal don't rent at {row.provider}: for a Slurm cluster with such GPUs"
         hint = "The ending says what for: " + ", ".join(f"{end} {_SYSTEMS[end]}" for end in endings)

@@ -271,8 +271,10 @@ class LaunchScreen(BaseScreen):
                 return
             if key == "name":
                 self._run_name = "" if text == "auto" else text
-            else:
-                self._root = Path(text).expanduser().resolve() if text else None
+            elif not text:
+                self._root = None
+            elif (root := self.path_of(text)) is not None:
+                self._root = root.resolve()
             self.action_check()
 
         if key not in ("name", "root"):

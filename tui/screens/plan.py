@@ -294,7 +294,10 @@ class PlanScreen(BaseScreen):
         def done(text: str | None) -> None:
             if not text:
                 return
-            path = _recipe_path(text)
+            path = self.path_of(text)
+            if path is None:
+                return
+            path = _preset(text, path) or path
             try:
                 self.owner.open_recipe(path)
             except RecipeError as error:
@@ -315,8 +318,9 @@ class PlanScreen(BaseScreen):
         """Ask for another tool's training file, and make a recipe of it."""
 
         def done(text: str | None) -> None:
-            if text:
-                self._import(Path(text).expanduser())
+            path = self.path_of(text) if text else None
+            if path is not None:
+                self._import(path)
 
         hint = "A YAML file of Axolotl, LLaMA-Factory, torchtune or TRL"
         self.app.push_screen(Editor("import a training file", "", hint=hint, options=_training_files), done)
@@ -340,9 +344,10 @@ class PlanScreen(BaseScreen):
             return
 
         def done(text: str | None) -> None:
-            if not text:
+            path = self.path_of(text) if text else None
+            if path is None:
                 return
-            path = Path(text).expanduser().resolve()
+            path = path.resolve()
             try:
                 path.write_text(self.owner.recipe_text(recipe), encoding="utf-8")
             except OSError as error:
@@ -371,6 +376,7 @@ def _training_files(text: str) -> list[str]:
     return complete_path(text, suffixes=(*_RECIPE_SUFFIXES, ".json"))
 
 
-def _recipe_path(text: str) -> Path:
-    preset, path = PRESETS / f"{text}.yaml", Path(text).expanduser()
-    return preset if "/" not in text and preset.is_file() and not path.exists() else path
+def _preset(text: str, path: Path) -> Path | None:
+    """The preset of that name, where no file is called so."""
+    preset = PRESETS / f"{text}.yaml"
+    return preset if "/" not in text and not path.exists() and preset in PRESETS.glob("*.yaml") else None

@@ -117,6 +117,8 @@ def test_states_that_can_t_be_cut_for_so_many_ranks_are_refused(tmp_path: Path, 
 
 def test_states_of_bitsandbytes_are_read_by_name_too() -> None:
     bitsandbytes = pytest.importorskip("bitsandbytes")
+    # Which tensors have states in 32 bits it remembers by their ids, also of those that are gone.
+    bitsandbytes.optim.GlobalOptimManager.get_instance().initialize()
     named = [("w", torch.nn.Parameter(torch.ones(64, 128)))]
     optimizer = bitsandbytes.optim.AdamW([p for _, p in named], optim_bits=8)
     named[0][1].grad = torch.ones(64, 128)

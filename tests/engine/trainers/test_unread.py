@@ -16,6 +16,7 @@ from finetui.engine.trainers import base, unread
 from finetui.engine.trainers.sft import TokenMeanTrainer
 from finetui.engine.trainers.unread import Unread
 from finetui.engine.worker import attempt
+from finetui.planner.errors import RunError
 
 from .conftest import events, losses
 
@@ -24,6 +25,11 @@ class Guarded(torch.optim.AdamW):
     """What the fused optimiser is on a GPU: it scales gradients by itself, and makes no step by what is no number."""
 
     factor: torch.Tensor | None = None
+    latest: Guarded
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        Guarded.latest = self
 
     def scale_gradients(self, factor: torch.Tensor) -> None:
         self.factor = factor
@@ -32,11 +38,17 @@ class Guarded(torch.optim.AdamW):
         assert self.factor is not None
         self.factor = torch.where(condition, torch.nan, self.factor)
 
+    def uncount(self) -> None:
+        for state in self.state.values():
+            state["step"] -= 1
+
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
         assert self.factor is not None
         factor, self.factor = self.factor, None
         if factor.isnan():
+            for state in self.state.values():
+                state["step"] += 1
             return None
         for group in self.param_groups:
             for p in group["params"]:
@@ -122,6 +134,16 @@ def test_without_a_limit_gradients_stay_as_they_are(kind):
     assert weight.grad.tolist() == [3.0] * 4
 
 
+def test_a_state_of_other_groups_is_refused_in_words(tmp_path):
+    weights = [torch.nn.Parameter(torch.ones(4)) for _ in range(2)]
+    trainer: Any = object.__new__(TokenMeanTrainer)
+    trainer.shards, trainer.lr_scheduler, trainer.optimizer = None, None, torch.optim.AdamW(weights)
+    trainer._resumed_state = {"optimizer": torch.optim.AdamW(weights[:1]).state_dict()}
+    with pytest.raises(RunError, match="can't go on from its state") as refused:
+        trainer._load_optimizer_and_scheduler(str(tmp_path))
+    assert refused.value.do
+
+
 def spoil(monkeypatch, bad, by):
     """Multiply the loss of some steps, and with it their gradients; returns some weights as they were before each."""
     compute, weights = TokenMeanTrainer.compute_loss, []
@@ -147,6 +169,41 @@ def test_an_update_that_is_not_finite_is_left_out(training_run, late, monkeypatc
     ]
     (warn,) = [event for event in events(run, "warning") if "left out" in event["what"]]
     assert "step 3 is not finite" in warn["what"]
+    assert {int(state["step"]) for state in Guarded.latest.state.values()} == {6}
+
+
+def test_a_bad_step_costs_the_next_one_no_checkpoint(training_run, late, monkeypatch):
+    late()
+    spoil(monkeypatch, {3, 6}, math.nan)
+    recipe = {"evaluation": {"holdout": 0.0}, "checkpoint": {"every": 2}}
+    knobs = {**KNOBS, "accumulation": 1, "checkpoint_every": 2}
+    run = training_run("llama", "lora", recipe, **knobs)
+    assert attempt(run) == 0
+    kept = sorted(path.name for path in (run.path / "checkpoints").iterdir())
+    assert kept[-2:] == ["step-000004", "step-000007"]  # none after step 6, which was bad itself
+
+
+@pytest.mark.parametrize("told_late", [False, True])
+def test_a_checkpoint_that_was_asked_for_in_a_bad_step_is_written_after_the_next(
+    training_run, late, monkeypatch, told_late
+):
+    if told_late:
+        late()
+    recipe = {"evaluation": {"holdout": 0.0}, "checkpoint": {"every": 99}}
+    run = training_run("llama", "lora", recipe, **KNOBS)
+    compute = TokenMeanTrainer.compute_loss
+
+    def compute_loss(self, *args, **kwargs):
+        loss = compute(self, *args, **kwargs)
+        if self.state.global_step != 2:
+            return loss
+        run.request("checkpoint")
+        return loss * math.nan
+
+    monkeypatch.setattr(TokenMeanTrainer, "compute_loss", compute_loss)
+    assert attempt(run) == 0
+    assert [event["step"] for event in events(run, "checkpoint")] == [1, 4, 7]
+    assert not run.requested("checkpoint")
 
 
 def test_an_update_whose_loss_explodes_is_left_out(training_run, late, monkeypatch):

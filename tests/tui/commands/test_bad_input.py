@@ -130,3 +130,10 @@ def test_a_place_that_is_another_users(capsys: pytest.CaptureFixture[str], monke
 def test_gpus_that_are_named_wrongly(capsys: pytest.CaptureFixture[str]) -> None:
     assert fails(capsys, "plan", "./model", "--gpus", "a,b")[1].startswith("finetui: --gpus: 'a,b' names no GPUs")
     assert "Did you mean" in fails(capsys, "plan", "./model", "--gpu", "H1000")[1]
+
+
+@pytest.mark.parametrize("text", ["~nobody-of-this-name", "x" * 300])
+def test_a_model_that_can_not_be_a_path(text: str, capsys: pytest.CaptureFixture[str]) -> None:
+    code, err = fails(capsys, "fit", text)
+    assert (code, err.count("\n")) == (2, 1)
+    assert "can't be a path" in err

@@ -8,8 +8,10 @@ from typing import Any
 import pytest
 from textual._compositor import Compositor, LayoutUpdate
 from textual.app import App
+from textual.widgets import Input
 
 from finetui.engine.run import Run
+from finetui.planner.recipe import Recipe
 from finetui.tui.app import FinetuiApp
 from finetui.tui.screens.base import BaseScreen
 
@@ -76,3 +78,20 @@ async def test_what_has_moved_is_drawn_even_where_the_map_was_read_before_the_la
         now = screen.query_one("#command").region
         assert now == before.translate((0, -2))
         assert any(region.contains_region(now) for region in due), due
+
+
+@pytest.mark.parametrize(("screen", "key"), [("plan", "o"), ("plan", "i"), ("plan", "s"), ("gpus", "w")])
+@pytest.mark.parametrize("text", ["~nobody-of-this-name/x", "x" * 300])
+async def test_what_can_not_be_a_path_is_told(
+    app_of: Callable[..., FinetuiApp], settle: Callable[[Any], Any], screen: str, key: str, text: str
+) -> None:
+    app = app_of(screen, recipe=Recipe.build({"model": "Qwen/Qwen3-8B", "tuning": "lora"}))
+    async with app.run_test(size=(130, 36)) as pilot:
+        await settle(pilot)
+        await pilot.press(key)
+        await settle(pilot)
+        app.screen.query_one(Input).value = text
+        await settle(pilot)
+        await pilot.press("enter")
+        await settle(pilot)
+        assert ["can't be a path" in note.message for note in app._notifications] == [True]
