@@ -6,7 +6,8 @@ Adapters, whole modules beside them and virtual tokens are fp32 whatever the bas
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import contextlib
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -254,3 +255,13 @@ def _not_put_on(model: Any, resolved: Resolved, error: Exception) -> RecipeError
     what = f"no adapter can be put on {resolved.targets} ({first_line(error)})"
     do = f"Linear modules of this model: {', '.join(sorted(linears))}."
     return RecipeError(what, where="tuning.targets", do=do)
+
+
+@contextlib.contextmanager
+def adapters_kept_in_their_format(model: Any) -> Iterator[None]:
+    """Undo TRL's cast of a quantised model's adapters to bf16, in which small updates are rounded away."""
+    before = {name: parameter.data for name, parameter in model.named_parameters() if parameter.requires_grad}
+    yield
+    for name, parameter in model.named_parameters():
+        if name in before and parameter.dtype != before[name].dtype:
+            parameter.data = before[name].to(parameter.device)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-import tempfile
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -24,6 +23,7 @@ from ...planner.plan import Resolved
 from ..checkpoints import store
 from ..durable import reported_as_disk_error
 from ..evaluate import reduce_sum
+from ..models.adapt import adapters_kept_in_their_format
 from ..models.load import Emit, Numerics
 from ..models.sharding import Split
 from .adalora import PATTERN, TakesRanks, add_penalty, allocates, load_state, state_of
@@ -39,8 +39,10 @@ from .state import (
     Part,
     Snapshot,
     as_part,
+    as_stored,
     copied_tree,
     descriptions,
+    gathered,
     random_state,
     rank_file,
     read_adapter,
@@ -370,7 +372,7 @@ class RunTrainer(_Trainer):
             tensors, pattern = state_of(self.model)
             parts[ADALORA] = Part(tensors)
             files[PATTERN] = pattern
-        files["trainer_state.json"] = json.dumps(_plain(self.state), indent=1).encode()
+        files["trainer_state.json"] = json.dumps(as_stored(self.state), indent=1).encode()
         return Snapshot(files, parts, weights, arrange, private=put_together is not None)
 
     def agree_on_failed_save(self, failed: bool) -> None:
@@ -453,30 +455,3 @@ class RunTrainer(_Trainer):
         else:
             torch.manual_seed(self.args.seed + 1_000_003 * self.args.process_index + self.state.global_step)
         self._resumed_rank = None
-
-
-def gathered(tree: Any, here: bool) -> list[Any]:
-    """The trees of all ranks, where they are wanted; elsewhere nothing."""
-    if not torch.distributed.is_initialized():
-        return [tree]
-    found: list[Any] | None = [None] * torch.distributed.get_world_size() if here else None
-    torch.distributed.gather_object(tree, found, dst=0)
-    return found or []
-
-
-def _plain(state: Any) -> dict[str, Any]:
-    """A trainer's state as it stores it itself."""
-    with tempfile.TemporaryDirectory() as folder:
-        state.save_to_json(f"{folder}/state.json")
-        tree: dict[str, Any] = json.loads(Path(folder, "state.json").read_text(encoding="utf-8"))
-        return tree
-
-
-@contextlib.contextmanager
-def adapters_kept_in_their_format(model: Any) -> Iterator[None]:
-    """Undo TRL's cast of a quantised model's adapters to bf16, in which small updates are rounded away."""
-    before = {name: parameter.data for name, parameter in model.named_parameters() if parameter.requires_grad}
-    yield
-    for name, parameter in model.named_parameters():
-        if name in before and parameter.dtype != before[name].dtype:
-            parameter.data = before[name].to(parameter.device)

@@ -268,3 +268,20 @@ def set_random_state(state: Mapping[str, Any], device: torch.device) -> None:
     torch.set_rng_state(state["cpu"])
     if device.type == "cuda" and "cuda" in state:
         torch.cuda.set_rng_state(state["cuda"], device)
+
+
+def gathered(tree: Any, here: bool) -> list[Any]:
+    """The trees of all ranks, where they are wanted; elsewhere nothing."""
+    if not torch.distributed.is_initialized():
+        return [tree]
+    found: list[Any] | None = [None] * torch.distributed.get_world_size() if here else None
+    torch.distributed.gather_object(tree, found, dst=0)
+    return found or []
+
+
+def as_stored(state: Any) -> dict[str, Any]:
+    """A trainer's state as it stores it itself."""
+    with tempfile.TemporaryDirectory() as folder:
+        state.save_to_json(f"{folder}/state.json")
+        tree: dict[str, Any] = json.loads(Path(folder, "state.json").read_text(encoding="utf-8"))
+        return tree
