@@ -4,7 +4,8 @@
 
 TASK is a :class:`.task.Task` as JSON; the last line of output is ``RESULT`` and what was measured. A step's time is
 that of a whole turn by its number of steps: the device is waited for before a turn and after it, and whatever a trainer
-does between two steps (batches, logs) counts. Peak memory is that of steps after the second. Ours runs as
+does between two steps (batches, logs) counts. Peak memory is that of steps after the second. After each turn a line
+``SO FAR`` says what is known. Every program trains on the same rows, in an order of its own; ours runs as
 ``finetui run`` does, from recipe to plan to worker, inside this process.
 """
 
@@ -54,7 +55,8 @@ class Clock:
                     return
                 steps = task.turn if settled and state.global_step <= SETTLE + task.rounds * task.turn else 1
                 clock.seconds.append((clock._now() - clock._began) / steps)
-                print(f"STEP {state.global_step} {clock.seconds[-1]:.4f}", flush=True)  # what is known if it dies
+                if len(clock.seconds) > SETTLE:
+                    print("SO FAR " + json.dumps(clock.result()), flush=True)  # should it be ended before its end
                 if state.global_step == 1:
                     clock.to_first_step_s = time.time() - _process_began() - clock._waited
                 if state.global_step == 2 and clock._cuda:
@@ -111,8 +113,8 @@ class Clock:
             "first_step_s": round(self.seconds[0], 2),
             "to_first_step_s": round(self.to_first_step_s, 2),
             "step_s": [round(second, 3) for second in self.seconds],
-            "loss": round(self.logged[-1][0], 4),
-            "grad_norm": [round(norm, 4) for _, norm in self.logged[-3:]],
+            "loss": [round(loss, 4) for loss, _ in self.logged[:3]],
+            "grad_norm": [round(norm, 4) for _, norm in self.logged[:3]],
         }
 
 
@@ -195,11 +197,8 @@ def _recipe(task: Task, folder: Path) -> Any:
 
     from ...planner.recipe import Recipe
 
-    draw = random.Random(0)
     with open(folder / "rows.jsonl", "w", encoding="utf-8") as file:
-        for _ in range(task.micro_batch * (task.steps + 2)):
-            letters = "".join(draw.choices("abcdefghijklmnopqrstuvwxyz", k=task.sequence_length - 2))  # and two ends
-            file.write(json.dumps({"text": letters}) + "\n")
+        file.writelines(json.dumps({"text": row}) + "\n" for row in _rows(task))
     tuning: dict[str, Any] = {"type": task.tuning}
     if task.tuning != "full":
         tuning |= {"rank": 16, "targets": TARGETS}
@@ -222,6 +221,14 @@ def _recipe(task: Task, folder: Path) -> Any:
     })  # fmt: skip
 
 
+def _rows(task: Task) -> list[str]:
+    """Texts that fill a row each, two tokens short: of single letters, for a tokenizer of such."""
+    draw = random.Random(0)
+    letters = [chr(code) for code in range(ord("!"), ord("~") + 1)]
+    rows = task.micro_batch * (task.steps + 2)
+    return ["".join(draw.choices(letters, k=task.sequence_length - 2)) for _ in range(rows)]
+
+
 def theirs(task: Task) -> dict[str, Any]:
     """Unsloth, or TRL's trainer with or without Liger's kernels."""
     os.environ.setdefault("UNSLOTH_DISABLE_STATISTICS", "1")
@@ -235,9 +242,9 @@ def theirs(task: Task) -> dict[str, Any]:
 
     checkpointing, peft_config = task.mode == "full", None
     tokenizer = AutoTokenizer.from_pretrained(task.model)
-    rows = task.micro_batch * (task.steps + 2)
-    ids = torch.randint(3, 200, (rows, task.sequence_length), generator=torch.Generator().manual_seed(0)).tolist()
-    data = Dataset.from_dict({"input_ids": ids, "attention_mask": [[1] * task.sequence_length] * rows, "labels": ids})
+    texts = tokenizer(_rows(task), add_special_tokens=False).input_ids
+    ids = [[tokenizer.bos_token_id, *row, tokenizer.eos_token_id] for row in texts]
+    data = Dataset.from_dict({"input_ids": ids, "attention_mask": [[1] * len(row) for row in ids], "labels": ids})
     if unsloth:
         model = _unsloth_model(package, task)
     else:

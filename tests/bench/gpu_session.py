@@ -192,18 +192,18 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 
 
 def salvage(session: Session) -> None:
-    """What arms measured that nobody was left to write down, as lines of ``engine.jsonl``: results, or step times."""
+    """What arms measured that nobody was left to write down, as lines of ``engine.jsonl``."""
     path = session.out / "engine.jsonl"
     known = [json.loads(line) for line in _lines(path)]
     told, names = [row.get("step_s") for row in known], [row.get("salvaged") for row in known]
     for log in sorted((session.out.parent / f"{session.out.name}-arms").glob("*/*/log")):
-        name, lines = f"{log.parent.parent.name}/{log.parent.name}", _lines(log)
-        results = [json.loads(line.removeprefix("RESULT ")) for line in lines if line.startswith("RESULT ")]
-        steps = [float(line.split()[2]) for line in lines if line.startswith("STEP ") and len(line.split()) == 3]
-        row = {"salvaged": name, **(results[-1] if results else {"step_s": steps, "failed": "it did not end"})}
-        if row["step_s"] not in told and name not in names:
+        lines = [line for line in _lines(log) if line.startswith(("SO FAR {", "RESULT {")) and line.endswith("}")]
+        if not lines:
+            continue
+        name, result = f"{log.parent.parent.name}/{log.parent.name}", json.loads(lines[-1][lines[-1].index("{") :])
+        if name not in names and result["step_s"] not in told:
             with path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(row) + "\n")
+                file.write(json.dumps({"salvaged": name, **result}) + "\n")
 
 
 def _lines(path: Path) -> list[str]:

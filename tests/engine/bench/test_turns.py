@@ -49,7 +49,7 @@ def test_ours_and_trl_take_turns_and_agree(tmp_path: Path, monkeypatch: pytest.M
         assert len(result["step_s"]) == SETTLE + 2
         assert len(result["rounds_tokens_per_s"]) == 2
         assert result["to_first_step_s"] > result["first_step_s"] > 0
-        assert result["loss"] == pytest.approx(5.56, abs=0.15), "ln 259: random weights know nothing"
+        assert result["loss"] == pytest.approx([5.56] * 3, abs=0.15), "ln 259: random weights know nothing"
         assert all(norm > 0 for norm in result["grad_norm"])
 
 
