@@ -15,6 +15,7 @@ import json
 import os
 import random
 import statistics
+import string
 import sys
 import tempfile
 import time
@@ -222,9 +223,8 @@ def _recipe(task: Task, folder: Path) -> Any:
 
 
 def _rows(task: Task) -> list[str]:
-    """Texts that fill a row each, two tokens short: of single letters, for a tokenizer of such."""
-    draw = random.Random(0)
-    letters = [chr(code) for code in range(ord("!"), ord("~") + 1)]
+    """Texts that fill a row each with the space before and the end after: of letters, for a tokenizer of such."""
+    draw, letters = random.Random(0), string.ascii_letters
     rows = task.micro_batch * (task.steps + 2)
     return ["".join(draw.choices(letters, k=task.sequence_length - 2)) for _ in range(rows)]
 
@@ -242,8 +242,9 @@ def theirs(task: Task) -> dict[str, Any]:
 
     checkpointing, peft_config = task.mode == "full", None
     tokenizer = AutoTokenizer.from_pretrained(task.model)
-    texts = tokenizer(_rows(task), add_special_tokens=False).input_ids
-    ids = [[tokenizer.bos_token_id, *row, tokenizer.eos_token_id] for row in texts]
+    ids = [[*row, tokenizer.eos_token_id] for row in tokenizer(_rows(task), add_special_tokens=False).input_ids]
+    if any(len(row) != task.sequence_length for row in ids):
+        raise SystemExit("rows are not full: use a tokenizer of single letters, as that of a named shape")
     data = Dataset.from_dict({"input_ids": ids, "attention_mask": [[1] * len(row) for row in ids], "labels": ids})
     if unsloth:
         model = _unsloth_model(package, task)
