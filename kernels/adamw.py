@@ -8,14 +8,10 @@ the formats of p, g, m and v. Two things make pure 16-bit training work:
 
 - What is stored in bf16 (weights, and states of that kind) is rounded up or down at random, with the probabilities that
   make the mean right. Rounded to nearest, an update below half a step of the weight is lost every time.
-- 8-bit states are stored block by block (256 values and their largest one) in the dynamic format of Dettmers et al.,
-  "8-bit Optimizers via Block-wise Quantization", arXiv 2110.02861: within each power of ten the codes are evenly
-  spaced, and each larger power of ten has twice as many. The number of codes below a value is therefore a concave
-  function made of straight lines, so it is the least of them; a code's value is the middle of its cell.
+- 8-bit states are stored block by block (:mod:`.blockwise`).
 
 The random bits are a function of (seed, step, tensor, place), so a step is repeatable, also after a resume and on every
-rank of a data-parallel run. A second moment is never rounded to 0 unless it is 0: with ε = 1e-8 the next update of that
-weight would be enormous.
+rank of a data-parallel run.
 """
 
 # mypy: allow-untyped-defs
@@ -30,57 +26,27 @@ import torch
 import triton
 import triton.language as tl
 
-from . import selfcheck
+from . import blockwise, selfcheck
+from .blockwise import BLOCK
 from .launch import INTERPRETED, on, unavailable
 
 #: How m and v are stored. Tensors below :data:`SMALLEST` values have fp32 states under ``8bit``.
 States = Literal["8bit", "bf16", "fp32"]
 STATES: tuple[States, ...] = get_args(States)
-#: Values that share a scale.
-BLOCK = 256
 #: What 8-bit states of a smaller tensor would save is nothing, and norms are sensitive.
 SMALLEST = 4096
 
 _TILES = 16  # per program
 #: Blocks of a tile and warps that work on it, by how states are stored.
 _TILE: dict[States, tuple[int, int]] = {"8bit": (2, 2), "bf16": (8, 8), "fp32": (8, 8)}
-#: Of a thread that works on 8-bit states: fourteen programs share a processor then, and some compute while others wait
-#: for memory. On an H200 that beat reading the next tile ahead, which takes 96 or more.
-_REGISTERS = 72
+#: Of a thread that works on 8-bit states: twelve programs share a processor then, and some compute while others wait
+#: for memory. With fewer registers random rounding spills some; with more, or two tiles at a time, fewer programs fit:
+#: either was slower on an H200.
+_REGISTERS = 80
 _STAGES = 1  # tiles with 8-bit states that are read or worked on at a time; more than one lie in shared memory
 _COLUMNS = 7  # of the table: addresses of p, g, m, v and the scales of m and v; number of values
 _TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 _8BIT, _BF16 = tl.constexpr(0), tl.constexpr(1)
-
-
-@triton.jit
-def _least(a, b):
-    """The smaller of two positive numbers. Their bits are ordered as they are; Hopper takes three integers at once."""
-    return tl.minimum(a.to(tl.int32, bitcast=True), b.to(tl.int32, bitcast=True)).to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def _largest(x):
-    """Of each row of numbers ≥ 0. Integers of a warp are compared in one instruction, numbers in ten."""
-    return tl.max(x.to(tl.int32, bitcast=True), axis=1, keep_dims=True).to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def _encode(x, TOP: tl.constexpr):
-    """Values in [0, 1] to the codes of their cells, 0 … 2^(TOP+1) − 1 (as floats less a half: see ``_whole``)."""
-    cells = x * (2.0 * 10.0 ** (TOP - 1) / 0.9) + (2 * 8 / 9 - 1.5)
-    for j in tl.static_range(2, TOP + 1):
-        line = x * (2.0**j * 10.0 ** (TOP - j) / 0.9) + (2.0**j * 8 / 9 - 1.5)
-        cells = _least(cells, line)
-    return cells
-
-
-@triton.jit
-def _whole(x):
-    """The nearest integer of x, −256 < x < 256, as a byte (in two's complement): adding 1.5·2²³ leaves it in the low
-    bits, cheaper than a cast.
-    """
-    return (x + 12582912.0).to(tl.int32, bitcast=True).to(tl.uint8)
 
 
 @triton.jit
@@ -97,13 +63,6 @@ def _to_bf16(x, bits):
     moved = (x.to(tl.uint32, bitcast=True) + (bits >> 16)).to(tl.float32, bitcast=True)
     moved += x * 0.0  # the bits of a NaN might have been carried over into those of a number
     return (moved.to(tl.uint32, bitcast=True) >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
-
-
-@triton.jit
-def _inverse(x):
-    """A little more than 1 / x for x ≥ 0, so that the largest value has the largest code whatever the rounding."""
-    root = tl.rsqrt(tl.maximum(x, 1e-37))
-    return root * root * 1.000001
 
 
 @triton.jit
@@ -146,7 +105,7 @@ def _kernel(
     # A linear congruence per place, begun at a random number, of which the upper half is used.
     bits = _mix(seed + place.to(tl.uint32))
     if STATE == _8BIT:
-        values = tl.load(values_ptr + tl.arange(0, 512))
+        table = tl.load(values_ptr + tl.arange(0, 512))
     for tile in tl.range(TILES, num_stages=STAGES):
         block = tile * BLOCKS + tl.arange(0, BLOCKS)[:, None]
         some = block * BLOCK < left
@@ -154,18 +113,15 @@ def _kernel(
         inside = at < left
         g = tl.load(g_ptr + at, mask=inside, other=0.0)
         p = tl.load(p_ptr + at, mask=inside, other=0.0)
-        m_raw = tl.load(m_ptr + at, mask=inside, other=0)
-        v_raw = tl.load(v_ptr + at, mask=inside, other=0)
         if STATE == _8BIT:
-            # One gather for both: the table is put into shared memory once per tile. Look-ups through a pointer would
-            # move every code to another thread and back.
-            which = tl.join(m_raw.to(tl.int8, bitcast=True).to(tl.int32) + 128, v_raw.to(tl.int32) + 256)
-            read = tl.gather(values, tl.reshape(which, [BLOCKS * BLOCK * 2]), 0)
-            m, v = tl.split(tl.reshape(read, [BLOCKS, BLOCK, 2]))
+            m_codes = blockwise.read_codes(m_ptr, block, left, BLOCKS, BLOCK, ALIGNED)
+            v_codes = blockwise.read_codes(v_ptr, block, left, BLOCKS, BLOCK, ALIGNED)
+            m, v = blockwise.look_up(table, m_codes, v_codes, BLOCKS, BLOCK)
             m *= beta1 * tl.load(m_scale_ptr + block, mask=some, other=0.0)
             v *= beta2 * tl.load(v_scale_ptr + block, mask=some, other=0.0)
         else:
-            m, v = beta1 * m_raw.to(tl.float32), beta2 * v_raw.to(tl.float32)
+            m = beta1 * tl.load(m_ptr + at, mask=inside, other=0).to(tl.float32)
+            v = beta2 * tl.load(v_ptr + at, mask=inside, other=0).to(tl.float32)
         wide = g.to(tl.float32)
         m += new1 * wide
         v += new2 * wide * wide
@@ -175,16 +131,12 @@ def _kernel(
 
         bits = bits * 0x2C9277B5 + 0xAC564B05
         if STATE == _8BIT:
-            m_scale, v_scale = _largest(tl.abs(m)), _largest(v)
-            tl.store(m_scale_ptr + block, m_scale, mask=some)
-            tl.store(v_scale_ptr + block, v_scale, mask=some)
-            cells = _encode(tl.abs(m) * _inverse(m_scale), 6)
-            sign = m.to(tl.uint32, bitcast=True) & 0x80000000
-            cells = (cells.to(tl.uint32, bitcast=True) | sign).to(tl.float32, bitcast=True)
-            tl.store(m_ptr + at, _whole(cells), mask=inside)
-            cells = _encode(v * _inverse(v_scale), 7)
-            # What is not 0 has no code below 1.
-            tl.store(v_ptr + at, _whole(tl.maximum(cells, tl.minimum(v * 1e38, 0.75))), mask=inside)
+            m_top = blockwise.largest(m, True, BLOCKS, BLOCK)
+            v_top = blockwise.largest(v, False, BLOCKS, BLOCK)
+            blockwise.store_scales(m_scale_ptr, m_top, block, left, BLOCKS, BLOCK)
+            blockwise.store_scales(v_scale_ptr, v_top, block, left, BLOCKS, BLOCK)
+            tl.store(m_ptr + at, blockwise.signed_codes(m, m_top), mask=inside)
+            tl.store(v_ptr + at, blockwise.positive_codes(v, v_top), mask=inside)
         elif STATE == _BF16:
             more = _mix(bits)
             tl.store(m_ptr + at, _to_bf16(m, more), mask=inside)
@@ -365,7 +317,7 @@ class AdamW(torch.optim.Optimizer):
         factor = _one(device) if self._factor is None else self._factor
         with on(members[0][2]):
             _kernel[(tensor.numel(),)](
-                table, tensor, chunk, _both_values(device), factor, beta1, beta2, 1 - beta1, 1 - beta2,
+                table, tensor, chunk, blockwise.table(device), factor, beta1, beta2, 1 - beta1, 1 - beta2,
                 max(group["eps"], 1e-18) / rate, 1 - lr * group["weight_decay"], (1 - beta2**t) ** -0.5 / rate,
                 _key(self._seed, t, members[0][0]),
                 P=_TYPES[kind.p], G=_TYPES[kind.g], STATE=STATES.index(kind.states),
@@ -421,34 +373,6 @@ def _key(seed: int, step: int, place: int) -> int:
     return (x ^ (x >> 32)) & 0x7FFFFFFF
 
 
-@functools.cache
-def _both_values(device: torch.device) -> torch.Tensor:
-    """Those of m in the order of its codes as signed numbers, from −128 on; then those of v."""
-    return torch.cat((values(signed=True).roll(128), values(signed=False))).to(device)
-
-
-def values(signed: bool) -> torch.Tensor:
-    """What the codes of a state stand for, in units of its block's largest value: 256 of m (signed) or of v.
-
-    Those of m are 8-bit numbers in two's complement, −127 … 127; −128 is not used.
-    """
-    top = 6 if signed else 7
-    middle = torch.arange(2 ** (top + 1), dtype=torch.float64) + 0.5
-    lines = [(middle - (2.0**j * 8 / 9 - 1)) * (0.9 / (2.0**j * 10.0 ** (top - j))) for j in range(1, top + 1)]
-    table = torch.stack(lines).amax(0).clamp(0, 1).float()
-    return torch.cat((table, -torch.ones(1), -table[1:].flip(0))) if signed else table
-
-
-def dequantised(state: dict[str, Any], name: str) -> torch.Tensor:
-    """A state of :class:`AdamW` (``exp_avg`` or ``exp_avg_sq``) as fp32, however it is stored."""
-    stored: torch.Tensor = state[name]
-    if stored.is_floating_point():
-        return stored.float()
-    table = values(signed=name == "exp_avg").to(stored.device)
-    flat = table[stored.view(torch.uint8).reshape(-1).long()]
-    return (flat * state[f"{name}_scale"].repeat_interleave(BLOCK)[: flat.numel()]).view(stored.shape)
-
-
 def prove(device: torch.device) -> selfcheck.Verdict:
     """Whether steps on this device are AdamW: with fp32 states against float64, with 8-bit ones within their format."""
 
@@ -473,4 +397,4 @@ def prove(device: torch.device) -> selfcheck.Verdict:
                 return selfcheck.Verdict(False, f"with {states} states its steps lie {error:.1e} from float64's")
         return selfcheck.Verdict(True)
 
-    return selfcheck.proven("adamw", __file__, device, "all states", trial)
+    return selfcheck.proven("adamw", (__file__, blockwise.__file__), device, "all states", trial)

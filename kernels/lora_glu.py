@@ -31,10 +31,11 @@ MAX_RANK = 64
 _FORWARD = (32, 128, 4)
 #: The same of the backward pass by rank, since sums are as many as it has, and the most registers of a thread in 16
 #: bits: with 168 three programs share a processor, with more two. In fp32, tiles have half as many columns.
-_BACKWARD = {16: (16, 128, 4, 168), 32: (16, 128, 4, 255), 64: (16, 64, 4, 224)}
+_BACKWARD = {16: (16, 128, 4, 168), 32: (16, 128, 4, 255), 64: (16, 64, 4, 168)}
 _STAGES = 3  # of the loop over rows: the next two tiles are on their way while one is worked on
-#: Programs that walk down the rows, per processor: three times those that it has at a time. More leave more sums.
-_WAVES = 9
+#: Programs that walk down the rows, per processor: twice those that it has at a time, so that few of them are left for
+#: the end. More leave more sums.
+_WAVES = 6
 
 
 @triton.jit
@@ -138,7 +139,9 @@ def _backward(
 
 @triton.jit(do_not_specialize=["count"])
 def _add_kernel(parts_ptr, out_ptr, n_columns, rank, count, RANK: tl.constexpr, COLUMNS: tl.constexpr):
-    """The parts of dB, ``[count, 3, RANK, columns]``, added up and turned: ``[2, columns, rank]``."""
+    """The parts, ``[count, 3, RANK, columns]``, added up: of dB turned, ``[2, columns, rank]``, then of dA as they lie,
+    ``[rank, columns]``.
+    """
     column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     which, place = tl.program_id(1), tl.arange(0, RANK)
     inside = (place < rank)[None, :] & (column < n_columns)[:, None]
@@ -146,7 +149,11 @@ def _add_kernel(parts_ptr, out_ptr, n_columns, rank, count, RANK: tl.constexpr, 
     for part in range(count):
         start = (part * 3 + which).to(tl.int64) * RANK * n_columns
         total += tl.load(parts_ptr + start + place[None, :] * n_columns + column[:, None], mask=inside, other=0.0)
-    tl.store(out_ptr + (which * n_columns + column[:, None]) * rank + place[None, :], total, mask=inside)
+    out = out_ptr + which * rank * n_columns
+    if which == 2:
+        tl.store(out + place[None, :] * n_columns + column[:, None], total, mask=inside)
+    else:
+        tl.store(out + column[:, None] * rank + place[None, :], total, mask=inside)
 
 
 @dataclass(frozen=True)
@@ -203,7 +210,8 @@ def backward(
     length = cdiv(cdiv(n_rows, pieces), rows) * rows
     pieces = cdiv(n_rows, length)
     sums = torch.empty(pieces, 3, padded, n_columns, dtype=torch.float32, device=g.device)
-    db = torch.empty(2, n_columns, rank, dtype=torch.float32, device=g.device)
+    which = 2 if dha is None else 3
+    made = torch.empty(which, n_columns * rank, dtype=torch.float32, device=g.device)
     down = dh if dha is None else dha
     strides = dh.stride(0), g.stride(0), u.stride(0), xa[0].stride(0), down.stride(0)
     launch(
@@ -212,8 +220,10 @@ def backward(
         (ACTIVATIONS.index(activation), dha is not None, padded, wide, rows, columns),
         num_warps=warps, num_stages=_STAGES, **limits,
     )  # fmt: skip
-    launch(_add_kernel, (cdiv(n_columns, 64), 2), (sums, db), (n_columns, rank, pieces), (padded, 64), num_warps=4)
-    return Gradients(db[0], db[1], torch.sum(sums[:, 2, :rank], dim=0) if dha is not None else None)
+    sizes = n_columns, rank, pieces
+    launch(_add_kernel, (cdiv(n_columns, 64), which), (sums, made), sizes, (padded, 64), num_warps=4)
+    db = made[:2].view(2, n_columns, rank)
+    return Gradients(db[0], db[1], made[2].view(rank, n_columns) if dha is not None else None)
 
 
 def _padded(rank: int) -> int:

@@ -29,53 +29,49 @@ LAYOUTS: tuple[Layout, ...] = get_args(Layout)
 
 
 @triton.jit
-def _load_pairs(row_ptr, dim, inside, pairs, STEP: tl.constexpr, COUNT: tl.constexpr, PAIRS: tl.constexpr):
-    """Both members of each pair, ``[COUNT, PAIRS]`` in fp32.
-
-    Pairs of neighbours are read as they lie, in whole vectors, and taken apart in registers.
-    """
+def _load_pairs(row_ptr, dim, inside, pairs, STEP: tl.constexpr, PAIRS: tl.constexpr):
+    """Both members of each pair, ``[rows, PAIRS]`` each; of neighbours all as they lie, in whole vectors, twice."""
     if STEP == 2:
         place = tl.arange(0, 2 * PAIRS)
-        both = tl.load(row_ptr + place[None, :] * dim, mask=inside & (place < 2 * pairs)[None, :], other=0.0)
-        a, b = tl.split(tl.reshape(both.to(tl.float32), [COUNT, PAIRS, 2]))
+        a = tl.load(row_ptr + place[None, :] * dim, mask=inside & (place < 2 * pairs)[None, :], other=0.0)
+        b = a
     else:
         pair = tl.arange(0, PAIRS)
         known = inside & (pair < pairs)[None, :]
-        a = tl.load(row_ptr + pair[None, :] * dim, mask=known, other=0.0).to(tl.float32)
-        b = tl.load(row_ptr + (pair + pairs)[None, :] * dim, mask=known, other=0.0).to(tl.float32)
+        a = tl.load(row_ptr + pair[None, :] * dim, mask=known, other=0.0)
+        b = tl.load(row_ptr + (pair + pairs)[None, :] * dim, mask=known, other=0.0)
     return a, b
 
 
 @triton.jit
-def _rotate(
-    x_ptr, y_ptr, x_base, y_base, x_head, y_head, x_dim, y_dim, heads,
-    cos_a, sin_a, cos_b, sin_b, pairs, rest, is_rest,
-    STEP: tl.constexpr, BACKWARD: tl.constexpr, HEADS: tl.constexpr, PAIRS: tl.constexpr, PARTIAL: tl.constexpr,
+def _apart(a, b, STEP: tl.constexpr, ROWS: tl.constexpr, PAIRS: tl.constexpr):
+    """What was loaded as pairs in fp32, ``[ROWS, PAIRS]``; neighbours are taken apart in registers."""
+    if STEP == 2:
+        a, b = tl.split(tl.reshape(a.to(tl.float32), [ROWS, PAIRS, 2]))
+    return a.to(tl.float32), b.to(tl.float32)
+
+
+@triton.jit
+def _store_rotated(
+    row_ptr, dim, inside, pairs, a, b, cos_a, sin_a, cos_b, sin_b,
+    STEP: tl.constexpr, BACKWARD: tl.constexpr, ROWS: tl.constexpr, PAIRS: tl.constexpr,
 ):  # fmt: skip
-    """All heads of one token; every load stands before every store."""
-    head = tl.arange(0, HEADS)[:, None]
-    x_row = x_ptr + x_base + head.to(tl.int64) * x_head
-    y_row = y_ptr + y_base + head.to(tl.int64) * y_head
-    a, b = _load_pairs(x_row, x_dim, head < heads, pairs, STEP, HEADS, PAIRS)
+    a, b = _apart(a, b, STEP, ROWS, PAIRS)
     if BACKWARD:
         new_a = a * cos_a + b * sin_b
         new_b = b * cos_b - a * sin_a
     else:
         new_a = a * cos_a - b * sin_a
         new_b = b * cos_b + a * sin_b
-    new_a, new_b = new_a.to(y_ptr.dtype.element_ty), new_b.to(y_ptr.dtype.element_ty)
+    new_a, new_b = new_a.to(row_ptr.dtype.element_ty), new_b.to(row_ptr.dtype.element_ty)
     if STEP == 2:
         place = tl.arange(0, 2 * PAIRS)[None, :]
-        tl.store(y_row + place * y_dim, tl.interleave(new_a, new_b), mask=(head < heads) & (place < 2 * pairs))
+        tl.store(row_ptr + place * dim, tl.interleave(new_a, new_b), mask=inside & (place < 2 * pairs))
     else:
         place = tl.arange(0, PAIRS)[None, :]
-        inside = (head < heads) & (place < pairs)
-        tl.store(y_row + place * y_dim, new_a, mask=inside)
-        tl.store(y_row + (place + pairs) * y_dim, new_b, mask=inside)
-    if PARTIAL:
-        passing = (head < heads) & is_rest[None, :]
-        value = tl.load(x_row + rest[None, :] * x_dim, mask=passing, other=0.0)
-        tl.store(y_row + rest[None, :] * y_dim, value, mask=passing)
+        known = inside & (place < pairs)
+        tl.store(row_ptr + place * dim, new_a, mask=known)
+        tl.store(row_ptr + (place + pairs) * dim, new_b, mask=known)
 
 
 @triton.jit(do_not_specialize=["length"])
@@ -87,30 +83,41 @@ def _kernel(
     STEP: tl.constexpr, TABLE_SHARED: tl.constexpr, PARTIAL: tl.constexpr,
     BACKWARD: tl.constexpr, Q_HEADS: tl.constexpr, K_HEADS: tl.constexpr, PAIRS: tl.constexpr, REST: tl.constexpr,
 ):  # fmt: skip
-    program = tl.program_id(0).to(tl.int64)
-    batch, token = program // length, program % length
+    """All heads of one token. Every load stands before every store: results may lie where the inputs do, and a load
+    behind a store waits for memory once more.
+    """
+    batch, token = (tl.program_id(0) // length).to(tl.int64), (tl.program_id(0) % length).to(tl.int64)
+    q_rows, k_rows = tl.arange(0, Q_HEADS)[:, None], tl.arange(0, K_HEADS)[:, None]
+    in_q, in_k = q_rows < q_heads, k_rows < k_heads
+    q_row = q_ptr + batch * q_batch + token * q_token + q_rows.to(tl.int64) * q_head
+    k_row = k_ptr + batch * k_batch + token * k_token + k_rows.to(tl.int64) * k_head
+    q_out = q_out_ptr + batch * qo_batch + token * qo_token + q_rows.to(tl.int64) * qo_head
+    k_out = k_out_ptr + batch * ko_batch + token * ko_token + k_rows.to(tl.int64) * ko_head
     cos_row = cos_ptr + batch * cos_batch + token * cos_token
     sin_row = sin_ptr + batch * sin_batch + token * sin_token
+    one = tl.full([1, 1], 1, tl.int1)
+    TABLE: tl.constexpr = 1 if TABLE_SHARED else STEP
+    cos_a, cos_b = _load_pairs(cos_row, cos_dim, one, pairs, TABLE, PAIRS)
+    sin_a, sin_b = _load_pairs(sin_row, sin_dim, one, pairs, TABLE, PAIRS)
+    q_a, q_b = _load_pairs(q_row, q_dim, in_q, pairs, STEP, PAIRS)
+    k_a, k_b = _load_pairs(k_row, k_dim, in_k, pairs, STEP, PAIRS)
+    rest = 2 * pairs + tl.arange(0, REST)[None, :]
+    if PARTIAL:
+        q_rest = tl.load(q_row + rest * q_dim, mask=in_q & (rest < dim), other=0.0)
+        k_rest = tl.load(k_row + rest * k_dim, mask=in_k & (rest < dim), other=0.0)
     if TABLE_SHARED:
-        pair = tl.arange(0, PAIRS)[None, :]
-        cos_a = tl.load(cos_row + pair * cos_dim, mask=pair < pairs, other=0.0).to(tl.float32)
-        sin_a = tl.load(sin_row + pair * sin_dim, mask=pair < pairs, other=0.0).to(tl.float32)
         cos_b, sin_b = cos_a, sin_a
-    else:
-        one = tl.full([1, 1], 1, tl.int1)
-        cos_a, cos_b = _load_pairs(cos_row, cos_dim, one, pairs, STEP, 1, PAIRS)
-        sin_a, sin_b = _load_pairs(sin_row, sin_dim, one, pairs, STEP, 1, PAIRS)
-    rest = 2 * pairs + tl.arange(0, REST)
-    _rotate(
-        q_ptr, q_out_ptr, batch * q_batch + token * q_token, batch * qo_batch + token * qo_token,
-        q_head, qo_head, q_dim, qo_dim, q_heads, cos_a, sin_a, cos_b, sin_b, pairs,
-        rest, rest < dim, STEP, BACKWARD, Q_HEADS, PAIRS, PARTIAL,
+    cos_a, cos_b = _apart(cos_a, cos_b, TABLE, 1, PAIRS)
+    sin_a, sin_b = _apart(sin_a, sin_b, TABLE, 1, PAIRS)
+    _store_rotated(
+        q_out, qo_dim, in_q, pairs, q_a, q_b, cos_a, sin_a, cos_b, sin_b, STEP, BACKWARD, Q_HEADS, PAIRS
     )  # fmt: skip
-    _rotate(
-        k_ptr, k_out_ptr, batch * k_batch + token * k_token, batch * ko_batch + token * ko_token,
-        k_head, ko_head, k_dim, ko_dim, k_heads, cos_a, sin_a, cos_b, sin_b, pairs,
-        rest, rest < dim, STEP, BACKWARD, K_HEADS, PAIRS, PARTIAL,
+    _store_rotated(
+        k_out, ko_dim, in_k, pairs, k_a, k_b, cos_a, sin_a, cos_b, sin_b, STEP, BACKWARD, K_HEADS, PAIRS
     )  # fmt: skip
+    if PARTIAL:
+        tl.store(q_out + rest * qo_dim, q_rest, mask=in_q & (rest < dim))
+        tl.store(k_out + rest * ko_dim, k_rest, mask=in_k & (rest < dim))
 
 
 def rotate(

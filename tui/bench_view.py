@@ -55,13 +55,15 @@ def print_kernels(report: dict[str, Any]) -> None:
     for label, verdict in report["verdicts"].items():
         told = f"ok, at worst {verdict['worst']:.2f} x stock's error" if verdict["ok"] else f"WRONG: {verdict['why']}"
         console.print(f"{label:<44} {told}")
-    rows = table("", ">ours ms", ">spread", ">on device", ">stock", ">Liger", ">rate", "", ">share of ceiling")
+    rows = table(
+        "", ">ours ms", ">spread", ">on device", ">a copy", ">stock", ">Liger", ">rate", "", ">share of ceiling"
+    )
     for timing in report["timings"]:
         low, high = timing["ours_range_ms"]
         rows.add_row(
             timing["name"], f"{timing['ours_ms']:.3f}", f"±{(high - low) / 2 / timing['ours_ms']:.1%}",
             f"{timing['device_ms']:.3f}",
-            *(f"{ms:.3f}" if ms is not None else "–" for ms in (timing["stock_ms"], timing["liger_ms"])),
+            *(f"{ms:.3f}" if ms else "–" for ms in (timing.get("copy_ms"), timing["stock_ms"], timing["liger_ms"])),
             f"{timing['rate']:,.0f}", timing["unit"], f"{timing['share']:.0%}",
         )  # fmt: skip
     if report["timings"]:

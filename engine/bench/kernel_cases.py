@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
 
-from ...kernels import adamw, fp8, glu, linear_cross_entropy, lora_add, nf4, rms_norm, rope
+from ...kernels import adamw, fp8, glu, linear_cross_entropy, lora_add, lora_glu, nf4, residual, rms_norm, rope
 from .kernel_checks import (
     BF16,
     DEVICE,
@@ -79,7 +79,7 @@ def liger(name: str) -> Callable[..., Any] | None:
 
 
 def time_rms_norm(tokens: int) -> Iterator[Case]:
-    x, w, residual = randn(tokens, HIDDEN, grad=True), randn(HIDDEN), randn(tokens, HIDDEN)
+    x, w, other = randn(tokens, HIDDEN, grad=True), randn(HIDDEN), randn(tokens, HIDDEN)
     dy, size = randn(tokens, HIDDEN), 2.0 * tokens * HIDDEN
     _, rows, rstd = rms_norm.forward(x.detach(), w, EPS, "cast-first")
     theirs, reference = liger("liger_rms_norm"), lambda x: rms_norm.rms_norm_reference(x, w, EPS)
@@ -101,9 +101,16 @@ def time_rms_norm(tokens: int) -> Iterator[Case]:
         )
     yield Case(
         "add + rms_norm forward",
-        lambda: rms_norm.forward(rows, w, EPS, "cast-first", residual),
-        lambda: reference(rows + residual),
+        lambda: rms_norm.forward(rows, w, EPS, "cast-first", other),
+        lambda: reference(rows + other),
         bytes=4 * size,
+    )
+    how = residual.Join(residual.Norm(w, EPS, "one-plus"))
+    yield Case(
+        "norm of a sublayer's output, added",
+        lambda: residual.join_again(rows, other, how),
+        lambda: rows + rms_norm.rms_norm_reference(other, w, EPS, "one-plus"),
+        bytes=3 * size,
     )
     heads = randn(tokens * Q_HEADS, HEAD_DIM)
     small = randn(HEAD_DIM)
@@ -140,6 +147,19 @@ def time_glu(tokens: int) -> Iterator[Case]:
         "swiglu backward in place, with h",
         lambda: glu.backward(*spare, "silu", dgate=spare[1], dup=spare[2], h=spare[0]),
         bytes=6 * size,
+    )
+    xa = randn(tokens, 2 * RANK).split(RANK, dim=1)
+    b, dha = randn(2 * INTERMEDIATE, RANK).split(INTERMEDIATE), randn(tokens, RANK)
+    yield Case(
+        "gated unit with lora, forward",
+        lambda: lora_glu.forward(g, u, (xa[0], xa[1]), (b[0], b[1]), (1.0, 1.0), "silu"),
+        lambda: glu.glu_reference(g + xa[0] @ b[0].t(), u + xa[1] @ b[1].t()),
+        bytes=3 * size,
+    )
+    yield Case(
+        "gated unit with lora, backward in place",
+        lambda: lora_glu.backward(dh, *spare[1:], (xa[0], xa[1]), (b[0], b[1]), (1.0, 1.0), "silu", dha),
+        bytes=5 * size,
     )
 
 
@@ -179,20 +199,40 @@ def time_cross_entropy(tokens: int) -> Iterator[Case]:
             flops=flops,
             graph=False,
         )
+    rows = min(tokens, linear_cross_entropy.CHUNK_ROWS)
+    logits, losses = randn(rows, VOCABULARY, scale=3.0), torch.zeros(rows, device=DEVICE)
+    figures = (labels[:rows], losses, torch.zeros(rows, dtype=torch.int32, device=DEVICE), losses)
+    yield Case(
+        f"rows of the loss, {rows} x {VOCABULARY}",
+        lambda: linear_cross_entropy.rows_of_loss(logits, figures, 1.0, None, 0.0, "nll", gradient=True),
+        bytes=4.0 * logits.numel(),
+    )
 
 
 def time_nf4(tokens: int) -> Iterator[Case]:
+    """The largest weight and the smallest, whose launch takes as long as its bytes; and a layer's, one by one."""
     del tokens
-    for rows, columns in ((INTERMEDIATE, HIDDEN), (1024, HIDDEN)):
-        state, stock = quantised(rows, columns)
-        if state is not None:
-            out = torch.empty(rows, columns, dtype=BF16, device=DEVICE)
+    largest, smallest = (INTERMEDIATE, HIDDEN), (HIDDEN * KV_HEADS // Q_HEADS, HIDDEN)
+    for name, shapes in (
+        ("{} x {}".format(*largest), (largest,)),
+        ("{} x {}".format(*smallest), (smallest,)),
+        ("a layer's seven weights", (*[largest] * 3, *[(HIDDEN, HIDDEN)] * 2, *[smallest] * 2)),
+    ):
+        found = [quantised(*shape) for shape in shapes]
+        states = [state for state, _ in found if state is not None]
+        outs = [torch.empty(*shape, dtype=BF16, device=DEVICE) for shape in shapes]
+        if len(states) == len(shapes):
             yield Case(
-                f"nf4 {rows} x {columns} (stock: bitsandbytes)",
-                partial(nf4.dequantise, state, out),
-                stock,
-                bytes=rows * columns * (2 + 0.516),
+                f"nf4 {name} (stock: bitsandbytes)",
+                partial(_each, [partial(nf4.dequantise, *pair) for pair in zip(states, outs, strict=True)]),
+                partial(_each, [stock for _, stock in found]),
+                bytes=sum(out.numel() for out in outs) * (2 + 0.516),
             )
+
+
+def _each(calls: Sequence[Callable[[], object]]) -> None:
+    for call in calls:
+        call()
 
 
 def time_lora(tokens: int) -> Iterator[Case]:

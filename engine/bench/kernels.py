@@ -4,12 +4,14 @@ Versions take turns; a time is the median of the rounds' medians (of ``triton.te
 cache between calls), its spread their range: what a caller waits for, launches included where they take longer than the
 work. Rates and shares are of the time on the device alone, from replays of a CUDA graph where ours can be captured in
 one, with a long read between calls: else an operation finds in the cache what the call before left there, and moves
-bytes faster than memory can. A share is of what this GPU reaches in a plain copy, for kernels that move memory, or in a
-plain bf16 product, for those that multiply, both measured in the same minute.
+bytes faster than memory can. Beside it stands a copy of as many bytes by the same clock: no launch moves them faster. A
+share is of what this GPU reaches in a long plain copy, for kernels that move memory, or in a plain bf16 product, for
+those that multiply, both measured in the same minute.
 """
 
 from __future__ import annotations
 
+import functools
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -32,7 +34,11 @@ Tell = Callable[[str], None]
 
 @dataclass
 class Timing:
-    """Milliseconds with their range over the rounds, on the device alone, and the share of the ceiling then reached."""
+    """Milliseconds with their range over the rounds, on the device alone, and the share of the ceiling then reached.
+
+    ``copy_ms``: what a copy that moves as many bytes takes, by the same clock: a launch's start and end, which are all
+    of the shortfall of a small one.
+    """
 
     name: str
     ours_ms: float
@@ -43,6 +49,7 @@ class Timing:
     rate: float
     unit: str
     share: float
+    copy_ms: float | None = None
 
 
 def run(names: Sequence[str], tokens: int, tell: Tell, *, timing: bool = True) -> dict[str, Any]:
@@ -93,12 +100,14 @@ def _time(case: Case, copy: float, product: float, tell: Tell) -> Timing | None:
     median = {name: statistics.median(rounds) for name, rounds in times.items()}
     amount, top = (case.bytes, copy) if case.bytes else (case.flops, product)
     alone = device_ms(case.ours) if case.graph else median["ours"]
+    beside = copy_ms(case.bytes) if case.bytes and case.graph else None
     rate = amount / (alone * 1e-3)
     scaled, unit = (rate / 1e9, "GB/s") if case.bytes else (rate / 1e12, "TFLOP/s")
     between = min(times["ours"]), max(times["ours"])
     return Timing(
-        case.name, median["ours"], between, alone, median.get("stock"), median.get("liger"), scaled, unit, rate / top
-    )
+        case.name, median["ours"], between, alone, median.get("stock"), median.get("liger"), scaled, unit, rate / top,
+        beside,
+    )  # fmt: skip
 
 
 def race(versions: dict[str, Function], tell: Tell, what: str) -> dict[str, list[float]]:
@@ -119,8 +128,8 @@ def race(versions: dict[str, Function], tell: Tell, what: str) -> dict[str, list
     return times
 
 
-def device_ms(function: Function) -> float:
-    """The time on the device alone, of a call that finds nothing of its own in the cache.
+def device_ms(function: Function, rep_ms: float = ROUND_MS) -> float:
+    """The time on the device alone, of a call that finds nothing of its own in the cache; ten rounds of ``rep_ms``.
 
     Between calls memory is read, so that what a call leaves to be written is written in the time of both; the time of
     the reads alone is taken off.
@@ -134,8 +143,16 @@ def device_ms(function: Function) -> float:
         function()
         read()
 
-    together, alone = (float(do_bench_cudagraph(f, rep=ROUND_MS, return_mode="median")) for f in (both, read))
+    together, alone = (float(do_bench_cudagraph(f, rep=rep_ms, return_mode="median")) for f in (both, read))
     return together - alone
+
+
+@functools.cache
+def copy_ms(moved: float) -> float:
+    """Of a copy that reads and writes ``moved`` bytes in all, by the clock of :func:`device_ms`."""
+    source = randn(max(1, round(moved / 4)))
+    target = torch.empty_like(source)
+    return device_ms(lambda: target.copy_(source), ROUND_MS / 4)
 
 
 def ceilings() -> tuple[float, float]:

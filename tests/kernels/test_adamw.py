@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 
-from finetui.kernels import adamw
+from finetui.kernels import adamw, blockwise
 
 SIZES = [(3,), (5, 1000), (4096,), (33, 257)]
 OPTIONS = {"lr": 1e-2, "weight_decay": 0.1, "betas": (0.9, 0.99)}
@@ -73,12 +73,12 @@ def test_codes_stand_for_the_nearest_value_but_at_the_borders_of_powers_of_ten(d
     optimizer = adamw.AdamW([p], betas=(0.0, 0.0))
     p.grad = torch.logspace(-9, 0, 4096, device=device) * torch.tensor([1.0, -1.0], device=device).repeat(2048)
     optimizer.step()
-    state, g = optimizer.state[p], p.grad.double().view(-1, adamw.BLOCK)
+    state, g = optimizer.state[p], p.grad.double().view(-1, blockwise.BLOCK)
     for name, truth in (("exp_avg", g), ("exp_avg_sq", g * g)):
-        got = adamw.dequantised(state, name).double().view(-1, adamw.BLOCK)
+        got = blockwise.dequantised(state, name).double().view(-1, blockwise.BLOCK)
         largest = truth.abs().amax(1, keepdim=True)
         ratio, told = truth / largest, got / largest
-        table = adamw.values(signed=name == "exp_avg").double().to(device)
+        table = blockwise.values(signed=name == "exp_avg").double().to(device)
         nearest = (ratio[..., None] - table).abs().amin(-1)
         gap = (ratio - told).abs()
         assert (gap <= 5 * nearest + 1e-6).all()  # at a border cells of one and five widths meet
@@ -90,13 +90,13 @@ def test_codes_stand_for_the_nearest_value_but_at_the_borders_of_powers_of_ten(d
 def test_each_code_is_read_back_as_itself(device):
     """Values of the table are coded as the codes they came from: encoding is the inverse of decoding."""
     for signed, name in ((True, "exp_avg"), (False, "exp_avg_sq")):
-        table = adamw.values(signed)
+        table = blockwise.values(signed)
         p = torch.zeros(4096, device=device, requires_grad=True)
         optimizer = adamw.AdamW([p], betas=(0.0, 0.0), lr=0.0)
         values = table.repeat(16).to(device)
         p.grad = values if signed else values.sqrt()
         optimizer.step()
-        told = adamw.dequantised(optimizer.state[p], name)
+        told = blockwise.dequantised(optimizer.state[p], name)
         torch.testing.assert_close(told, values, rtol=1e-6, atol=1e-12)
 
 
@@ -112,8 +112,8 @@ def test_the_kernel_reads_each_code_as_the_table_has_it(device):
     state["exp_avg"].copy_(codes.view(torch.int8))
     state["exp_avg_sq"].copy_(codes.flip(0))
     optimizer.step()
-    m = 1.5 * adamw.values(signed=True).double().to(device)[codes.long()]
-    v = 0.125 * adamw.values(signed=False).double().to(device)[codes.flip(0).long()]
+    m = 1.5 * blockwise.values(signed=True).double().to(device)[codes.long()]
+    v = 0.125 * blockwise.values(signed=False).double().to(device)[codes.flip(0).long()]
     expected = -m / 0.75 / ((v / 0.75).sqrt() + 1e-8)
     torch.testing.assert_close(p.detach().double(), expected, rtol=1e-5, atol=1e-6)
 
@@ -144,7 +144,7 @@ def test_without_a_learning_rate_only_the_states_move(device, states):
     optimizer = adamw.AdamW(params, lr=0.0, states=states, weight_decay=0.1)
     train(optimizer, params, 2)
     assert all(torch.equal(p.detach(), one) for p, one in zip(params, before, strict=True))
-    assert all(adamw.dequantised(optimizer.state[p], "exp_avg").any() for p in params)
+    assert all(blockwise.dequantised(optimizer.state[p], "exp_avg").any() for p in params)
 
 
 def test_what_never_had_a_gradient_stays_zero(device):

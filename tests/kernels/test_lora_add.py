@@ -26,6 +26,16 @@ def test_it_is_the_sum(device, keep, biased, rank):
     torch.testing.assert_close(y, expected)
 
 
+@pytest.mark.parametrize("tile", [(16, 32, 1), (64, 32, 2), (128, 32, 4), (128, 32, 8), (32, 64, 4)])
+def test_every_value_is_where_it_belongs_in_tiles_of_any_shape(device, monkeypatch, tile):
+    """The product's rows and columns come in the order of a matrix unit, and must all find their places."""
+    monkeypatch.setattr(lora_add, "_READ", tile)
+    y, add, _, xa, b = given(device, rows=130, columns=70)
+    expected = y + add + 0.7 * xa @ b.t()
+    lora_add.add_to(y, add, None, xa, b, 0.7)
+    torch.testing.assert_close(y, expected)
+
+
 def test_what_was_there_is_not_looked_at(device):
     y, add, _, xa, b = given(device)
     y.fill_(float("nan"))

@@ -38,6 +38,7 @@ def report(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     told: list[str] = []
     monkeypatch.setattr(kernels, "do_bench", lambda function, **_: function())  # a function tells its milliseconds
     monkeypatch.setattr(kernels, "device_ms", lambda function: function() / 2)
+    monkeypatch.setattr(kernels, "copy_ms", lambda moved: moved / 2e9)
     monkeypatch.setattr(kernels, "ceilings", lambda: (1e12, 2e15))
     monkeypatch.setattr(kernels, "CHECKS", {"a": check, "b": broken})
     monkeypatch.setattr(kernels, "TIMES", {"a": cases, "b": lambda _: iter(())})
@@ -50,6 +51,7 @@ def test_rates_and_shares(report: dict[str, Any]) -> None:
     copies, multiplies = report["timings"]
     assert (copies["ours_ms"], copies["stock_ms"], copies["liger_ms"]) == (2.0, 4.0, None)
     assert copies["device_ms"] == 1.0
+    assert (copies["copy_ms"], multiplies["copy_ms"]) == (0.5, None)
     assert (copies["rate"], copies["unit"], copies["share"]) == (pytest.approx(1000), "GB/s", pytest.approx(1.0))
     assert (multiplies["rate"], multiplies["unit"], multiplies["share"]) == (
         pytest.approx(1000), "TFLOP/s", pytest.approx(0.5)
@@ -70,6 +72,7 @@ def test_the_table_and_the_chart_hold_it(report: dict[str, Any], capsys: pytest.
     out = capsys.readouterr().out
     assert "WRONG: gradient 0 is zero" in out
     assert "copies" in out
+    assert "0.500" in out
     assert "2.00 ms" in kernels_chart(report)
 
 
