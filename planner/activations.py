@@ -35,6 +35,8 @@ def activation_bytes(
     hidden, q, kv = architecture.hidden, architecture.query_width, architecture.kv_width
     value = architecture.heads * architecture.value_dim
     chosen = [modules for _, modules in architecture.targeted(targets)] if tuning != "full" else []
+    sinks = eager and architecture.model_type == "gpt_oss"  # its softmax takes one more column
+    casts = adapter == 4 and c == 2 and stack.casts_inputs  # each pair then keeps a copy of its own
     kinds = []
     for number, layer in enumerate(architecture.layers):
         # Each norm keeps its input in fp32, and its normalised input where its weight is trained.
@@ -51,10 +53,13 @@ def activation_bytes(
             attention = c * (3 * q + value) + 4 * architecture.heads
         elif stack.fused_qkv or len(layer.attention) == 2:  # values are a view of the projection's whole output
             attention += c * (q + kv)
-        scores = 0.0
         if eager:  # softmax, in fp32 and in 16 bits, and a soft cap's tanh; keys and values copied for every head
-            scores = (4.0 if architecture.model_type == "gpt_oss" else 8.0) * architecture.heads * sequence_length
-            attention += scores + 2 * c * (q - kv)
+            # Beside sinks the softmax is in 16 bits, and all that stays but for where each row has its maximum.
+            scores = 2.0 if sinks else 8.0 if architecture.model_type == "gemma2" else 6.0
+            attention += architecture.heads * (scores * sequence_length + (8 if sinks else 0)) + 2 * c * (q - repeated)
+            if tuning != "full" and (casts or layer.attention[-1] not in chosen[number]):
+                attention -= c * value  # a plain product does not keep what it gives
+        after = (layer.attention[-1], *layer.mlp)
         routed_width = round(layer.experts_per_token * layer.expert_width)
         dense = layer.inner - routed_width
         inner = dense * c * _mlp_tensors(architecture, stack, c, tuning == "full" and not mixed)
@@ -81,7 +86,17 @@ def activation_bytes(
         at_once = layer.inner
         if stack.linear_experts and layer.experts:  # one expert after the other, each over its share of the rows
             at_once = dense + round(routed_width / layer.experts)
-        grow = _backward_growth(tuning, hidden, at_once, adapter, c, stack) + scores
+        grow = _backward_growth(tuning, hidden, at_once, adapter, c, stack)
+        if eager:
+            # The MLP is done with by then. Gradients of what softmax gave and took, in fp32, less the 16-bit copy that
+            # is gone; beside sinks, in 16 bits, of softmax, of the same with its sink, of what it was taken of, of the
+            # maximum and of their sum. And of the layer's output, of the sum before its MLP and of the experts' rows.
+            late = [] if kind in KEPT or tuning == "full" else [m for m in chosen[number] if m in after]
+            done = inner + routed + norm * layer.norm_width / 2
+            done += _adapter_inputs(layer, late, rank, adapter, c, stack, dropout)
+            attending = (10.0 if sinks else 6.0) * architecture.heads * sequence_length
+            attending += (4 + c * layer.experts_per_token) * hidden
+            grow = max(grow, attending - done)
         kinds.append((layer.count, size, grow))
     return kinds, max(size + grow for _, size, grow in kinds)
 
@@ -96,7 +111,7 @@ def _routed(architecture: Architecture, layer: Layer, c: float, stack: Stack, *,
     if not layer.experts:
         return 0.0
     gated = 2.0 if stack.fused_experts else 3.0
-    wide = 7.0 if architecture.model_type == "gpt_oss" else gated + (trained and not counted)
+    wide = (6.0 if architecture.model_type == "gpt_oss" else gated) + (trained and not counted)
     rows = layer.experts_per_token * (layer.expert_width * wide + architecture.hidden * (1 + trained))
     return c * rows + 4 * layer.experts  # and the router's softmax, in fp32
 

@@ -66,6 +66,7 @@ _METHODS: dict[DataKind, tuple[str, str, str]] = {
     "checkable": ("grpo", "answers that can be checked are a reward; several completions each", "arXiv:2402.03300"),
 }
 _OTHER_METHODS: dict[DataKind, str] = {
+    "examples": "distill (arXiv:2306.13649) also learns what a larger model of the same family would say at each word",
     "pairs": "ORPO (arXiv:2403.07691) does SFT and preference in one pass with one model in memory; SimPO "
     "(arXiv:2405.14734) needs no reference model but is less stable; IPO (arXiv:2310.12036) resists overfitting",
     "labels": "with both verdicts on the same prompts, make pairs and use DPO: its signal is stronger",

@@ -198,12 +198,14 @@ def corrected_memory(memory: Memory, by: Correction) -> Memory:
 
 
 def corrected_speed(speed: Speed, by: Correction) -> Speed:
-    """A prediction with every term of a step scaled."""
+    """A prediction with every term of a step scaled; its interval moves along."""
     return Speed(
         tokens_per_s=speed.tokens_per_s * by.speed,
         step_s=speed.step_s / by.speed,
         mfu=speed.mfu * by.speed,
         terms={name: seconds / by.speed for name, seconds in speed.terms.items()},
+        low_tokens_per_s=speed.low_tokens_per_s * by.speed,
+        high_tokens_per_s=speed.high_tokens_per_s * by.speed,
     )
 
 

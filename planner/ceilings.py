@@ -68,7 +68,7 @@ class Ceilings:
             changes["bf16_tflops"] = self.bf16_tflops / gpu.achievable or gpu.bf16_tflops
             changes["fp32_tflops"] = self.fp32_tflops / gpu.achievable or gpu.fp32_tflops
         elif self.bf16_tflops:
-            changes["achievable"] = min(1.0, self.bf16_tflops / gpu.bf16_tflops)
+            changes |= {"achievable": min(1.0, self.bf16_tflops / gpu.bf16_tflops), "measured": True}
         if self.launch_us:
             changes["launch_s"] = self.launch_us / 1e6
         for field, measured, share in (

@@ -5,12 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
+from typing import TYPE_CHECKING
 
 from .architecture import Architecture
 from .hardware import Node, Offer, load_offers
 from .plan import Cost, Plan
 from .settings import Settings
 from .storage import optimizer_bytes
+
+if TYPE_CHECKING:
+    from .teacher import Teacher
 
 #: Imports, tokenizing the first rows, warming up kernels and the allocator.
 _START_S = 25.0
@@ -46,6 +50,7 @@ def overhead(
     architecture: Architecture,
     node: Node,
     *,
+    teacher: Teacher | None = None,
     step_s: float,
     steps: int,
     batch_size: int,
@@ -55,8 +60,12 @@ def overhead(
     checkpoint_every: int,
     checkpoint_bytes: float,
 ) -> Overhead:
-    """What a run spends beside its steps: a pass without gradients is a third of a training pass over the same rows."""
-    size = 2.0 * architecture.parameters
+    """What a run spends beside its steps: a pass without gradients is a third of a training pass over the same rows.
+
+    Args:
+        teacher: a second model that is downloaded and loaded too.
+    """
+    size = 2.0 * (architecture.parameters + (0 if teacher is None else teacher.architecture.parameters))
     passes = 2 + max(steps - 1, 0) // max(eval_every, 1) if eval_examples else 0
     saves = 2 + max(steps - 1, 0) // max(checkpoint_every, 1)  # the first one after the first step
     rented = not node.local
@@ -122,6 +131,15 @@ def cost_of(
 def price_of(offer: Offer, *, spot: bool) -> float | None:
     """USD per hour for the whole machine; None where it is not offered that way."""
     return offer.usd_per_h_spot if spot else offer.usd_per_h
+
+
+def duration(seconds: float) -> str:
+    """A time in the words of messages: ``45 s``, ``12 min``, ``3.4 h``, ``22 days``."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    if seconds < 5400:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:.1f} h" if seconds < 48 * 3600 else f"{seconds / 86400:.0f} days"
 
 
 def restart_s(plan: Plan) -> float:

@@ -149,9 +149,11 @@ class Config:
         value = self.get(key)
         where = f"{self.name}: config.json"
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ModelError(f"{key} must be a whole number above 0, not {str(value)[:60]!r}", where=where)
+            what = f"{key} must be a whole number above 0, not {str(value)[:60]!r}"
+            raise ModelError(what, where=where, do="Fetch the model again, or mend its config.json.")
         if value > MOST.get(key, _LARGEST):
-            raise ModelError(f"{key} is larger than that of any model", where=where)
+            what = f"{key} is larger than that of any model"
+            raise ModelError(what, where=where, do="Fetch the model again, or mend its config.json.")
         return value
 
     def flag(self, flag: Flag) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 from .architecture import Architecture
 from .cost import cheapest_offers
@@ -131,19 +132,24 @@ def _best(
 
 def _ways(architecture: Architecture, base: Settings, stack: Stack, gpu: Gpu) -> Iterator[Settings]:
     """Precision, optimiser and checkpointing in the solver's order."""
-    precision = "fp32" if gpu.kind == "cpu" else "bf16" if gpu.bf16 else "fp16"
+    for fastest, least in (storages := _storages(base, gpu.kind, gpu.bf16)):
+        yield fastest
+        if peak_memory(architecture, least, stack, gpu).high_gib <= gpu.memory_gib:
+            most = most_layers(architecture, fastest, stack, gpu, gpu.memory_gib)
+            yield most if most.kept_layers else least
+        elif least is storages[-1][1]:
+            yield least
+
+
+@lru_cache(maxsize=64)
+def _storages(base: Settings, kind: str, bf16: bool) -> list[tuple[Settings, Settings]]:
+    """Precisions and optimisers for a kind of device, each without recomputation and with all of it."""
+    precision = "fp32" if kind == "cpu" else "bf16" if bf16 else "fp16"
     storages = [(precision, "adamw")]
     if base.tuning == "full":
         if precision == "bf16":
             storages.insert(0, ("bf16-mixed", "adamw"))
-        if gpu.kind == "cuda":
+        if kind == "cuda":
             storages += [(precision, "adamw-8bit"), (precision, "paged-adamw-8bit")]
-    for kind, optimizer in storages:
-        settings = replace(base, precision=kind, optimizer=optimizer)  # type: ignore[arg-type]
-        yield replace(settings, checkpointing="none")
-        least = replace(settings, checkpointing="full")
-        if peak_memory(architecture, least, stack, gpu).high_gib <= gpu.memory_gib:
-            most = most_layers(architecture, settings, stack, gpu, gpu.memory_gib)
-            yield most if most.kept_layers else least
-        elif optimizer == storages[-1][1]:
-            yield least
+    held = [replace(base, precision=name, optimizer=optimizer) for name, optimizer in storages]  # type: ignore[arg-type]
+    return [(replace(each, checkpointing="none"), replace(each, checkpointing="full")) for each in held]

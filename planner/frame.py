@@ -68,7 +68,7 @@ class Frame:
         why = f"{_DEFAULT_LENGTH} tokens unless the model or the data is shorter"
         if limit and limit < _DEFAULT_LENGTH:
             why = f"the model was made for {limit} positions"
-        longest = self.given.longest if self.given and self.recipe.method == "sft" else 0
+        longest = self.given.longest if self.given and self.recipe.method in ("sft", "distill") else 0
         estimated = self.given is not None and self.given.basis == "estimated"
         bound = 64 * math.ceil(longest * (_CHARACTERS if estimated else 1) / 64)
         if estimated:
@@ -108,7 +108,7 @@ class Frame:
         if self.recipe.tuning.type in VIRTUAL_TOKENS:
             self.because("packing", False, "the virtual tokens stand before a row, not before each example in it")
             return False
-        if self.recipe.method not in ("sft", "pretrain"):
+        if self.recipe.method not in ("sft", "pretrain", "distill"):
             return False  # a pair, a judged answer and a rollout are rows of their own
         mean = self.mean()
         if self.recipe.method == "pretrain":
@@ -155,11 +155,14 @@ class Frame:
             chosen = have
         else:
             chosen = [index for index in request.gpus if index in have]
-        wanted = request.gpus if isinstance(request.gpus, int) else len(request.gpus) if request.gpus != "auto" else 0
-        if wanted > len(chosen):
-            plural = "GPU" if len(have) == 1 else "GPUs"
-            do = f"Use hardware.gpus: {len(have)}" + (f" or indices among {have}." if len(have) > 1 else ".")
-            raise HardwareError(f"{wanted} GPUs asked for, {len(have)} {plural} here", where="hardware.gpus", do=do)
+        here = f"{len(have)} {'GPU' if len(have) == 1 else 'GPUs'}"
+        if isinstance(request.gpus, int) and request.gpus > len(chosen):
+            what, do = f"{request.gpus} GPUs asked for, {here} here", f"Use hardware.gpus: {len(have)}."
+            raise HardwareError(what, where="hardware.gpus", do=do)
+        if not isinstance(request.gpus, int | str) and (gone := sorted(set(request.gpus) - set(chosen))):
+            what = f"no GPU {', '.join(map(str, gone))} here: {here}, with {'index' if len(have) == 1 else 'indices'}"
+            do = f"Use indices of these in hardware.gpus, or hardware.gpus: {len(have)}."
+            raise HardwareError(f"{what} {', '.join(map(str, have))}", where="hardware.gpus", do=do)
         if request.strategy == "single" and len(chosen) > 1:
             do = "Set hardware.gpus: 1, or strategy: ddp."
             raise RecipeError(f"strategy single can't use {len(chosen)} devices", where="hardware.strategy", do=do)
@@ -198,7 +201,7 @@ class Frame:
     def _default_batch(self, rows: int) -> tuple[int, str]:
         """Sixteen examples. Packing changes the shape of a step, not how many examples an update averages over."""
         batch, why = _DEFAULT_BATCH, f"{_DEFAULT_BATCH} sequences per step are a common start"
-        if self.packing and self.recipe.method == "sft":
+        if self.packing and self.recipe.method in ("sft", "distill"):
             per_row = self.length * PACKED_FILL / self.mean()
             batch = max(math.ceil(_DEFAULT_BATCH / per_row), len(self.gpus))
             why = f"about {batch * per_row:.0f} examples per step, {per_row:.0f} to a packed row"

@@ -46,7 +46,7 @@ FAMILIES = {
     "granite": Built(scaled=True),
 }
 #: Rows of the MLP that go through at once (``kernels/decoder_mlp.py``).
-_PIECE = 4096
+PIECE = 4096
 
 
 @dataclass(frozen=True)
@@ -154,7 +154,7 @@ def layer_bytes(
         mlp = (w + cast + n + again_sum) * hidden + c * inner - last
         kept = (w + joined) * hidden + c * q + heads + 2 * c * inner + last + small + sums
         return LayerBytes(kept, max(mlp, attention - joined * hidden - last - 2 * c * inner))
-    part = min(1.0, _PIECE / tokens) if tokens else 1.0
+    part = min(1.0, PIECE / tokens) if tokens else 1.0
     # Gradients of the output and, piece by piece, of the sum; of a piece its normed input, gate, up and activation.
     mlp = w * hidden + (w * hidden if part < 1 else 0) + part * ((n + cast) * hidden + 3 * c * inner)
     if checkpointing == "offload":
@@ -195,8 +195,9 @@ def layer_traffic(
     Rotary embedding and activation work in place. An adapter reads its input once per group of one input, and writes
     its share of the output, to which the large product adds; backward reads the gradient of the output twice and the
     input once, and writes its share of the input's gradient. Of gate, up and down all of that but one look at the
-    gradients is done with the activation (``kernels/lora_glu.py``). A step of a 1B model spent 5.3 ms of an H200 on
-    these products and 8.7 ms on norms, embeddings and activations, where this makes 4.4 and 8.0.
+    gradients is done with the activation (``kernels/lora_glu.py``). A step of a 1B model, replayed, spent 8.4 ms of an
+    H200 on these products and 8.1 ms on norms, embeddings and activations, where this makes 4.4 and 8.0; its large
+    products took 3.8 ms less than :mod:`.work` makes of them (``tests/bench/results/profile-1b-h200.txt``).
     """
     hidden, q, kv = architecture.hidden, architecture.query_width, architecture.kv_width
     normed, built = _inner_norms(architecture, layer), FAMILIES.get(architecture.model_type, _PRE)

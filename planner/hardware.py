@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import csv
 import ctypes
-import difflib
 import os
 import re
 from collections.abc import Callable
@@ -55,6 +54,8 @@ class Gpu:
     kind: Literal["cuda", "cpu"] = "cuda"
     launch_s: float = 0.0
     """Seconds from one kernel to the next where Python starts them, if its host was measured."""
+    measured: bool = False
+    """Whether ``achievable`` was measured, on this device or on one of the same chip."""
     source: str = ""
     aliases: tuple[str, ...] = ()
 
@@ -117,6 +118,7 @@ def load_catalog() -> dict[str, Gpu]:
                 bf16=row["bf16"] == "yes",
                 compute_capability=row["compute_capability"],
                 achievable=float(row["achievable"]),
+                measured=row["achievable_basis"].startswith("measured"),
                 link_gb_s=float(row["link_gb_s"] or 0),
                 pcie_gb_s=float(row["pcie_gb_s"]),
                 source=row["source"],
@@ -198,10 +200,10 @@ def find_gpu(name: str) -> Gpu:
     found = _names().get(_plain(name))
     if found:
         return load_catalog()[found]
-    near = difflib.get_close_matches(_plain(name), list(_names()), n=3, cutoff=0.5)
-    shown = list(dict.fromkeys(_names()[plain] for plain in near))
-    do = f"Did you mean {' or '.join(shown)}?" if shown else "`finetui gpus` lists those it has."
-    raise HardwareError(f"there is no GPU named {name!r} in the catalog", where="hardware.gpu", do=do)
+    from .gpu_names import unknown_gpu
+
+    what, do = unknown_gpu(name, load_catalog().values(), _names(), _plain(name))
+    raise HardwareError(what, where="hardware.gpu", do=do)
 
 
 def this_machine() -> Node:

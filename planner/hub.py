@@ -28,6 +28,7 @@ TIMEOUT_S = 10.0
 _CONNECT_S = 3.0
 #: Bytes of the longest config.json that is believed; those of models with many labels have some 100 kB.
 _LONGEST = 8 << 20
+_AGAIN = "Fetch the model again, or give another folder."
 
 
 def find_config(model: str) -> tuple[str, dict[str, Any], Origin]:
@@ -55,7 +56,14 @@ def find_config(model: str) -> tuple[str, dict[str, Any], Origin]:
         return found[0], read_config(found[1]), "preset"
     if not is_hub_id(model):
         raise ModelError(f"there is no folder or model {model!r}", where="model", do=_suggest(model))
-    return model, read_config(Path(_fetch(model, "config.json"))), "hub"
+    try:
+        return model, read_config(Path(_fetch(model, "config.json"))), "hub"
+    except HubError as error:
+        near = difflib.get_close_matches(model.lower(), known_models(), n=2, cutoff=0.85)
+        if not near:
+            raise
+        names = " or ".join(known_models()[name][0] for name in near)
+        raise HubError(error.what, where=error.where, do=f"Did you mean {names}? {error.do}".rstrip()) from None
 
 
 @cache
@@ -101,16 +109,18 @@ def read_config(path: Path) -> dict[str, Any]:
         with path.open("rb") as file:
             raw = file.read(_LONGEST + 1)
         if len(raw) > _LONGEST:
-            raise ModelError(f"this is longer than {_LONGEST >> 20} MiB, which no {path.name} is", where=str(path))
+            what = f"this is longer than {_LONGEST >> 20} MiB, which no {path.name} is"
+            raise ModelError(what, where=str(path), do="Give the folder or config.json of a model.")
         config = json.loads(raw.decode("utf-8"))
     except (OSError, UnicodeDecodeError) as error:
-        raise ModelError(f"{path.name} can't be read ({error})", where=str(path)) from None
+        raise ModelError(f"{path.name} can't be read ({error})", where=str(path), do=_AGAIN) from None
     except json.JSONDecodeError as error:
-        raise ModelError(f"this is not valid JSON ({error.msg})", where=f"{path}:{error.lineno}") from None
+        raise ModelError(f"this is not valid JSON ({error.msg})", where=f"{path}:{error.lineno}", do=_AGAIN) from None
     except (ValueError, RecursionError) as error:  # numbers of thousands of digits, and thousands of brackets
-        raise ModelError(f"this is not valid JSON ({str(error).partition(';')[0]})", where=str(path)) from None
+        what = f"this is not valid JSON ({str(error).partition(';')[0]})"
+        raise ModelError(what, where=str(path), do=_AGAIN) from None
     if not isinstance(config, dict):
-        raise ModelError(f"{path.name} must be a JSON object", where=str(path))
+        raise ModelError(f"{path.name} must be a JSON object", where=str(path), do=_AGAIN)
     _require_believable(config, path)
     return config
 
@@ -160,6 +170,15 @@ def _fetch(model: str, filename: str) -> str:
         return hf_hub_download(model, filename, etag_timeout=TIMEOUT_S)
     except Exception as error:
         raise explained(error, model) from None
+
+
+def fetched(model: str, filename: str) -> str:
+    """The path of one small file of a hub model, downloaded if it is not in huggingface_hub's cache.
+
+    Raises:
+        HubError, ModelError: it can't be had.
+    """
+    return _fetch(model, filename)
 
 
 def _endpoint() -> str:

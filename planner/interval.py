@@ -1,4 +1,4 @@
-"""How far a prediction of memory may be off: a margin for each thing that is not known, not one percentage for all.
+"""How far a prediction may be off: a margin for each thing that is not known, not one percentage for all.
 
 What is stored is counted exactly, so weights and states add almost nothing. What moves (activations, logits, gathered
 layers) depends on which kernel saves what; the caching allocator's gaps and the driver's context on the order of
@@ -8,6 +8,13 @@ requests and on versions. Independent margins add as squares; those that move to
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .architecture import Architecture
+    from .hardware import Gpu
+    from .stacks import Stack
 
 #: Share of each term that it may be off, where the stack was read in its source.
 STORED, MOVING, SLACK, CONTEXT = 0.01, 0.15, 0.8, 0.35
@@ -78,3 +85,54 @@ def margins(
     if "metric" in unknown:  # each of the three may be what was measured
         allocated = reserved = (math.sqrt(device) + slack + context) ** 2
     return {"allocated": math.sqrt(allocated), "reserved": math.sqrt(reserved), "device": math.sqrt(device)}
+
+
+#: Shares that each kind of term of a step's time may be off. Products: boost clocks and shapes. What moves through
+#: memory: fused more or less than is reckoned. Links: how much of what they carry hides behind arithmetic. Generation:
+#: lengths of answers.
+_KINDS = {
+    0.05: ("forward", "backward", "recompute", "attention", "reference"),
+    0.2: ("elementwise", "dequantize", "optimizer", "teacher"),
+    0.4: ("communication", "parking", "offload"),
+    0.3: ("rollout",),
+}
+#: What else may be unknown, to the share of the step that it may change.
+UNKNOWN_SPEED: dict[str, float] = {
+    "device": 0.15,  # what its products reach was derived, not measured on such a chip
+    "program": 0.1,  # its speed was not held against runs of our own; versions of torch differ
+    "stack": 0.1,  # what the framework does was taken from its documentation
+    "experts": 0.15,  # how a mixture sorts and pads what its experts get differs between versions
+    "sharding": 0.15,  # gathers take bandwidth and units from what they hide behind, and Python time of their own
+}
+#: How fast and how slow a host starts kernels against what is assumed: that of an H200 took 17 to 31 µs for the same
+#: one within a minute, where 32 are assumed. The same where :mod:`.ceilings` knows this very host.
+HOSTS, HOST_MEASURED = (0.6, 1.8), (0.85, 1.25)
+
+
+def unknown_speed(architecture: Architecture, stack: Stack, gpu: Gpu, *, sharded: bool) -> tuple[str, ...]:
+    """Names in :data:`UNKNOWN_SPEED` that hold for a run."""
+    experts = any(layer.experts for layer in architecture.layers)
+    told = {
+        "device": not gpu.measured, "program": not stack.followed, "stack": not stack.certain, "experts": experts,
+        "sharding": sharded,
+    }  # fmt: skip
+    return tuple(name for name, holds in told.items() if holds)
+
+
+def step_range(
+    terms: dict[str, float], unknown: tuple[str, ...], *, waits: Callable[[float], float], host_measured: bool
+) -> tuple[float, float]:
+    """The shortest and the longest that a step may take, in seconds.
+
+    Args:
+        terms: of the step, in seconds.
+        unknown: names in :data:`UNKNOWN_SPEED`.
+        waits: further seconds that the device waits for a host that takes that many times as long to start kernels.
+        host_measured: whether that time was measured on this host.
+    """
+    step_s = sum(terms.values())
+    squares = [(share * sum(terms.get(name, 0.0) for name in names)) ** 2 for share, names in _KINDS.items()]
+    squares += [(UNKNOWN_SPEED[name] * step_s) ** 2 for name in unknown]
+    # Shares that add up to all would leave no time at all.
+    margin, (fast, slow) = min(math.sqrt(sum(squares)), 0.5 * step_s), HOST_MEASURED if host_measured else HOSTS
+    return step_s + waits(fast) - margin, step_s + waits(slow) + margin

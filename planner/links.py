@@ -7,6 +7,7 @@ from .fused import parked_bytes
 from .hardware import Gpu
 from .settings import Settings
 from .sharding import sent_bytes
+from .shares import head_parameters, root_parameters, sent_layer, shares_base, stored
 from .stacks import Stack
 from .storage import QUANTIZED_BYTES
 
@@ -32,18 +33,23 @@ _HOST_BYTES_S = 60e9
 
 
 def communication_s(
-    architecture: Architecture, settings: Settings, stack: Stack, gpu: Gpu, compute_s: float, backward_s: float
-) -> float:
+    architecture: Architecture, settings: Settings, stack: Stack, gpu: Gpu, compute_s: float, backward_s: float,
+    idle_s: float = 0.0,
+) -> float:  # fmt: skip
     """Seconds of one step that devices wait for each other, beside what they send while they compute.
 
     Args:
         compute_s: computing of one micro-batch.
         backward_s: of its backward.
+        idle_s: for which the device waits for the host in it, and has nothing that what is sent could slow down.
     """
     world = settings.world_size
     if world < 2:
         return 0.0
     how, width = settings.sharing, settings.compute_bytes
+    link = _link(gpu, world)
+    if shares_base(settings, stack):
+        return _base_s(architecture, settings, stack, link, compute_s, idle_s)
     if settings.tuning == "full":
         gradients = float(architecture.parameters * (width if how.weights else settings.weight_bytes))
     else:
@@ -54,11 +60,28 @@ def communication_s(
         packed = architecture.linear_weights + (architecture.expert_weights if stack.quantizes_experts else 0)
         weights = QUANTIZED_BYTES[settings.quantization] * packed + width * (architecture.parameters - packed)
     each, once = sent_bytes(how, world, weights=weights, gradients=gradients)
-    link = _link(gpu, world)
     each /= _LIVE_SHARE if how.gathers == "live" else 1.0
     # Gathers run ahead of both passes, reductions behind backward; DDP's only behind the last micro-batch's.
-    waits = max(_EXPOSED * each / link, each / link - _OVERLAP * compute_s) * settings.accumulation
+    waits = max(_EXPOSED * each / link - idle_s, each / link - _OVERLAP * compute_s, 0.0) * settings.accumulation
     return waits + max(_EXPOSED_ONCE * once / link, once / link - _OVERLAP * backward_s)
+
+
+def _base_s(
+    architecture: Architecture, settings: Settings, stack: Stack, link: float, compute_s: float, idle_s: float
+) -> float:
+    """Seconds of one step that devices wait for a frozen base which they share, and for each other's adapters.
+
+    The two layers that a pass ends with are those that the next one begins with, so they are not sent again. An
+    embedding comes before anything could hide it, and adapters between two steps.
+    """
+    ring, layers = (settings.world_size - 1) / settings.world_size, architecture.num_layers
+    fixed = stored(architecture, settings, stack)
+    sent = sent_layer(architecture, settings, fixed) * ring / link
+    table = root_parameters(architecture) - head_parameters(architecture)
+    bare = settings.compute_bytes * table * ring / link
+    each = 2.0 * max(layers - 2, 0) * sent
+    waits = bare + max(_EXPOSED * each - idle_s, each - _OVERLAP * compute_s, 0.0)
+    return waits * settings.accumulation + 2.0 * ring * fixed.adapter / link
 
 
 def _link(gpu: Gpu, world: int) -> float:
@@ -73,7 +96,7 @@ def _link(gpu: Gpu, world: int) -> float:
         card = _NETWORK_GB_S.get(gpu.compute_capability[:1], 50.0) * 1e9 * _LINK_SHARE
         return inside if world <= _NODE else min(inside, _NODE * card)
     # Consumer cards can't reach each other's memory: each byte is written to host memory and read again.
-    staged = gpu.name.startswith(("RTX-30", "RTX-40", "RTX-50"))
+    staged = gpu.name.startswith(("RTX-30", "RTX-40", "RTX-50")) and not gpu.name.endswith("-Ada")
     return gpu.pcie_gb_s * 1e9 * (_STAGED_SHARE if staged else _PCIE_SHARE)
 
 

@@ -29,6 +29,9 @@ def loss_bytes(
     c = settings.compute_bytes
     if METHODS[settings.method].scalar_head:
         return 0.0, 0.0, 0.0
+    if settings.beside.teacher is not None:
+        head = (4.0 + settings.weight_bytes) * vocab * hidden if settings.tuning == "full" else 0.0
+        return settings.beside.teacher.loss_bytes(architecture, c, tokens, head_bytes=head), 0.0, 0.0
     if stack.loss == "logits":
         return stack.logit_forward * vocab * tokens, stack.logit_backward * vocab * tokens, fixed.head_gradient
     if stack.loss == "rows":

@@ -27,11 +27,11 @@ from .masks import mask_bytes, mask_copies, masked_share, runs_eager, score_byte
 from .methods import METHODS, stack_for
 from .plan import Memory
 from .settings import Settings
-from .shares import Shares, shares, stored
+from .shares import Shares, shares, shares_base, stored
 from .stacks import Stack
 from .storage import Fixed
 
-Moment = Literal["loss", "backward", "optimizer", "rollout"]
+Moment = Literal["loss", "backward", "optimizer", "rollout", "teacher"]
 #: What the allocator holds beyond the widest micro-batch where their lengths differ, as a share of what that keeps:
 #: eight runs on an A100 that state both held 1.0 to 1.3 times as much where rows were padded, and 1.6 to 2.2 where they
 #: were flattened (fms-acceleration, refs_orca); its rules (``CUDACachingAllocator.cpp``: best fit, split, never given
@@ -117,7 +117,8 @@ def unknowns(
         and architecture.expert_weights > 0,
         "packed": settings.quantized and stack.keeps_packed_inputs > 0,
         "kernels": stack.whole_layers,
-        "sharding": bool(settings.sharing.gathers) and moment != "optimizer",  # whose shares are plain fractions
+        # Those of the optimiser are plain fractions, and those of finetui's own gathers stand from the start.
+        "sharding": bool(settings.sharing.gathers) and moment != "optimizer" and not shares_base(settings, stack),
         "stack": not stack.certain,
     }
     return tuple(sorted({*said, *(name for name, so in found.items() if so)}))
@@ -126,7 +127,7 @@ def unknowns(
 def moments_of(
     architecture: Architecture, settings: Settings, stack: Stack, fixed: Fixed, shared: Shares, gpu: Gpu
 ) -> dict[Moment, dict[str, float]]:
-    """Bytes beside the static ones at each moment: three, and the rollout of methods that generate."""
+    """Bytes beside the static ones at each moment: three, the rollout of methods that generate, a teacher's pass."""
     tokens, hidden, cpu = settings.tokens, architecture.hidden, gpu.kind == "cpu"
     copies, whole = shared.copies, shared.whole
     stages, moving = stages_of(architecture, settings, stack, fixed, copies)
@@ -135,7 +136,7 @@ def moments_of(
     dequantized = fixed.dequantized
     # Graphs are recorded on a stream beside the main one, into a pool of their own: each has its workspaces.
     workspaces = cublas_workspaces(gpu) * (3 if settings.graphs else 1)
-    standing = mask_bytes(architecture, settings, stack) + shared.bucket + workspaces
+    standing = mask_bytes(architecture, settings, stack) + shared.bucket + shared.buffers + workspaces
     if stack.keeps_scratch and settings.quantized and not cpu:  # a buffer that all layers share is never given back
         standing, dequantized = standing + scratch_bytes(architecture, settings, stack), 0.0
     loss = {
@@ -172,6 +173,10 @@ def moments_of(
         cache = kv_cache_bytes(architecture, settings)
         held = {"activations": 6.0 * hidden * settings.rows * settings.accumulation, "gradients": 0.0, "logits": 0.0}
         moments["rollout"] = {**held, "buffers": cache + copies + whole.loss, "temporary": 0.0}
+    if settings.beside.teacher is not None:  # it reads the rows before the student does
+        at_work = settings.beside.teacher.forward_bytes(settings.compute_bytes, settings)
+        held = {"activations": at_work, "gradients": shared.held, "logits": 0.0}
+        moments["teacher"] = {**held, "buffers": standing, "temporary": 0.0}
     return moments
 
 
@@ -383,6 +388,8 @@ def _lever(moment: str, parts: dict[str, float], settings: Settings, *, cpu: boo
     total = sum(parts.values())
     for name in sorted(terms, key=lambda name: -parts[name]):
         found = _lowers(name, settings, cpu=cpu, packs=packs)
+        if name == "weights" and settings.beside.teacher is not None:
+            found = settings.beside.teacher.lever(parts[name], settings) or found
         if found and parts[name] >= _WORTH * total:
             return found
     return "a smaller model"

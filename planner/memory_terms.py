@@ -96,7 +96,7 @@ class _At:
                 (f"linear layers in {name}", f"{_m(linear)} × {packed:.4g} bytes{by}", packed * linear * split)
             )
             if stack.quantizes_experts and a.expert_weights:
-                whole = split if s.sharing.gathers != "layers" else 1.0
+                whole = split if s.sharing.gathers != "layers" or self.shared.buffers else 1.0
                 each = self.fixed.packed_experts / a.expert_weights
                 how = f"{_m(a.expert_weights)} × {each:.4g} bytes"
                 parts.append((f"experts in {name}", how, self.fixed.packed_experts * whole))
@@ -105,9 +105,13 @@ class _At:
         rest = parameters - quantized
         what = "embeddings, norms and head" if quantized else "all weights"
         parts.append((f"{what} in {8 * width} bits", f"{_m(rest)} × {width} bytes{by}", float(width * rest * split)))
+        if self.shared.head:
+            parts.append(("the head, which each device has whole", "the rest of it", self.shared.head))
         if s.beside.copy:
             size = float(s.compute_bytes * a.parameters * split)
             parts.append(("the frozen reference", f"{_m(a.parameters)} × {s.compute_bytes} bytes{by}", size))
+        if s.beside.teacher is not None:
+            parts.append(s.beside.teacher.part(s.compute_bytes, stack))
         if s.offload == "parameters":
             parts = []
         source = "NF4: arXiv:2305.14314" if s.quantization.startswith("nf4") else "counted from config.json"
@@ -120,6 +124,8 @@ class _At:
             return "no adapter: the model's own weights are trained", "", []
         count, width = trained_parameters(a, s), s.adapter_bytes(self.stack)
         _, by = self._split("weights")
+        if self.shared.buffers:
+            by = f" × (1 + 1/{s.world_size}): whole, and one device's rows of them"
         targets = s.targets if isinstance(s.targets, str) else ", ".join(s.targets)
         formula = f"rank × (inputs + outputs) of every targeted module ({targets}) × bytes each"
         if s.kind not in ("", "lora-fp8", "dora", "rslora"):
@@ -161,6 +167,8 @@ class _At:
             return "nothing is kept any more when the optimiser steps", "", []
         if self.moment == "rollout":
             return "hidden states of the answers that are generated", "", [("states", shape, self.terms["activations"])]
+        if self.moment == "teacher":
+            return "one layer of the teacher at work", "", [("states", shape, self.terms["activations"])]
         stages, moving = stages_of(a, s, self.stack, self.fixed, self.shared.copies)
         policy = "all they made" if s.checkpointing == "none" else "their inputs alone"
         parts: list[Part] = []
@@ -211,6 +219,8 @@ class _At:
             how = f"{stack.logit_alive:g} bytes × {a.vocab:,} words × {tokens:,} tokens"
             return "what of the logits stays while backward runs", stack.source, [("logits", how, size)]
         forward, backward, head = loss_bytes(a, s, stack, self.fixed, cpu=self.gpu.kind == "cpu")
+        if s.beside.teacher is not None:
+            return s.beside.teacher.explained_loss(a, s.compute_bytes, tokens, forward)
         words = {
             "logits": "bytes a logit × words × tokens: all logits at once",
             "rows": "some tokens × all words at a time, and their gradient at once",
@@ -242,6 +252,7 @@ class _At:
         standing = [
             ("mask of attention", f"{s.rows} × {s.sequence_length:,}² bytes", mask_bytes(a, s, self.stack)),
             ("gradient buckets of DDP", "once more all gradients", shared.bucket),
+            ("layers that are whole", "two of the largest", shared.buffers),
             ("cuBLAS", "two workspaces", cublas_workspaces(self.gpu) * (3 if s.graphs else 1)),
             ("weights that are unpacked at once", "the largest block of a layer in 16 bits", scratch),
         ]

@@ -45,6 +45,7 @@ METHODS: dict[str, MethodTerms] = {
     for terms in (
         MethodTerms("sft", "supervised fine-tuning", rate=(1e-5, 2e-4)),
         MethodTerms("pretrain", "continued pretraining", rate=(1e-5, 2e-4)),
+        MethodTerms("distill", "distillation", rate=(1e-5, 2e-4), source="arXiv:2306.13649"),
         MethodTerms("dpo", "DPO", 2, reference=True, forwards=1, rate=(5e-7, 5e-5), source="arXiv:2305.18290"),
         MethodTerms("ipo", "IPO", 2, reference=True, forwards=1, rate=(5e-7, 5e-5), source="arXiv:2310.12036"),
         # The KL estimate runs policy and reference over mismatched answers too.
@@ -67,7 +68,7 @@ def stack_for(method: str, stack: Stack) -> Stack:
     terms = METHODS[method]
     if stack.loss == "rows":  # the loss of whole examples needs no more; others ask for each word's probability
         tiles = STACKS["trl"]
-        if method in ("sft", "pretrain"):
+        if method in ("sft", "pretrain", "distill"):
             return stack
         return replace(stack, loss="tiles", chunk_tokens=tiles.chunk_tokens, tile_words=tiles.tile_words)
     if terms.full_logits and stack.loss != "logits":

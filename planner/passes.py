@@ -1,4 +1,4 @@
-"""What a method holds and computes beside the passes that it trains on: references, old probabilities, answers.
+"""What a method holds and computes beside the passes that it trains on: references, teachers, old figures, answers.
 
 finetui computes the reference of a pair once, before the first step, where a copy of the model would be needed
 otherwise (:func:`.objective.objective`), and those of answers once for all updates on them; TRL holds the copy unless
@@ -13,7 +13,9 @@ from typing import TYPE_CHECKING
 from .methods import COMPLETION_TOKENS, METHODS
 
 if TYPE_CHECKING:
+    from .architecture import Architecture
     from .recipe import Recipe
+    from .teacher import Teacher
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,8 @@ class Passes:
     """Steps that learn from the same answers."""
     once: bool = False
     """Each row goes through the model once more, before the first step."""
+    teacher: Teacher | None = None
+    """Another model is held, frozen, and reads each row before the trained one does."""
 
 
 def usual(method: str, *, full: bool, sequence_length: int) -> Passes:
@@ -39,9 +43,21 @@ def usual(method: str, *, full: bool, sequence_length: int) -> Passes:
     return Passes(terms.reference and full, float(terms.forwards), completion)
 
 
-def passes_of(recipe: Recipe, sequence_length: int) -> Passes:
-    """What finetui's engine does for this recipe, whose plan has this length of rows."""
+def passes_of(recipe: Recipe, sequence_length: int, architecture: Architecture | None = None) -> Passes:
+    """What finetui's engine does for this recipe, whose plan has this length of rows.
+
+    Args:
+        architecture: of the model that is trained; a student's is held against its teacher's.
+
+    Raises:
+        UserError: the recipe's teacher is not to be had, or no teacher for this model.
+    """
     terms, full = METHODS[recipe.method], recipe.tuning.type == "full"
+    if recipe.method == "distill":
+        from .teacher import teacher_of
+
+        assert architecture is not None, "whether a teacher fits depends on its student"
+        return Passes(teacher=teacher_of(recipe, architecture))
     if terms.rollouts:
         from .rollout import rollouts
 

@@ -57,6 +57,17 @@ class ModelSummary:
 
 
 @dataclass(frozen=True)
+class TeacherSummary:
+    """The frozen model that a student learns from; ``download_gib`` is 0 of a folder."""
+
+    name: str
+    parameters: int
+    quantization: Literal["none", "nf4"] = "none"
+    weights_gib: float = 0.0
+    download_gib: float = 0.0
+
+
+@dataclass(frozen=True)
 class HardwareSummary:
     """Where a plan runs. ``kind`` is ``cuda`` or ``cpu``; ``memory_gib`` is what one device can really use."""
 
@@ -159,7 +170,7 @@ class Memory:
     low_gib: float
     high_gib: float
     terms: dict[str, float] = field(default_factory=dict)
-    moment: Literal["loss", "backward", "optimizer", "rollout"] = "backward"
+    moment: Literal["loss", "backward", "optimizer", "rollout", "teacher"] = "backward"
     lever: str = ""
     margins: dict[str, float] = field(default_factory=dict)
     moments: dict[str, float] = field(default_factory=dict)
@@ -178,12 +189,15 @@ class Disk:
 
 @dataclass(frozen=True)
 class Speed:
-    """Time of one optimiser step. ``terms`` are seconds per step and add up to ``step_s``."""
+    """Time of one optimiser step. ``terms`` are seconds per step and add up to ``step_s``; ``low_tokens_per_s`` to
+    ``high_tokens_per_s`` is the interval around ``tokens_per_s`` (zeros in plans of earlier releases)."""
 
     tokens_per_s: float
     step_s: float
     mfu: float
     terms: dict[str, float] = field(default_factory=dict)
+    low_tokens_per_s: float = 0.0
+    high_tokens_per_s: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -249,6 +263,8 @@ class Plan:
     of the one that needs most memory."""
     disk: Disk = Disk()
     """What checkpoints and result take."""
+    teacher: TeacherSummary | None = None
+    """Of method distill; its weights are among those of ``memory``."""
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON form."""
@@ -277,6 +293,7 @@ class Plan:
             correction=dict(tree.get("correction", {})),
             stages=[_read(StagePlan, stage) for stage in tree.get("stages", [])],
             disk=_read(Disk, tree.get("disk", {})),
+            teacher=_read(TeacherSummary, tree["teacher"]) if tree.get("teacher") is not None else None,
         )
 
     def save(self, path: str | Path) -> None:

@@ -213,7 +213,8 @@ def save(name: str, value: Value, path: Path | None = None) -> Preferences:
             raise SettingsError("this file is written in a way that can't be changed here", where=str(path), do=do)
         _write(path, new)
     except (OSError, UnicodeDecodeError) as error:
-        raise SettingsError(f"the settings can't be written ({error})", where=str(path)) from None
+        what, do = f"the settings can't be written ({error})", "Name a folder that can be: XDG_CONFIG_HOME=FOLDER."
+        raise SettingsError(what, where=str(path), do=do) from None
     return load(path)
 
 

@@ -14,6 +14,7 @@ from .stacks import Stack
 
 if TYPE_CHECKING:
     from .recipe import Recipe
+    from .strategies import Obstacle
 
 
 #: Predictions of speed that differ by less are taken as equal.
@@ -26,9 +27,22 @@ _ORDER = (
 )  # fmt: skip
 
 
-def explain_choice(recipe: Recipe, best: Candidate, tried: Sequence[Candidate], gpu: Gpu, limit: float) -> list[Reason]:
-    """One reason for each setting that was left to the solver."""
+def explain_choice(
+    recipe: Recipe,
+    best: Candidate,
+    tried: Sequence[Candidate],
+    gpu: Gpu,
+    limit: float,
+    obstacle: Obstacle | None = None,
+) -> list[Reason]:
+    """One reason for each setting that was left to the solver.
+
+    Args:
+        tried: all that were looked at; each is compared with those that share the model as it does.
+        obstacle: what keeps the model from being split over several devices.
+    """
     chosen, reasons = best.settings, []
+    everything, tried = tried, _like(best, tried, "strategy")
     if recipe.micro_batch == "auto":
         reasons.append(Reason("micro_batch", chosen.micro_batch, _micro_batch(best, tried, limit)))
     if recipe.hardware.checkpointing == "auto":
@@ -45,7 +59,7 @@ def explain_choice(recipe: Recipe, best: Candidate, tried: Sequence[Candidate], 
         )
         reasons.append(Reason("kernels", "off" if gpu.kind == "cpu" else "auto", why))
     if recipe.hardware.strategy == "auto" and chosen.world_size > 1:
-        reasons.append(Reason("strategy", chosen.strategy, _strategy(best, tried, limit)))
+        reasons.append(Reason("strategy", chosen.strategy, _strategy(best, everything, limit, obstacle)))
     return reasons
 
 
@@ -77,6 +91,10 @@ def _value(candidate: Candidate, name: str) -> object:
     return getattr(candidate.settings, name)
 
 
+def _micro(candidate: Candidate) -> int:
+    return candidate.settings.micro_batch
+
+
 def _runner_up(candidates: Sequence[Candidate], key: Callable[[Candidate], float]) -> Candidate | None:
     return max(candidates, key=key, default=None)
 
@@ -94,11 +112,13 @@ def _against(best: Candidate, other: Candidate, limit: float) -> str:
 
 
 def _micro_batch(best: Candidate, tried: Sequence[Candidate], limit: float) -> str:
-    same = _like(best, tried, "checkpointing", "precision", "optimizer") or _like(best, tried, "precision", "optimizer")
-    same = [candidate for candidate in same if candidate.settings.micro_batch != best.settings.micro_batch]
-    other = _runner_up(same, lambda c: -abs(c.settings.micro_batch - 2 * best.settings.micro_batch))
-    if other is None:
+    others = [c for c in _like(best, tried, "precision", "optimizer") if c.settings.micro_batch != _micro(best)]
+    if not others:
         return "nothing else divides the batch"
+    near = min((_micro(candidate) for candidate in others), key=lambda size: abs(size - 2 * _micro(best)))
+    same = [candidate for candidate in others if _micro(candidate) == near]
+    other = _runner_up([c for c in same if c.fits(limit, safely=True)], lambda c: c.speed.tokens_per_s)
+    other = other or min(same, key=lambda c: c.memory.device_gib)
     head = "the fastest that fits" if best.fits(limit) else "what needs least, and that does not fit"
     return f"{head}; {other.settings.micro_batch} {_against(best, other, limit)}"
 
@@ -124,9 +144,10 @@ def _checkpointing(best: Candidate, tried: Sequence[Candidate], limit: float) ->
     return f"{head}; {other.settings.checkpointing} {_against(best, other, limit)}"
 
 
-def _strategy(best: Candidate, tried: Sequence[Candidate], limit: float) -> str:
+def _strategy(best: Candidate, tried: Sequence[Candidate], limit: float, obstacle: Obstacle | None) -> str:
     if best.settings.strategy != "fsdp":
-        return "each device holds the whole model and takes its share of the batch"
+        whole = "each device holds the whole model and takes its share of the batch"
+        return whole if best.fits(limit) or obstacle is None else f"{whole}; {obstacle.what}"
     world = best.settings.world_size
     split = f"weights, gradients and optimiser states are split over {world} devices, layer by layer"
     other = _runner_up([c for c in tried if c.settings.strategy == "ddp"], lambda c: -c.memory.device_gib)

@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal, Self, get_args
 from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
 from .datasource import DataSource
+from .distillation import Distillation, check_distillation
 from .errors import RecipeError
 from .explain import Lines, explain, line_numbers
 from .limits import CheckpointPolicy, Evaluation, HardwareRequest, Limits
@@ -25,14 +26,16 @@ from .stages import PREVIOUS, Stage, expand
 from .tuning import Tuning, check_tuning
 from .yaml_text import parse, read_text
 
-Method = Literal["sft", "pretrain", "dpo", "ipo", "orpo", "kto", "cpo", "simpo", "grpo", "rloo", "ppo", "reward"]
+Method = Literal[
+    "sft", "pretrain", "distill", "dpo", "ipo", "orpo", "kto", "cpo", "simpo", "grpo", "rloo", "ppo", "reward"
+]  # fmt: skip
 #: Changes to a recipe: dotted keys to values, or the same as ``a.b=c`` texts whose values are YAML.
 Overrides = Mapping[str, Any] | Sequence[str]
 
 #: Methods that a plan can be carried out for.
 RUNNABLE_METHODS: frozenset[str] = frozenset(get_args(Method))
 #: Methods whose examples are independent token sequences, so that several may share one row.
-PACKABLE_METHODS: frozenset[str] = frozenset({"sft", "pretrain"})
+PACKABLE_METHODS: frozenset[str] = frozenset({"sft", "pretrain", "distill"})
 
 
 def _sources(value: Any) -> Any:
@@ -101,6 +104,8 @@ class Recipe(Section):
     asks again."""
     seed: int = Field(42, ge=0)
     """Seed of data order, adapter initialisation and dropout."""
+    distillation: Distillation = Distillation()
+    """distill: whom the model learns from, and how."""
     preference: Preference = Preference()
     """What a preference method optimises."""
     rollout: Rollout = Rollout()
@@ -142,6 +147,7 @@ class Recipe(Section):
             raise ValueError("seed is above 2**32 - 1, the largest that NumPy takes||Use a smaller one.")
         if self.data and all(source.split == "eval" for source in self.data):
             raise ValueError("no source in data has split: train||Give at least one source to train on.")
+        check_distillation(self)
         check_objective(self)
         check_rollout(self)
         check_tuning(self)
@@ -193,7 +199,7 @@ class Recipe(Section):
         Raises:
             RecipeError: with one line per problem found.
         """
-        _refuse_secrets(tree, source, lines or {})
+        _refuse_unfit_text(tree, source, lines or {})
         try:
             return cls.model_validate(tree)
         except ValidationError as error:
@@ -248,16 +254,24 @@ def apply_overrides(tree: dict[str, Any], overrides: Overrides) -> dict[str, Any
     return tree
 
 
-def _refuse_secrets(value: Any, source: str, lines: Lines, path: tuple[str | int, ...] = ()) -> None:
-    """A recipe is kept, shown, compared and mailed."""
+def _refuse_unfit_text(value: Any, source: str, lines: Lines, path: tuple[str | int, ...] = ()) -> None:
+    """A recipe is kept, shown, compared and mailed: no secrets, and no names of files that are bytes and no text."""
     if isinstance(value, dict | list):
         for key, part in value.items() if isinstance(value, dict) else enumerate(value):
-            _refuse_secrets(part, source, lines, (*path, key))
-    elif isinstance(value, str) and (what := secret_in(value)):
+            _refuse_unfit_text(part, source, lines, (*path, key))
+    elif isinstance(value, str) and (what := secret_in(value) or _undecoded(value)):
         line = next((lines[path[:n]] for n in range(len(path), 0, -1) if path[:n] in lines), None)
         where = f"{source}:{line}" if line else source
         do = "Put it into the environment, and its name here: ${DATA_TOKEN}."
+        if _undecoded(value):
+            do = "Rename that file or folder, or link to it by another name."
         raise RecipeError(f"{'.'.join(map(str, path))} holds {what}", where=where, do=do)
+
+
+def _undecoded(text: str) -> str:
+    """Bytes of a name that are not UTF-8 stand in it as halves of characters (PEP 383)."""
+    found = any("\ud800" <= letter <= "\udfff" for letter in text)
+    return f"a name that is not UTF-8: {text!a}" if found else ""
 
 
 def _refuse_others(tree: dict[str, Any], source: str) -> None:
@@ -315,6 +329,9 @@ def _make_files_absolute(tree: dict[str, Any], base: Path, absolute: Callable[..
     """The paths of a recipe, or of a stage, beside the model's."""
     if isinstance(tree.get("path"), str):  # of a stage that exports
         tree["path"] = absolute(tree["path"], always=True)
+    distillation = tree.get("distillation")
+    if isinstance(distillation, dict) and "teacher" in distillation:
+        distillation["teacher"] = absolute(distillation["teacher"])
     tuning = tree.get("tuning")
     if isinstance(tuning, dict):
         if tuning.get("start_from") not in (None, "", PREVIOUS):

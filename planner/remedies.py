@@ -7,10 +7,10 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from .architecture import Architecture
-from .cost import cheapest_offers
+from .cost import cheapest_offers, duration
 from .hardware import Gpu, Node, load_catalog
 from .memory import peak_memory
-from .options import TuningOptions
+from .options import PAGED, TuningOptions
 from .settings import Settings
 from .speed import step_speed
 from .stacks import Stack
@@ -37,11 +37,10 @@ class Remedy:
     provider: str = ""
 
     def __str__(self) -> str:
-        takes = f"{self.hours:.1f} h" if self.hours >= 1 else f"{60 * self.hours:.0f} min"
         price = f" and {self.usd:.2f} USD ({self.provider}, {self.usd_per_h:.2f} an hour)" if self.usd else ""
         return (
             f"{self.change} would fit: {self.device_gib:.1f} of {self.memory_gib:.1f} GiB, "
-            f"about {takes}{price} of steps."
+            f"about {duration(3600 * self.hours)}{price} of steps."
         )
 
 
@@ -79,6 +78,9 @@ def nearest_changes(
         found.append(replace(remedy, usd=usd, usd_per_h=price, provider=offer.provider if offer else ""))
         if len(found) == 3:
             return found
+    if splits and not node.local:
+        more = _more_gpus(architecture, settings, stack, node.gpu, limit, tokens, said)
+        found += [more] if more else []
     return found + _larger_gpus(architecture, settings, stack, node, tokens, said, aside)[: 3 - len(found)]
 
 
@@ -127,6 +129,10 @@ def _ways(settings: Settings, gpu: Gpu, *, splits: bool) -> Iterator[tuple[str, 
         yield "hardware.checkpointing: full", {"checkpointing": "full"}
     if settings.micro_batch > fewest:
         yield f"micro_batch: {fewest}", dict(small)
+    teacher = settings.beside.teacher
+    if teacher is not None and teacher.quantization == "none" and teacher.architecture.packed is None:
+        packed = replace(settings.beside, teacher=replace(teacher, quantization="nf4"))
+        yield "distillation.quantization: nf4", {**small, "passes": packed}
     for length in (4096, 2048, 1024, 512):
         if length < settings.sequence_length:
             yield f"sequence_length: {length}", {**small, "sequence_length": length}
@@ -144,31 +150,65 @@ def _ways(settings: Settings, gpu: Gpu, *, splits: bool) -> Iterator[tuple[str, 
 
 
 def _remedy(
-    change: str, architecture: Architecture, settings: Settings, stack: Stack, gpu: Gpu, limit: float, tokens: float
-) -> Remedy | None:
+    change: str, architecture: Architecture, settings: Settings, stack: Stack, gpu: Gpu, limit: float, tokens: float,
+    *, safely: bool = False,
+) -> Remedy | None:  # fmt: skip
+    """``safely``: it has to fit at the high end of its interval, as what is rented for it should."""
     memory = peak_memory(architecture, settings, stack, gpu)
-    if memory.device_gib > limit:
+    if (memory.high_gib if safely else memory.device_gib) > limit:
         return None
     speed = step_speed(architecture, settings, stack, gpu)
     return Remedy(change, memory.device_gib, limit, tokens / speed.tokens_per_s / 3600)
+
+
+def _more_gpus(
+    architecture: Architecture, settings: Settings, stack: Stack, gpu: Gpu, limit: float, tokens: float,
+    said: frozenset[str],
+) -> Remedy | None:  # fmt: skip
+    """The fewest GPUs of the same kind over which it can be split."""
+    offers, fewest = cheapest_offers(), _fewest(settings)
+    plain: dict[str, Any] = {} if settings.optimizer in SPLITTABLE - PAGED else {"optimizer": "adamw"}
+    rows = settings.accumulation * settings.micro_batch * settings.world_size
+    for world in (2, 4, 8):
+        if world <= settings.world_size or rows % (fewest * world):
+            continue
+        changes = {"micro_batch": fewest, "checkpointing": "full", "world_size": world, "strategy": "fsdp", **plain}
+        change = _told(f"hardware.gpus: {world}", changes, settings, said - {"world_size"})
+        split = replace(settings, accumulation=rows // (fewest * world), **changes)
+        remedy = _remedy(change, architecture, split, stack, gpu, limit, tokens, safely=True)
+        if remedy is None:
+            continue
+        offer = offers.get((gpu.name, world)) or offers.get((gpu.name, 1))
+        if offer is None or not offer.usd_per_h:
+            return remedy
+        price = offer.usd_per_h * world / offer.count
+        return replace(remedy, usd=price * remedy.hours, usd_per_h=price, provider=offer.provider)
+    return None
 
 
 def _larger_gpus(
     architecture: Architecture, settings: Settings, stack: Stack, node: Node, tokens: float, said: frozenset[str],
     aside: Callable[[Gpu], float],
 ) -> list[Remedy]:  # fmt: skip
-    """Larger single GPUs on which it fits, the cheapest run first."""
+    """Larger single GPUs on which it fits, the cheapest run first; of another maker's or a laptop's none is advised."""
     fewest = _fewest(settings)
     accumulation = settings.accumulation * settings.micro_batch * settings.world_size // fewest
     changes: dict[str, Any] = {"micro_batch": fewest, "checkpointing": "full", "world_size": 1, "strategy": "single"}
+    if node.gpu.kind == "cpu" and "precision" not in said:  # which computes in fp32
+        changes["precision"] = "bf16" if settings.tuning != "full" else "bf16-mixed"
     alone = replace(settings, accumulation=accumulation, **changes)
     offers = cheapest_offers()
     fitting = []
     for gpu in load_catalog().values():
-        if gpu.memory_gib <= node.gpu.memory_gib or (settings.precision.startswith("bf16") and not gpu.bf16):
+        if not gpu.compute_capability[:1].isdigit() or gpu.name.endswith("-Laptop"):
+            continue
+        if alone.precision.startswith("bf16") and not gpu.bf16:
+            continue
+        if gpu.memory_gib <= node.gpu.memory_gib and node.gpu.kind != "cpu":
             continue
         change = _told(f"hardware.gpu: {gpu.name}", changes, settings, said)
-        remedy = _remedy(change, architecture, alone, stack, gpu, gpu.memory_gib - aside(gpu), tokens)
+        room = gpu.memory_gib - aside(gpu)
+        remedy = _remedy(change, architecture, alone, stack, gpu, room, tokens, safely=True)
         offer = offers.get((gpu.name, 1))
         if remedy and offer and offer.usd_per_h:
             usd = offer.usd_per_h * remedy.hours

@@ -5,8 +5,8 @@
     zero2    and gradients; SHARD_GRAD_OP of FSDP is the same with weights gathered once per step
     zero3    and weights: those of the next layers are gathered as long as ``stage3_max_live_parameters`` allows
     fsdp     the same, layer by layer: one at work and one on its way (arXiv:2304.11277); embedding and head form the
-             root unit, which stays gathered from forward to the end of backward (of ours, the head alone where the
-             embedding is another weight and frozen)
+             root unit, which stays gathered from forward to the end of backward. Beside adapters, ours splits a frozen
+             base alone (:attr:`.stacks.Stack.shares_base`)
 
 DeepSpeed keeps 16-bit weights beside fp32 masters; FSDP gathers 16-bit copies of the shards, whatever these are in.
 Activations and logits are not shared: each device has its own rows.

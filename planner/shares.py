@@ -27,6 +27,10 @@ class Shares:
     held: float
     """Gradients of earlier micro-batches."""
     whole: Gathered
+    buffers: float = 0.0
+    """Two layers of a frozen base that is split."""
+    head: float = 0.0
+    """What of the weights is there beyond this device's part: the head beside a frozen base that is split."""
 
     @property
     def static(self) -> float:
@@ -63,28 +67,32 @@ def shares(architecture: Architecture, settings: Settings, stack: Stack, fixed: 
         gradients = min(gradients, max(fixed.head_gradient, fixed.layer_gradient))
     if stack.flat_gradients and how.gathers == "layers" and not full:
         gradients = settings.compute_bytes * (architecture.parameters - root_parameters(architecture))
-    whole = Gathered()
-    if how.gradients:
+    whole, buffers = Gathered(), 0.0
+    if based := shares_base(settings, stack):
+        buffers = 2.0 * sent_layer(architecture, settings, fixed)
+    elif how.gradients:
         root, layer = root_parameters(architecture), max(layer.parameters for layer in architecture.layers)
-        sent = fixed.layer_bytes if settings.quantized else settings.compute_bytes * layer
+        sent = sent_layer(architecture, settings, fixed)
         flat = stack.flat_gradients and not full
-        if stack.frees_embedding and how.gathers == "layers" and not full and not architecture.tied:
-            root -= architecture.vocab * architecture.hidden
         whole = gathered(
             how, root=root, layer=layer, compute=settings.compute_bytes, layer_bytes=sent,
             trained_root=root if full else 0.0, trained_layer=layer if full or flat else 0.0,
             width=width if full else settings.compute_bytes,
         )  # fmt: skip
-    add_up = stack.accumulates_whole or (stack.accumulates_adapters and not full)
-    split = 1.0 if add_up and settings.accumulation > 1 else how.share("gradients", world)
-    weights = fixed.weights
+    split = how.share("gradients", world)
+    if based or (stack.accumulates_whole and settings.accumulation > 1):
+        split = 1.0
+    weights, beside = fixed.weights, width * head_parameters(architecture) if based else 0.0
     if settings.beside.copy:
         weights += settings.compute_bytes * architecture.parameters
+    if settings.beside.teacher is not None:
+        weights += settings.beside.teacher.stored_bytes(settings.compute_bytes, stack)
     shared = Shares(
         # FSDP does not split what is hidden behind a parametrisation.
         weights=(weights - fixed.packed_experts) * split_weights
-        + fixed.packed_experts * (1.0 if how.gathers == "layers" else split_weights),
-        adapter=fixed.adapter * split_weights,
+        + beside * (1.0 - split_weights)
+        + fixed.packed_experts * (1.0 if how.gathers == "layers" and not based else split_weights),
+        adapter=fixed.adapter * (1.0 + split_weights if based else split_weights),
         optimizer=optimizer,
         gradients=gradients * split,
         temporary=temporary,
@@ -93,11 +101,32 @@ def shares(architecture: Architecture, settings: Settings, stack: Stack, fixed: 
         bucket=fixed.gradients if how.buckets else 0.0,
         held=gradients * split if settings.accumulation > 1 or settings.graphs else 0.0,
         whole=whole,
+        buffers=buffers,
+        head=beside * (1.0 - split_weights),
     )
     if settings.offload == "none":
         return shared
     shared = replace(shared, optimizer=0.0, temporary=0.0)
     return shared if settings.offload == "optimizer" else replace(shared, weights=0.0, adapter=0.0, gradients=0.0)
+
+
+def shares_base(settings: Settings, stack: Stack) -> bool:
+    """Whether a frozen base alone is split, as finetui does it (:attr:`.stacks.Stack.shares_base`)."""
+    split = settings.sharing.gathers == "layers" and settings.world_size > 1
+    return stack.shares_base and split and settings.tuning != "full"
+
+
+def sent_layer(architecture: Architecture, settings: Settings, fixed: Fixed) -> float:
+    """Bytes of the largest layer as it is gathered."""
+    if settings.quantized:
+        return fixed.layer_bytes
+    return settings.compute_bytes * max(layer.parameters for layer in architecture.layers)
+
+
+def head_parameters(architecture: Architecture) -> float:
+    """Parameters outside the layers and an embedding that is a table alone."""
+    table = 0 if architecture.tied else architecture.vocab * architecture.hidden
+    return root_parameters(architecture) - table
 
 
 def root_parameters(architecture: Architecture) -> float:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Self, get_args
 from . import replay
 from .architecture import Architecture
 from .candidate import Candidate
-from .cost import Overhead, checkpoint_bytes, cost_of, overhead
+from .cost import Overhead, checkpoint_bytes, cost_of, duration, overhead
 from .disk import disk_of
 from .errors import HardwareError, RecipeError
 from .frame import PACKED_FILL, Frame
@@ -31,10 +31,11 @@ from .policies import ways_to_checkpoint
 from .reasons import EQUALLY_FAST, explain_choice, explain_experts, in_order
 from .settings import Settings
 from .space import Space
-from .speed import LAYER_SHARE, step_speed
+from .speed import step_speed
 from .stacks import Stack, find_stack
 from .trained import trained_parameters
 from .vllm import set_aside_gib
+from .work import LAYER_SHARE
 
 if TYPE_CHECKING:
     from .calibration import Correction, Finished
@@ -86,6 +87,9 @@ class Solver:
         if recipe.hardware.graphs is True and (node.gpu.kind == "cpu" or recipe.method not in ("sft", "pretrain")):
             what = "steps are replayed on a CUDA GPU, under sft and pretrain"
             raise HardwareError(what, where="hardware.graphs", do="Remove it.")
+        if recipe.method == "distill" and stack.name != "finetui":
+            do = "Leave --framework out, or set method: sft."
+            raise RecipeError(f"what distill takes in {stack.name} is not known", where="method", do=do)
         if recipe.limits.cost_usd is not None and node.local and recipe.hardware.usd_per_h is None:
             do = "Set hardware.usd_per_h to what this machine costs per hour, or use limits.hours."
             raise RecipeError("a limit on cost has no effect without a price", where="limits.cost_usd", do=do)
@@ -98,7 +102,7 @@ class Solver:
         self._finished = list(finished)
         self._corrections: dict[tuple[str, bool], Correction | None] = {}
         self.because, self.warnings = self.frame.because, self.frame.warnings
-        passes = passes_of(recipe, self.frame.row_tokens()) if stack.name == "finetui" else None
+        passes = passes_of(recipe, self.frame.row_tokens(), architecture) if stack.name == "finetui" else None
         self.space = Space(recipe, architecture, self.node, stack, self.frame, passes)
         aside = set_aside_gib(recipe, architecture, node.gpu)
         if aside:
@@ -186,6 +190,7 @@ class Solver:
         return overhead(
             self.architecture,
             self.node,
+            teacher=best.settings.beside.teacher,
             step_s=best.speed.step_s,
             steps=resolved.steps,
             batch_size=resolved.batch_size,
@@ -213,6 +218,9 @@ class Solver:
         resolved = self._resolve(best)
         trainable = trained_parameters(self.architecture, best.settings)
         extra = self.beside(best, resolved)
+        teacher = best.settings.beside.teacher
+        if teacher is not None:
+            self.because("teacher", *teacher.told(best.settings.compute_bytes, self.stack))
         time_s = resolved.steps * best.speed.step_s + extra.total_s
         node = replace(self.node, count=len(self.frame.gpus)) if not self.frame.cpu else self.node
         cost = cost_of(time_s, node, offers, usd_per_h=self.recipe.hardware.usd_per_h)
@@ -222,6 +230,9 @@ class Solver:
         self._hold_against_limits(time_s, cost)
         if not self.architecture.exact:
             self.warnings.append(f"{self.architecture.note}. Figures are less certain.")
+        if self.node.gpu.compute_capability.startswith("gfx"):
+            own = "finetui finds GPUs through NVIDIA's driver and has not been run on AMD's"
+            self.warnings.append(f"{own}: these figures are a formula's alone.")
         if self.architecture.packed is not None and self.architecture.packed.opened:
             stored = f"the checkpoint's {self.architecture.packed.title} is opened as it is read, to be trained on"
             self.because("weights", "16 bits", stored)
@@ -249,6 +260,7 @@ class Solver:
             basis="calibrated" if correction else "measured" if self.measured else "formula",
             correction={"memory": correction.memory, "speed": correction.speed} if correction else {},
             disk=disk_of(self.recipe, self.architecture, best.settings, trainable),
+            teacher=None if teacher is None else teacher.summary(best.settings.compute_bytes, self.stack),
         )
 
     def _replayed(self, best: Candidate) -> Candidate:
@@ -274,8 +286,8 @@ class Solver:
     def _hold_against_limits(self, time_s: float, cost: Cost) -> None:
         limits, elsewhere = self.recipe.limits, "finetui gpus ranks the machines that keep to it."
         if limits.hours is not None and time_s > 3600 * limits.hours:
-            takes = f"The run takes about {_duration(time_s)}"
-            self.warnings.append(f"{takes}: limits.hours ends it after {_duration(3600 * limits.hours)}. {elsewhere}")
+            takes = f"The run takes about {duration(time_s)}"
+            self.warnings.append(f"{takes}: limits.hours ends it after {duration(3600 * limits.hours)}. {elsewhere}")
         if limits.cost_usd is not None and cost.usd > limits.cost_usd:
             price = f"The run costs about {cost.usd:.2f} USD"
             self.warnings.append(f"{price}: limits.cost_usd ends it at {limits.cost_usd:.2f}. {elsewhere}")
@@ -299,7 +311,9 @@ class Solver:
             twice = "twice the longest estimate" if self.frame.workload.basis == "estimated" else "the longest example"
             self.because("row_tokens", row, f"memory is for padded rows of {twice}; the limit of {length} cuts later")
         self.frame.reasons += explain_experts(self.architecture, best.settings, self.stack)
-        self.frame.reasons += explain_choice(self.recipe, best, tried, self.node.gpu, limit)
+        own = self.stack.name == "finetui"
+        obstacle = self.space.obstacle if own else None
+        self.frame.reasons += explain_choice(self.recipe, best, tried, self.node.gpu, limit, obstacle)
 
     def _resolve(self, best: Candidate) -> Resolved:
         recipe, settings, full = self.recipe, best.settings, self.recipe.tuning.family == "full"
@@ -366,7 +380,7 @@ class Solver:
             return self.recipe.checkpoint.every
         # A quarter of an hour of work is the most that a crash may cost; and at least a few per run.
         every = max(1, min(math.ceil(900 / max(step_s, 1e-6)), math.ceil(steps / 4)))
-        self.because("checkpoint_every", every, f"a crash costs at most {_duration(every * step_s)} of work")
+        self.because("checkpoint_every", every, f"a crash costs at most {duration(every * step_s)} of work")
         return every
 
     def _eval_every(self, steps: int) -> int:
@@ -401,9 +415,3 @@ def _fastest(candidates: list[Candidate]) -> Candidate | None:
     like = [c for c in candidates if c.speed.tokens_per_s >= (1 - EQUALLY_FAST) * best]
     order = get_args(Checkpointing)
     return min(like, key=lambda c: (order.index(c.settings.checkpointing), -c.settings.micro_batch), default=None)
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

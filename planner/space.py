@@ -122,8 +122,7 @@ class Space:
 
     def _masks_padding(self, micro: int, precision: str) -> bool:
         """Whether padded rows come with a mask; where the loss takes labelled positions alone, finetui drops it."""
-        dropped = (
-            self.stack.loss == "rows" and self.stack.name == "finetui" and self.recipe.method in ("sft", "pretrain")
-        )
+        dropped = self.recipe.method in ("sft", "pretrain", "distill")
+        dropped &= self.stack.loss == "rows" and self.stack.name == "finetui"
         dropped &= not self.frame.cpu and precision != "fp16"
         return micro > 1 and not dropped and self.frame.padding_share(micro) < 1.0

@@ -75,6 +75,12 @@ class Stack:
     """It sets ``PYTORCH_ALLOC_CONF=expandable_segments:True``."""
     waits_s: float = 0.0
     """Seconds of each step in which the GPU waits for the training loop's own Python."""
+    waits_together_s: float = 0.0
+    """The same where several devices agree after each step on what comes next, so that none tells of it late or runs
+    ahead; 0: as alone."""
+    runs_ahead: bool = False
+    """The loop starts the next micro-batch while the GPU is at work on this one. transformers' Trainer looks whether
+    each micro-batch's loss is a number (``logging_nan_inf_filter``), and so waits for it."""
     flat_optimizer: bool = False
     """An 8-bit optimiser takes its step over all tensors at once."""
     fused_qkv: bool = False
@@ -116,8 +122,6 @@ class Stack:
     """FSDP1's flat parameters: where some of a layer is trained, the whole layer gets gradients."""
     accumulates_whole: bool = False
     """Gradients of several micro-batches add up before they are reduced and split (``no_sync``)."""
-    accumulates_adapters: bool = False
-    """The same of adapters alone."""
     offloads_checkpoints: bool = False
     """Checkpointed activations wait in host memory."""
     saves_in_fp32: bool = False
@@ -129,8 +133,9 @@ class Stack:
     upcasts_shards: bool = False
     """What is trained is turned to fp32 before FSDP splits it (accelerate, ``prepare_model`` for FSDP1 and
     ``fsdp2_prepare_model``, wherever mixed precision is on)."""
-    frees_embedding: bool = False
-    """A frozen embedding that is not the head too is gathered for its look-up alone, not with FSDP's root unit."""
+    shares_base: bool = False
+    """Beside adapters, ``fsdp`` splits frozen layers, and an embedding that is not the head too, alone: two layers at a
+    time are whole, in buffers that stay; head and adapters are whole on each device, and the optimiser is split."""
     holds_input_gradients: bool = False
     """FSDP1 over frozen layers that compute again: their reshard hooks (``register_multi_grad_hook``) hold on to the
     gradients of their inputs until backward is over."""
@@ -170,11 +175,12 @@ STACKS: dict[str, Stack] = {
             keeps_scratch=True,
             flat_optimizer=True,
             saves_in_fp32=True,
-            accumulates_adapters=True,
-            frees_embedding=True,
+            shares_base=True,
             expandable_segments=True,
             followed=True,
             waits_s=_OWN_S,
+            waits_together_s=_TRAINER_S,
+            runs_ahead=True,
             recent_attention=True,
             source=_TRL_SOURCE,
         ),

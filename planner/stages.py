@@ -27,7 +27,7 @@ _NOT_IN_A_STAGE = {"stages", "model", "track"}
 #: What an evaluation may change: the rows.
 _OF_ROWS = {"data", "evaluation", "method"}
 #: Methods whose rows have one loss that any model can be held against.
-_SCORED = {"sft", "pretrain"}
+_SCORED = {"sft", "pretrain", "distill"}
 
 
 class Stage(BaseModel):

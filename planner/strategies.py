@@ -58,9 +58,6 @@ def obstacle(recipe: Recipe, architecture: Architecture, gpu: Gpu) -> Obstacle |
     if tuning.type not in _TYPES:
         what = f"{tuning.type} can't be split: only tuning full, lora and qlora can"
         return Obstacle(what, "tuning.type", f"Use tuning: lora, {other}.")
-    if tuning.type == "qlora" and gpu.kind != "cpu":
-        what = "qlora is not split over GPUs yet: its test on two of them fails, and why is not known"
-        return Obstacle(what, "tuning.type", f"Use tuning: lora, {other}.")
     if tuning.type == "qlora" and options.use_dora:
         what = "dora on weights in 4 bits can't be split: its norms are taken of weights that only one rank has read"
         return Obstacle(what, "tuning.use_dora", f"Use tuning: dora on 16 bits, {other}.")
@@ -111,8 +108,6 @@ def ways_to_share(
         return
     # A CPU's processes share one memory, and all of the model is in it while it is read.
     also_split = asked == "auto" and own and world > 1 and obstacle is None and not cpu
-    # A base in 4 bits is split where that is asked for: two processes on a CPU gave what one gives, two GPUs have not.
-    also_split &= recipe.tuning.stored == "none"
     last = [storage for storage in storages if also_split and storage[1] in PAGED]
     first = [storage for storage in storages if storage not in last]
     yield from (("ddp", storage) for storage in first)

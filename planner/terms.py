@@ -82,7 +82,10 @@ def explain_terms(
         pieces = [Part(what, how, seconds) for what, how, seconds in parts]
         found[title] = Term(title, "speed", "s", amount, formula, _closed(pieces, amount, plan), source)
     found["speed"] = _step(plan)
-    found["time"] = _time(plan, architecture, solver.beside(best, plan.resolved))
+    teacher = best.settings.beside.teacher
+    models = [architecture] if teacher is None else [architecture, teacher.architecture]
+    downloaded = 2.0 * sum(model.parameters for model in models)
+    found["time"] = _time(plan, downloaded, solver.beside(best, plan.resolved))
     found["cost"] = _cost(plan)
     return plan, found
 
@@ -109,14 +112,14 @@ def _step(plan: Plan) -> Term:
     return Term("speed", "speed", "s", speed.step_s, formula, _closed(parts, speed.step_s, plan))
 
 
-def _time(plan: Plan, architecture: Architecture, beside: Overhead) -> Term:
+def _time(plan: Plan, downloaded: float, beside: Overhead) -> Term:
     resolved, speed = plan.resolved, plan.speed
     rented = "" if plan.hardware.local else ", and getting a rented machine"
     held_out = f"{plan.workload.eval_examples:,} held-out rows each time, at a third of a training pass"
     parts = [
         Part("training", f"{resolved.steps:,} steps × {speed.step_s:.3g} s", resolved.steps * speed.step_s),
         Part("start", f"imports, loading the weights{rented}", beside.start_s),
-        Part("download", f"{2 * architecture.parameters / 1e9:,.1f} GB of weights from the Hub", beside.download_s),
+        Part("download", f"{downloaded / 1e9:,.1f} GB of weights from the Hub", beside.download_s),
         Part("evaluation", held_out, beside.evaluation_s),
         Part("reference", "log-probabilities of the frozen reference, once for each row", beside.reference_s),
         Part("checkpoints", f"every {resolved.checkpoint_every:,} steps, and at the end", beside.checkpoint_s),

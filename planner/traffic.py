@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import dataclass
 from functools import lru_cache
 
 from .architecture import Architecture
-from .fused import layer_traffic
+from .fused import PIECE, layer_traffic
 from .settings import Settings
 from .stacks import Stack
 from .storage import QUANTIZED_BYTES
@@ -14,10 +16,16 @@ from .storage import QUANTIZED_BYTES
 #: of transformers 5.23 and peft 0.21 under autocast, views left out: 38 forward and 71 backward, of a layer with seven
 #: pairs 94 and 130.
 KERNELS, _KERNELS_LORA = 40, 8
+#: The same of compiled layers, whose elementwise operations are one kernel between two products.
+_KERNELS_COMPILED, _KERNELS_COMPILED_LORA = 14, 2
 #: Those of them that a fused kernel for each of two norms spares: squares, mean, root, two products and casts.
 _KERNELS_NORMS = 10
-#: The same of a layer that runs as one function, and what its backward launches against its forward.
-_KERNELS_WHOLE, _KERNELS_WHOLE_LORA = 14, 2
+#: The same of a layer that runs as one function, in forward, made again and in backward: 22, 12 and 35 with seven
+#: pairs, 14, 9 and 23 without (``tests/bench/host_time.py``).
+_WHOLE, _WHOLE_LORA = (14, 9, 23), (8 / 7, 3 / 7, 12 / 7)
+#: What each further piece of the MLP's rows adds where layers compute again, in forward and in backward, and more for
+#: each of its pairs; the gradients of trained weights are made in one piece.
+_PIECES, _PIECES_LORA = (5, 9), (5 / 3, 14 / 3)
 #: Series of small operations in fp32 and back reach three quarters of the speed of plain copies.
 _EAGER = 1.3
 #: Seconds in which bitsandbytes' 8-bit AdamW gets a tensor under way, one after the other (448 in 29 ms on an H200).
@@ -28,7 +36,7 @@ _GPTQ_BYTES = 20.0
 
 
 @lru_cache(maxsize=4096)
-def _layer_bytes(architecture: Architecture, fused: bool) -> float:
+def layers_bytes(architecture: Architecture, fused: bool) -> float:
     """Bytes per token that the elementwise kernels of one forward read and write, in 16 bits, over all layers.
 
     A norm in fp32 moves about 26 B per feature, a residual 6, rotary embedding 12 per query or key, a gated
@@ -69,7 +77,7 @@ def elementwise_bytes(architecture: Architecture, settings: Settings, stack: Sta
         policy = "offload" if settings.checkpointing == "offload" else "full"
         pairs = None if settings.tuning == "full" else settings.targets
         return _whole_layers_bytes(architecture, pairs, policy, again) + loss * architecture.vocab
-    forward = _layer_bytes(architecture, stack.fused_norm)
+    forward = layers_bytes(architecture, stack.fused_norm)
     added = 0.0
     if settings.tuning != "full":
         width = settings.adapter_bytes(stack) if settings.compute_bytes == 2 and stack.casts_inputs else 2
@@ -127,18 +135,54 @@ def dequantized_bytes(
     return (2.0 + again) * moved * weights
 
 
-def launches(architecture: Architecture, settings: Settings, stack: Stack) -> tuple[float, float]:
-    """Kernels of one micro-batch that Python starts, forward and again, and those that autograd does, in backward."""
-    modules = 0 if settings.tuning == "full" else sum(len(m) for _, m in architecture.targeted(settings.targets))
-    few = stack.whole_layers or stack.compiled
-    base, pair = (_KERNELS_WHOLE, _KERNELS_WHOLE_LORA) if few else (KERNELS, _KERNELS_LORA)
-    base -= _KERNELS_NORMS if stack.fused_norm and not few else 0
-    per_layer = base + pair * modules / max(len(architecture.layers), 1)
+@dataclass(frozen=True)
+class Launches:
+    """Kernels of one micro-batch: those of forward and those made again, which Python starts, and those of backward,
+    which autograd does, but where layers run as one function."""
+
+    forward: float
+    again: float
+    backward: float
+
+    @property
+    def total(self) -> float:
+        return self.forward + self.again + self.backward
+
+
+def launches(architecture: Architecture, settings: Settings, stack: Stack) -> Launches:
+    """Kernels that one micro-batch launches in all layers."""
+    adapted = 0 if settings.tuning == "full" else sum(len(m) for _, m in architecture.targeted(settings.targets))
+    pairs, layers = adapted / max(len(architecture.layers), 1), architecture.num_layers
+    again = layers * settings.recomputed(layers)
+    if stack.whole_layers:
+        return _whole_launches(architecture, settings, pairs)
+    base, pair = (_KERNELS_COMPILED, _KERNELS_COMPILED_LORA) if stack.compiled else (KERNELS, _KERNELS_LORA)
+    base -= _KERNELS_NORMS if stack.fused_norm and not stack.compiled else 0
+    started = base + pair * pairs
     if settings.quantized:
-        per_layer += 2 if few else 14
-    started = per_layer * architecture.num_layers
-    backward = 2.0 if few or settings.tuning == "full" else 1.5  # frozen weights have no gradients to launch
-    return (1.0 + settings.recomputed(architecture.num_layers)) * started, backward * started
+        started += 2 if stack.compiled else 14
+    # Frozen weights have no gradients to launch.
+    behind = 2.0 if stack.compiled or settings.tuning == "full" else 1.5
+    return Launches(layers * started, again * started, layers * behind * started)
+
+
+def _whole_launches(architecture: Architecture, settings: Settings, pairs: float) -> Launches:
+    """The same of layers that run as one function, of which each has so many pairs."""
+    layers = architecture.num_layers
+    again, unpacked = layers * settings.recomputed(layers), 2 if settings.quantized else 0
+    forward, made_again, backward = (base + more * pairs for base, more in zip(_WHOLE, _WHOLE_LORA, strict=True))
+    further = math.ceil(settings.tokens / PIECE) - 1
+    inside = 0.0
+    if settings.tuning != "full":
+        targeted = architecture.targeted(settings.targets)
+        inside = sum(module in layer.mlp for layer, modules in targeted for module in modules) / max(len(targeted), 1)
+    ahead, behind = (base + more * inside for base, more in zip(_PIECES, _PIECES_LORA, strict=True))
+    behind = 0.0 if settings.tuning == "full" else behind
+    return Launches(
+        layers * (forward + unpacked) + again * further * ahead,
+        again * (made_again + unpacked + further * behind),
+        layers * (backward + unpacked),
+    )
 
 
 def optimizer_traffic(architecture: Architecture, settings: Settings, stack: Stack) -> float:

@@ -79,7 +79,8 @@ def _from_hub(model: str) -> Stored | None:
     except NotASafetensorsRepoError:
         return None
     except SafetensorsParsingError as error:
-        raise HubError(f"the header of its weights can't be read ({error})", where=model) from None
+        what, do = f"the header of its weights can't be read ({error})", "Give another model: these files are damaged."
+        raise HubError(what, where=model, do=do) from None
     except Exception as error:
         raise hub.explained(error, model) from None
     found = _sum({"dtype": t.dtype, "shape": t.shape} for file in files for t in file.tensors.values())

@@ -35,7 +35,8 @@ def read_text(path: Path) -> str:
     except FileNotFoundError:
         raise RecipeError("there is no such recipe", where=str(path), do="Check the path.") from None
     except (OSError, ValueError) as error:
-        raise RecipeError(f"the recipe can't be read ({error})", where=str(path)) from None
+        what, do = f"the recipe can't be read ({error})", "Give a text file in UTF-8 that you may read."
+        raise RecipeError(what, where=str(path), do=do) from None
 
 
 def parse(text: str, source: str) -> tuple[Any, yaml.Node | None]:

@@ -88,10 +88,12 @@ def _read(job: Job, folder: str) -> dict[str, Any] | None:
         with found.open("rb") as file:
             raw = file.read(_LARGEST + 1)
         if len(raw) > _LARGEST:
-            raise RecipeError(f"this is longer than {_LARGEST >> 20} MiB", where=str(found))
+            what = f"this is longer than {_LARGEST >> 20} MiB"
+            raise RecipeError(what, where=str(found), do="Set dataset_dir to the folder of your dataset_info.json.")
         entries = json.loads(raw.decode("utf-8-sig"))
     except OSError as error:
-        raise RecipeError(f"it can't be read ({error})", where=str(found)) from None
+        do = "Make it readable, or set dataset_dir to another folder."
+        raise RecipeError(f"it can't be read ({error})", where=str(found), do=do) from None
     except (ValueError, RecursionError) as error:
         line = f":{error.lineno}" if isinstance(error, json.JSONDecodeError) else ""
         why = error.msg if isinstance(error, json.JSONDecodeError) else str(error).partition(";")[0][:80]

@@ -32,7 +32,8 @@ def read(path: Path) -> tuple[dict[str, Any], Mapping[tuple[str | int, ...], int
     except FileNotFoundError:
         raise RecipeError("there is no such file", where=str(path), do="Check the path.") from None
     except (OSError, ValueError) as error:
-        raise RecipeError(f"the file can't be read ({error})", where=str(path)) from None
+        what, do = f"the file can't be read ({error})", "Give the YAML file that you train with, in UTF-8."
+        raise RecipeError(what, where=str(path), do=do) from None
     tree, node = parse(text, str(path))
     if not isinstance(tree, dict) or not tree:
         what = "there are no keys in this file" if not tree else "this is no mapping of keys to values"

@@ -64,7 +64,10 @@ def carry(job: Job) -> None:
         RecipeError: a value can't be what it is, the file is not for training, or there is no method like it here.
     """
     ledger = job.ledger
-    for key, what in (("teacher_model", "learns from a teacher model"), ("policy_model", "learns from a reward model"),
+    if ledger.has("teacher_model"):
+        do = "Write one with method: distill and distillation.teacher; kd_ratio is distillation.weight."
+        raise job.refuse("teacher_model", "this file learns from a teacher, whose model it gives as a folder alone", do)
+    for key, what in (("policy_model", "learns from a reward model"),
                       ("reward_and_value_model", "learns from a reward model")):  # fmt: skip
         if ledger.has(key):
             raise job.refuse(key, f"this file {what}, which finetui has no method for", "Train this with torchtune.")

@@ -51,6 +51,7 @@ class Answer:
     rule_gib: float
     measured_speed: float
     predicted_speed: float
+    speed_interval: tuple[float, float]
     row: dict[str, str]
 
     @property
@@ -64,6 +65,11 @@ class Answer:
     @property
     def inside(self) -> bool:
         return abs(self.predicted_gib - self.measured_gib) <= self.margin_gib
+
+    @property
+    def speed_inside(self) -> bool:
+        low, high = self.speed_interval
+        return low <= self.measured_speed <= high
 
 
 def answer(row: dict[str, str], configs: Path | None) -> Answer:
@@ -79,9 +85,10 @@ def answer(row: dict[str, str], configs: Path | None) -> Answer:
         raise Refused("nothing was measured that can be predicted: rows of unknown length or device have no speed")
     try:
         memory = peak_memory(asked.architecture, asked.settings, asked.stack, asked.gpu, unknown=asked.unknown)
-        predicted_speed = step_speed(asked.architecture, asked.settings, asked.stack, asked.gpu).tokens_per_s
+        predicted = step_speed(asked.architecture, asked.settings, asked.stack, asked.gpu)
     except UserError as error:
         raise Refused(error.what) from None
+    world = asked.settings.world_size
     return Answer(
         source="/".join(row["source"].split("@")[0].split("/")[-2:]),
         framework=row["framework"].split(",")[0] + (f" [{row['fused'].strip()[:28]}]" if row["fused"].strip() else ""),
@@ -92,7 +99,8 @@ def answer(row: dict[str, str], configs: Path | None) -> Answer:
         accelerate_gib=_per_parameter(asked, _ACCELERATE),
         rule_gib=_per_parameter(asked, _RULE),
         measured_speed=speed,
-        predicted_speed=predicted_speed / asked.settings.world_size,
+        predicted_speed=predicted.tokens_per_s / world,
+        speed_interval=(predicted.low_tokens_per_s / world, predicted.high_tokens_per_s / world),
         row=row,
     )
 
@@ -167,7 +175,9 @@ def _grouped(answers: list[Answer], key: Callable[[Answer], str]) -> dict[str, d
 
 def _scores(answers: list[Answer]) -> dict[str, float]:
     rows = [item for item in answers if item.measured_gib]
-    errors, speeds = [abs(item.error) for item in rows], [abs(a.speed_error) for a in answers if a.measured_speed]
+    timed = [item for item in answers if item.measured_speed]
+    errors, speeds = [abs(item.error) for item in rows], [abs(item.speed_error) for item in timed]
+    widths = [(item.speed_interval[1] - item.speed_interval[0]) / 2 / item.predicted_speed for item in timed]
     return {
         "rows": len(rows),
         "memory_median": _quantile(errors, 0.5),
@@ -181,6 +191,8 @@ def _scores(answers: list[Answer]) -> dict[str, float]:
         "speed_rows": len(speeds),
         "speed_median": _quantile(speeds, 0.5),
         "speed_p90": _quantile(speeds, 0.9),
+        "speed_inside_interval": sum(item.speed_inside for item in timed) / max(len(timed), 1),
+        "speed_interval_width": _quantile(widths, 0.5),
     }
 
 
@@ -207,7 +219,8 @@ def main() -> int:
         return 0
     if options.rows:
         print("\n".join(map(_line, answers)))
-    head = "rows  median    90%   bias under inside  ± half | accelerate  16/2/0.5 | tok/s: rows  median    90%"
+    head = "rows  median    90%   bias under inside  ± half | accelerate  16/2/0.5 | "
+    head += "tok/s: rows  median    90% inside  ± half"
     print(f"{'memory':56} {head}")
     for name, scores in [("all", result["all"]), *result["sources"].items(), *result["frameworks"].items()]:
         print(
@@ -215,7 +228,8 @@ def main() -> int:
             f"{scores['memory_bias']:+6.1%} {scores['under_by_5_percent']:5.0%} {scores['inside_interval']:6.0%} "
             f"{scores['interval_width']:7.0%} | {scores['accelerate_median']:10.0%} "
             f"{scores['rule_of_thumb_median']:9.0%} | "
-            f"{scores['speed_rows']:11} {scores['speed_median']:7.1%} {scores['speed_p90']:6.1%}"
+            f"{scores['speed_rows']:11} {scores['speed_median']:7.1%} {scores['speed_p90']:6.1%} "
+            f"{scores['speed_inside_interval']:6.0%} {scores['speed_interval_width']:7.0%}"
         )
     print(f"{result['answered']} rows answered, {result['refused']} refused:", file=sys.stderr)
     for reason, count in refusals.most_common():
@@ -226,7 +240,7 @@ def main() -> int:
 def _line(item: Answer) -> str:
     row = item.row
     memory = f"{item.error:+6.1%}" if item.measured_gib else "   –  "
-    speed = f"{item.speed_error:+6.1%}" if item.measured_speed else ""
+    speed = f"{item.speed_error:+6.1%} {'' if item.speed_inside else '!'}" if item.measured_speed else ""
     mark = "!" if item.measured_gib and not item.inside else ""
     return (
         f"{row['model'][-20:]:20} {row['method'][:14]:14} n{row['num_gpus']:>2} S{row['seq_len'][:9]:>9} "

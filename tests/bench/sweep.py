@@ -116,7 +116,7 @@ def measure(case: Case, models: Path) -> dict[str, Any]:
     shutil.rmtree(folder, ignore_errors=True)  # a fully trained model fills a disk
     resolved, tokens = plan.resolved, plan.resolved.batch_size * case.length
     answer: dict[str, Any] = {
-        "predicted": figures(plan.memory, plan.speed.tokens_per_s),
+        "predicted": figures(plan.memory, plan.speed),
         "fits": plan.fits,
         "resolved": {
             "micro_batch": resolved.micro_batch, "checkpointing": resolved.checkpointing,

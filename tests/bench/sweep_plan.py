@@ -10,7 +10,7 @@ from typing import Any
 from finetui.planner.architecture import Architecture
 from finetui.planner.hardware import PRESETS, Node, find_gpu
 from finetui.planner.memory import peak_memory
-from finetui.planner.plan import Memory, Plan
+from finetui.planner.plan import Memory, Plan, Speed
 from finetui.planner.recipe import Recipe
 from finetui.planner.settings import Settings
 from finetui.planner.solver import make_plan
@@ -70,20 +70,22 @@ def predicted(case: Case) -> dict[str, Any]:
     """Memory in GiB and speed in tokens/s that a configuration is predicted to have."""
     if case.stack == "finetui":
         plan = plan_of(case)[1]
-        return figures(plan.memory, plan.speed.tokens_per_s)
+        return figures(plan.memory, plan.speed)
     settings = Settings(
         case.tuning, case.length, micro_batch=case.micro_batch, checkpointing=case.checkpointing,  # type: ignore[arg-type]
         rank=case.rank, targets=tuple(TARGETS), quantization="nf4" if case.tuning == "qlora" else "none",
         optimizer=case.optimizer, precision="bf16",
     )  # fmt: skip
     asked = (architecture_of(case.model), settings, find_stack(case.stack), find_gpu(GPU))
-    return figures(peak_memory(*asked), step_speed(*asked).tokens_per_s)
+    return figures(peak_memory(*asked), step_speed(*asked))
 
 
-def figures(memory: Memory, tokens_per_s: float) -> dict[str, Any]:
+def figures(memory: Memory, speed: Speed) -> dict[str, Any]:
     """What is written down of a prediction."""
     return {
         "allocated_gib": memory.allocated_gib, "reserved_gib": memory.reserved_gib, "device_gib": memory.device_gib,
-        "high_gib": memory.high_gib, "margins": memory.margins, "moment": memory.moment, "tokens_per_s": tokens_per_s,
+        "high_gib": memory.high_gib, "margins": memory.margins, "moment": memory.moment,
+        "tokens_per_s": speed.tokens_per_s, "low_tokens_per_s": speed.low_tokens_per_s,
+        "high_tokens_per_s": speed.high_tokens_per_s,
         "terms": {name: round(size, 4) for name, size in memory.terms.items()},
     }  # fmt: skip

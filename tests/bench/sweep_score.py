@@ -49,12 +49,18 @@ def score(rows: list[dict[str, Any]]) -> dict[str, Any]:
             "speed_rows": len(timed),
             "speed_median": statistics.median(map(abs, timed)) if timed else None,
             "speed_worst": max(timed, key=abs) if timed else None,
+            "speed_inside_interval": sum(_inside(row) for row in done if row["measured"].get("tokens_per_s")),
         }  # fmt: skip
     return summary
 
 
 def _off(row: dict[str, Any], what: str) -> float:
     return float(row["predicted"][what] / row["measured"][what] - 1)
+
+
+def _inside(row: dict[str, Any]) -> bool:
+    predicted = row["predicted"]
+    return bool(predicted["low_tokens_per_s"] <= row["measured"]["tokens_per_s"] <= predicted["high_tokens_per_s"])
 
 
 def table(rows: list[dict[str, Any]]) -> str:
@@ -73,6 +79,7 @@ def table(rows: list[dict[str, Any]]) -> str:
         held = f" reserved {_off(row, 'reserved_gib'):+6.1%}" if measured.get("reserved_gib") else " " * 16
         if measured.get("tokens_per_s"):
             speed = f" {predicted['tokens_per_s']:8.0f} of {measured['tokens_per_s']:8.0f} tok/s"
-            speed += f" {_off(row, 'tokens_per_s'):+6.1%}"
+            low, high = (predicted[f"{end}_tokens_per_s"] / predicted["tokens_per_s"] - 1 for end in ("low", "high"))
+            speed += f" {_off(row, 'tokens_per_s'):+6.1%} ({low:+.0%} {high:+.0%}){'' if _inside(row) else ' !'}"
         lines.append((abs(off), f"{name:95}{peak}{held} {predicted['moment']:9}{speed}"))
     return "\n".join(line for _, line in sorted(lines, reverse=True))

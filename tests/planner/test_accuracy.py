@@ -41,6 +41,8 @@ def test_errors_over_all_runs_stay_where_they_are(result):
     assert scores["memory_median"] <= 0.03
     assert scores["memory_p90"] <= 0.115
     assert scores["speed_median"] <= 0.05
+    assert scores["speed_inside_interval"] >= 0.9
+    assert scores["speed_interval_width"] <= 0.25
     assert scores["inside_interval"] >= 0.97
     assert scores["under_by_5_percent"] <= 0.05
     assert scores["interval_width"] <= 0.2
@@ -60,16 +62,17 @@ def test_errors_per_source_stay_where_they_are(result, source, rows, median):
 
 
 @pytest.mark.parametrize(
-    ("table", "rows", "answered", "median", "p90", "inside"),
-    [("more_runs.csv", 580, 578, 0.047, 0.12, 0.95), ("further_runs.csv", 234, 230, 0.11, 0.33, 0.7)],
+    ("table", "rows", "answered", "median", "p90", "inside", "timed"),
+    [("more_runs.csv", 580, 578, 0.047, 0.12, 0.95, 0.88), ("further_runs.csv", 234, 230, 0.11, 0.33, 0.7, 0.4)],
 )  # fmt: skip
-def test_errors_over_rows_gathered_later_stay_where_they_are(table, rows, answered, median, p90, inside):
+def test_errors_over_rows_gathered_later_stay_where_they_are(table, rows, answered, median, p90, inside, timed):
     result = scored("--runs", f"tests/bench/data/{table}")
     assert result["answered"] + result["refused"] == rows
     assert result["answered"] >= answered
     assert result["all"]["memory_median"] <= median
     assert result["all"]["memory_p90"] <= p90
     assert result["all"]["inside_interval"] >= inside
+    assert result["all"]["speed_inside_interval"] >= timed
 
 
 def test_other_tables_and_shapes_can_be_given(tmp_path):
@@ -117,4 +120,6 @@ def test_runs_on_an_h200_are_predicted_to_a_few_percent():
     assert not far
     assert ours["reserved_median"] <= 0.02
     assert ours["speed_median"] <= 0.05
+    assert abs(ours["speed_worst"]) <= 0.1
+    assert all(score["speed_inside_interval"] == score["speed_rows"] for score in scores.values())
     assert max(abs(scores[name]["allocated_worst"]) for name in ("trl", "trl-liger", "unsloth")) <= 0.06

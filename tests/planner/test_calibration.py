@@ -12,9 +12,11 @@ from hypothesis import strategies as st
 
 from finetui.planner.architecture import Architecture
 from finetui.planner.calibration import (
+    Correction,
     Finished,
     Kind,
     compare,
+    corrected_speed,
     correction,
     history,
     out_of_memory,
@@ -23,7 +25,7 @@ from finetui.planner.calibration import (
 )
 from finetui.planner.hardware import Node, find_gpu
 from finetui.planner.hub import find_config
-from finetui.planner.plan import Plan
+from finetui.planner.plan import Plan, Speed
 from finetui.planner.recipe import Recipe
 from finetui.planner.solver import make_plan
 
@@ -174,3 +176,11 @@ def test_lines_of_a_release_that_did_not_note_how_a_run_was_spread_teach_nothing
     with file.open("a") as out:
         out.write(json.dumps(old) + "\n")
     assert len(history(tmp_path)) == 1
+
+
+def test_the_interval_of_speed_moves_along_with_it():
+    by = Correction(speed=0.8, runs=3)
+    speed = Speed(1000.0, 2.0, 0.5, {"forward": 2.0}, low_tokens_per_s=900.0, high_tokens_per_s=1200.0)
+    corrected = corrected_speed(speed, by)
+    assert (corrected.low_tokens_per_s, corrected.high_tokens_per_s) == pytest.approx((720.0, 960.0))
+    assert corrected.low_tokens_per_s < corrected.tokens_per_s < corrected.high_tokens_per_s

@@ -11,8 +11,11 @@ import pytest
 
 from finetui.planner.architecture import Architecture
 from finetui.planner.hardware import Node, find_gpu
+from finetui.planner.memory import peak_memory
 from finetui.planner.recipe import Recipe
+from finetui.planner.settings import Settings
 from finetui.planner.solver import make_plan
+from finetui.planner.stacks import STACKS
 
 _PATH = Path(__file__).parents[1] / "bench" / "coefficients.py"
 _SPEC = importlib.util.spec_from_file_location("coefficients", _PATH)
@@ -83,3 +86,25 @@ def test_what_a_token_leaves_with_the_experts_it_passes(model, framework, target
 
     grown = (allocated(3, 2048) - allocated(2, 2048)) - (allocated(3, 512) - allocated(2, 512))
     assert grown / (2 * 1536) == pytest.approx(followed, rel=0.05)
+
+
+#: MiB at the fullest instant of a step of 2 rows through two layers whose attention writes its scores out, as followed
+#: through torch 2.13, transformers 5.23.0, peft 0.21.2 and trl 1.16.0, by tokens of a row.
+SCORES = {
+    ("google/gemma-2-9b", "none"): {256: 2925, 1024: 4277, 2048: 6989},
+    ("google/gemma-2-9b", "full"): {256: 2808, 1024: 3618, 2048: 5161, 4096: 10545},
+    ("openai/gpt-oss-20b", "none"): {256: 5752, 1024: 7804, 2048: 13785},
+    ("openai/gpt-oss-20b", "full"): {256: 5624, 1024: 7166, 2048: 11999, 4096: 30929},
+    ("meta-llama/Llama-3.1-8B", "none"): {512: 3685, 1024: 4821, 2048: 8635},
+    ("meta-llama/Llama-3.1-8B", "full"): {512: 3386, 2048: 6376, 4096: 15994, 6144: 31787},
+}
+
+
+@pytest.mark.parametrize(("key", "known"), SCORES.items(), ids=map(" ".join, SCORES))
+def test_scores_that_are_written_out_are_counted_at_every_length(key, known):
+    model, policy = key
+    architecture = Architecture.from_config(coefficients.shortened(model, 2), model)
+    for length, followed in known.items():
+        settings = Settings("lora", length, micro_batch=2, checkpointing=policy, attention="eager", masked=True)
+        memory = peak_memory(architecture, settings, STACKS["trl"], find_gpu(coefficients.GPU))
+        assert memory.allocated_gib * 1024 == pytest.approx(followed, rel=0.025), length

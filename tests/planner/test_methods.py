@@ -32,6 +32,8 @@ def speed(method: str, **changes) -> Speed:
 
 
 def plan(method: str, **keys) -> Plan:
+    if method == "distill":
+        keys = {"distillation": {"teacher": "meta-llama/Llama-3.1-8B"}, **keys}
     return make_plan(Recipe.build({"model": "m", "method": method, **keys}), LLAMA, Node(H200))
 
 
@@ -80,7 +82,9 @@ def test_only_full_fine_tuning_holds_a_copy_of_the_reference():
 
 def test_the_reference_takes_a_forward_pass():
     dpo, two = speed("dpo"), speed("sft", micro_batch=2)
-    assert dpo.step_s == pytest.approx(two.step_s + dpo.terms["reference"], rel=1e-6)
+    busy = {name: step.step_s - step.terms["launch"] for name, step in (("dpo", dpo), ("two", two))}
+    assert busy["dpo"] == pytest.approx(busy["two"] + dpo.terms["reference"], rel=1e-6)
+    assert dpo.terms["launch"] >= two.terms["launch"]  # the host starts its kernels too
     assert dpo.terms["reference"] > two.terms["forward"]
     assert speed("kto").terms["reference"] > 2 * speed("kto").terms["forward"]
 

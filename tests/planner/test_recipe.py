@@ -1,5 +1,6 @@
 """A recipe is strict, and its messages name file, line, field and the way out."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -208,3 +209,13 @@ def test_numbers_that_no_run_can_come_to(change: str, told: str) -> None:
     recipe = Recipe.build({"model": "m"})
     with pytest.raises(RecipeError, match=told):
         recipe.with_overrides([change])
+
+
+def test_a_name_that_is_not_utf_8_is_refused_in_words(tmp_path: Path) -> None:
+    folder = tmp_path / os.fsdecode(b"by\xfftes")
+    folder.mkdir()
+    (folder / "rows.jsonl").touch()
+    (folder / "recipe.yaml").write_text("model: Qwen/Qwen3-8B\ndata: rows.jsonl\n")
+    with pytest.raises(RecipeError, match=r"data\S* holds a name that is not UTF-8") as refused:
+        Recipe.load(folder / "recipe.yaml")
+    assert refused.value.do.startswith("Rename")

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from finetui.planner.architecture import Architecture
-from finetui.planner.hardware import Node, find_gpu
+from finetui.planner.hardware import Node, cpu_node, find_gpu
 from finetui.planner.hub import find_config
 from finetui.planner.plan import Plan
 from finetui.planner.recipe import Recipe
@@ -39,6 +39,8 @@ def applied(keys: dict[str, Any], warning: str, gpu: str, count: int) -> tuple[P
         if name == "hardware.gpu":
             gpu, count = value, 1 if "gpus" in change or "gpus" not in keys["hardware"] else count
             continue
+        if name == "hardware.gpus" and "hardware.gpu:" not in change:
+            count = int(value)
         target = keys[section] if section else keys
         target[field or name] = int(value) if value.isdigit() else value
     return planned(keys, gpu, count), float(promised)
@@ -47,7 +49,8 @@ def applied(keys: dict[str, Any], warning: str, gpu: str, count: int) -> tuple[P
 CASES = [
     ("RTX-4090", 1, {"model": "Qwen/Qwen3-8B", "tuning": "full"}),
     ("A100", 8, {"model": "meta-llama/Llama-3.1-70B", "tuning": "lora", "hardware": {"gpus": 8, "strategy": "ddp"}}),
-    ("A100", 2, {"model": "meta-llama/Llama-3.1-70B", "tuning": "lora", "hardware": {"gpus": 2, "strategy": "fsdp"}}),
+    ("A100-40GB", 2, {"model": "meta-llama/Llama-3.1-70B", "tuning": "lora",
+                      "hardware": {"gpus": 2, "strategy": "fsdp"}}),
     ("RTX-3090", 1, {"model": "Qwen/Qwen3-8B", "tuning": "lora", "micro_batch": 4, "batch_size": 16,
                      "sequence_length": 8192, "hardware": {"checkpointing": "none"}}),
     ("A100", 1, {"model": "Qwen/Qwen3-8B", "tuning": "full", "optimizer": {"name": "adamw"},
@@ -143,3 +146,35 @@ def test_room_is_left_for_vllm_where_it_is_asked_for():
     assert away.memory.device_gib == free.memory.device_gib > shared.memory.device_gib
     small = planned({**keys, "rollout": {"engine": "vllm"}}, "RTX-4090", 1)
     assert not small.fits  # the model itself would, its copy beside it does not
+
+
+def test_more_of_the_same_gpus_are_named_where_the_model_can_be_split_over_them():
+    keys = {"model": "meta-llama/Llama-3.1-70B", "tuning": "lora"}
+    more = [warning for warning in planned(keys, "H100", 1).warnings if warning.startswith("hardware.gpus: ")]
+    assert len(more) == 1
+    assert applied(keys, more[0], "H100", 1)[0].resolved.strategy == "fsdp"
+
+
+def test_what_is_advised_instead_of_a_processor_computes_in_16_bits_and_is_for_rent():
+    node = cpu_node()
+    plan = make_plan(
+        Recipe.build({"model": "meta-llama/Llama-3.1-70B"}), architecture("meta-llama/Llama-3.1-70B"), node
+    )
+    larger = [warning for warning in plan.warnings if warning.startswith("hardware.gpu: ")]
+    assert larger
+    assert "USD" in larger[0]
+    assert all("Laptop" not in warning and "MI3" not in warning for warning in larger)
+    assert all(float(re.search(r"fit: ([\d.]+)", warning)[1]) < 160 for warning in larger)  # 141 GB of weights
+
+
+def test_a_plan_says_why_the_model_is_not_split():
+    plan = planned({"model": "mistralai/Mixtral-8x7B-v0.1", "tuning": "lora"}, "A100", 2)
+    (why,) = [reason.why for reason in plan.reasons if reason.setting == "strategy"]
+    assert not plan.fits
+    assert "experts can't be split" in why
+
+
+def test_the_runner_up_in_micro_batch_is_the_one_that_needs_least():
+    keys = {"model": "meta-llama/Llama-3.1-8B", "tuning": "qlora", "sequence_length": 131072}
+    (why,) = [reason.why for reason in planned(keys, "H100", 1).reasons if reason.setting == "micro_batch"]
+    assert float(re.search(r"2 would need ([\d.]+) of", why)[1]) < 120

@@ -10,9 +10,10 @@ from finetui.planner.architecture import Architecture
 from finetui.planner.hardware import find_gpu, load_catalog
 from finetui.planner.hub import find_config
 from finetui.planner.settings import Settings
-from finetui.planner.speed import _attention_rate, step_speed
+from finetui.planner.speed import step_speed
 from finetui.planner.stacks import STACKS
 from finetui.planner.traffic import launches
+from finetui.planner.work import _attention_rate
 
 
 @cache
@@ -61,7 +62,8 @@ def test_layers_launch_as_many_kernels_as_were_counted():
         ("full", "none", 38, 71), ("lora", "none", 94, 130), ("lora", "full", 184, 130),
     ):  # fmt: skip
         counted = launches(llama, Settings(tuning, 1024, checkpointing=checkpointing), stack)
-        assert [n / 32 for n in counted] == pytest.approx([ahead, behind], rel=0.15)
+        started = (counted.forward + counted.again, counted.backward)
+        assert [n / 32 for n in started] == pytest.approx([ahead, behind], rel=0.15)
 
 
 def test_every_expert_of_llama_4_runs_over_every_token():

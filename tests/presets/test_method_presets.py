@@ -12,7 +12,9 @@ from finetui.engine.planning import plan_for
 from finetui.planner.recipe import Recipe
 
 PRESETS = Path(__file__).parents[2] / "presets"
-METHODS = ("pretrain", "dpo", "ipo", "orpo", "kto", "cpo", "simpo", "reward", "grpo", "rloo", "ppo", "gspo", "bco")
+METHODS = (
+    "pretrain", "distill", "dpo", "ipo", "orpo", "kto", "cpo", "simpo", "reward", "grpo", "rloo", "ppo", "gspo", "bco",
+)  # fmt: skip
 #: Recipes that are called by another name than their method's.
 VARIANTS = {"gspo": "grpo", "bco": "kto"}
 
@@ -67,6 +69,8 @@ def trains(name: str, method: str, tmp_path: Path) -> None:
     }  # fmt: skip
     if method in ("grpo", "rloo", "ppo"):
         small |= {"rollout.max_completion_length": 8}
+    if method == "distill":
+        small |= {"distillation.teacher": str(PRESETS / "tiny")}
     recipe = Recipe.load(PRESETS / f"{name}.yaml", overrides=small)
     run = Run.create(recipe, plan_for(recipe), root=tmp_path)
     assert attempt(run) == 0, run.events_path.read_text()
@@ -74,5 +78,6 @@ def trains(name: str, method: str, tmp_path: Path) -> None:
     assert [event.data["step"] for event in told if event.type == "step"] == [1, 2]
     figures = "eval" if method in ("sft", "pretrain") else "metrics"
     assert {event.data["step"] for event in told if event.type == figures} >= {0, 2}
-    assert (run.output_path / "adapter_model.safetensors").is_file()
+    result = "model.safetensors" if recipe.tuning.type == "full" else "adapter_model.safetensors"
+    assert (run.output_path / result).is_file()
     assert not [event.data for event in told if event.type == "warning"]
