@@ -14,6 +14,8 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
+from .folders import in_cache
+
 #: The largest libraries that every run imports. An image can hold one of them compiled and another not: what was
 #: installed into it by pip is, what was copied into it is as it was.
 _LIBRARIES = ("torch", "transformers")
@@ -27,30 +29,16 @@ def environment(present: Mapping[str, str]) -> dict[str, str]:
     forbidden = bool(present.get("PYTHONDONTWRITEBYTECODE"))
     if not any(_is_compiled_each_time(library, forbidden=forbidden) for library in _LIBRARIES):
         return {}
-    cache = cache_folder(present, "modules")
+    cache = in_cache(present, "modules")
     return {} if cache is None else {"PYTHONPYCACHEPREFIX": str(cache), "PYTHONDONTWRITEBYTECODE": ""}
 
 
 def keep() -> None:
     """The same within this process, for what it imports from here on: a command has no parent that would say it."""
     if sys.pycache_prefix is None and _is_compiled_each_time(_PACKAGE, forbidden=sys.dont_write_bytecode):
-        cache = cache_folder(os.environ, "modules")
+        cache = in_cache(os.environ, "modules")
         if cache is not None:
             sys.pycache_prefix, sys.dont_write_bytecode = str(cache), False
-
-
-def cache_folder(present: Mapping[str, str], name: str) -> Path | None:
-    """A folder of the user's cache, made if need be; None where it can't be written.
-
-    Args:
-        present: the environment, which may say where caches are.
-    """
-    try:
-        cache = Path(present.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "finetui" / name
-        cache.mkdir(parents=True, exist_ok=True)
-    except (OSError, RuntimeError):  # the second of a user without a home, as in a container
-        return None  # a home that can't be written: all starts later, and works
-    return cache
 
 
 def _is_compiled_each_time(package: str, *, forbidden: bool) -> bool:

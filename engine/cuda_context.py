@@ -10,13 +10,16 @@ import ctypes
 import os
 import threading
 
+#: The variable that says when the driver loads kernels: all at once, or each at its first use.
+LOADING = "CUDA_MODULE_LOADING"
+
 
 def begin(index: int) -> None:
     """Begin to make the context of a device, as ``CUDA_VISIBLE_DEVICES`` counts them now.
 
     What fails here fails again, with a reason, when PyTorch uses the device.
     """
-    os.environ.setdefault("CUDA_MODULE_LOADING", "LAZY")  # as PyTorch does before it asks the driver for anything
+    os.environ.setdefault(LOADING, "LAZY")  # as PyTorch does before it asks the driver for anything
     threading.Thread(target=_make, args=(index,), name="context", daemon=True).start()
 
 

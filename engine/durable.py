@@ -23,8 +23,14 @@ _DISK_ERRNOS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 def write_atomically(path: Path, text: str) -> None:
     """Replace a small file so that a reader, or a crash, sees the old content or the new, never a mixture.
 
-    It is readable by its user alone.
+    It is readable by its user alone. A link stays, and what it leads to is replaced; what is no file, as a device or a
+    pipe is not, or is an open one of a process (``/dev/stdout``), is written to.
     """
+    if _is_open_file(path) or (path.exists() and not path.is_file()):
+        with open(os.open(path, os.O_WRONLY | os.O_APPEND), "w", encoding="utf-8") as stream:
+            stream.write(text)
+        return
+    path = Path(os.path.realpath(path))
     fd, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     try:
         with os.fdopen(fd, "w", encoding="utf-8") as file:
@@ -37,6 +43,18 @@ def write_atomically(path: Path, text: str) -> None:
         with contextlib.suppress(OSError):
             os.unlink(temporary)
         raise
+
+
+def _is_open_file(path: Path) -> bool:
+    """Whether a path leads through ``/proc/self/fd``, as ``/dev/stdout`` does, to a file that is open already."""
+    for _ in range(40):  # as many links as Linux follows
+        folder = Path(os.path.realpath(path.parent))
+        if folder.is_relative_to("/proc"):
+            return True
+        if not path.is_symlink():
+            return False
+        path = folder / os.readlink(path)
+    return False
 
 
 def flush_all(folder: Path) -> None:
@@ -68,8 +86,7 @@ def flush(path: Path, *, forget: bool = False) -> None:
 def is_disk_error(error: BaseException) -> bool:
     """Whether an error, or one that it was raised from, says that there is no room left on the disk.
 
-    torch and safetensors wrap the operating system's error in exceptions of their own, with its words but not its
-    number.
+    torch, safetensors and numpy wrap the operating system's error in exceptions of their own, without its number.
     """
     seen: BaseException | None = error
     while seen is not None:
@@ -79,6 +96,8 @@ def is_disk_error(error: BaseException) -> bool:
         if any(words in text for words in ("no space left", "disk quota exceeded", "file too large", "os error 28")):
             return True
         if "pytorchstreamwriter failed" in text or "inline_container" in text:
+            return True
+        if isinstance(seen, OSError) and "requested and" in text and text.endswith("written"):  # numpy.ndarray.tofile
             return True
         seen = seen.__cause__ or seen.__context__
     return False

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..kernels.token_weights import Weighting, token_weights
 from ..planner.plan import Resolved
-from .data.prepare import DataSettings
+from .data.prepared import DataSettings
 
 if TYPE_CHECKING:
     from .run import Run

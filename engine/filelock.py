@@ -11,9 +11,9 @@ import errno
 import fcntl
 import hashlib
 import os
-import stat
-import tempfile
 from pathlib import Path
+
+from .folders import own_temporary
 
 #: What file systems without locks answer.
 _NO_LOCKS = frozenset({errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL})
@@ -70,9 +70,5 @@ def _stand_in(path: Path) -> Path:
     Raises:
         OSError: the folder for them is not this user's own.
     """
-    folder = Path(tempfile.gettempdir()) / f"finetui-locks-{os.geteuid()}"
-    folder.mkdir(mode=0o700, exist_ok=True)
-    found = folder.lstat()
-    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid():
-        raise PermissionError(errno.EACCES, "this folder belongs to somebody else", str(folder))
-    return folder / hashlib.sha256(os.path.realpath(path).encode(errors="surrogateescape")).hexdigest()[:32]
+    meant = os.path.realpath(path).encode(errors="surrogateescape")
+    return own_temporary("finetui-locks") / hashlib.sha256(meant).hexdigest()[:32]

@@ -21,7 +21,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from . import bytecode
+from .folders import in_cache
 
 #: The module that reads them, and its function for a folder: nested dictionaries, from what an object needs installed
 #: (a frozen set) or the name of a subfolder to what is there. Without it, nothing is remembered.
@@ -151,7 +151,7 @@ def _kept(models: Path, state: bytes, found: dict[Any, Any]) -> bytes | None:
 
 
 def _file(models: Path) -> Path | None:
-    cache = bytecode.cache_folder(os.environ, "known-models")
+    cache = in_cache(os.environ, "known-models")
     return None if cache is None else cache / hashlib.sha256(str(models).encode()).hexdigest()[:16]
 
 

@@ -62,7 +62,8 @@ def start(run: Run, *, worker: Sequence[str] | None = None) -> int:
         if process is None or not answer:  # what waited has ended, for whatever reason: all begins anew
             process, answer = _begin(run, worker)
     except OSError as error:
-        raise RunError(f"the run can't be started ({error.strerror})", where=str(run.path)) from error
+        what, do = f"the run can't be started ({error.strerror})", f"When that is mended: finetui resume {run.name}"
+        raise RunError(what, where=str(run.path), do=do) from error
     if answer.strip() == "ready":
         return process.pid
     try:
@@ -94,7 +95,8 @@ def checkpoint_now(run: Run) -> None:
         RunError: the run is not at work, or is ending (which writes one anyway).
     """
     if _require_live(run) == "stopping":
-        raise RunError("is stopping, which writes a checkpoint", where=run.name)
+        do = f"Watch it with: finetui attach {run.name}"
+        raise RunError("is stopping, which writes a checkpoint", where=run.name, do=do)
     run.request("checkpoint")
 
 

@@ -62,6 +62,7 @@ def checks(recipe: Recipe, plan: Plan, root: Path | None = None) -> Iterator[Che
         ("rewards", lambda: _rewards(recipe)),
         ("model", lambda: check_model(recipe.model, recipe.trust_remote_code)),
         ("model", lambda: check_stored(recipe)),
+        ("teacher", lambda: _teacher(recipe)),
         ("adapter", lambda: _adapters(recipe)),
         ("disk", lambda: _disk(recipe, plan, folder)),
         ("logout", logout),
@@ -272,6 +273,14 @@ def _rewards(recipe: Recipe) -> list[Check]:
     return [Check("rewards", "ok", ", ".join(reward.name for reward in recipe.rewards))]
 
 
+def _teacher(recipe: Recipe) -> list[Check]:
+    if recipe.method != "distill":
+        return []
+    from .models.teacher import check_teacher
+
+    return check_teacher(recipe)
+
+
 def _adapters(recipe: Recipe) -> list[Check]:
     """Adapters made before that the tuning builds on."""
     from ..planner.stages import PREVIOUS
@@ -285,11 +294,14 @@ def _disk(recipe: Recipe, plan: Plan, folder: Path) -> list[Check]:
     # A new checkpoint is complete before the oldest one goes.
     need = int((plan.disk.checkpoints_gib + plan.disk.output_gib) * GIB) + _LOGS
     places = {nearest_folder(folder): need}
-    if folder_of(recipe.model) is None:
+    from .models.teacher import download_bytes
+
+    missing = download_bytes(recipe) + (2 * plan.model.parameters if folder_of(recipe.model) is None else 0)
+    if missing:
         from huggingface_hub import constants
 
         cache = nearest_folder(Path(constants.HF_HUB_CACHE))
-        places[cache] = places.get(cache, 0) + 2 * plan.model.parameters
+        places[cache] = places.get(cache, 0) + missing
     found = []
     for device in {place.stat().st_dev: place for place in places}.values():
         needed = sum(size for place, size in places.items() if place.stat().st_dev == device.stat().st_dev)

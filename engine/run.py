@@ -43,6 +43,7 @@ from .durable import write_atomically
 from .events import EventLog, Payload, State
 from .filelock import FileLock
 from .modes import FILE, FOLDER
+from .named import STAGE, named
 from .process import has_open
 from .status import LIVE_STATES, Status
 
@@ -53,11 +54,10 @@ Request = Literal["stop", "checkpoint"]
 RESERVE_BYTES = 256 * 1024
 #: A live run samples its machine every few seconds; one that is silent for so long is gone.
 SILENCE_S = 120.0
+_WORDLESS = "killed, or the machine went down"
 
 #: A process that was killed may hold its files until the last of its threads is gone.
 _DYING_S = 1.0
-#: What follows a run's name in that of its stages.
-_STAGE = re.compile(r"\.(\d+)-[A-Za-z0-9_-]+")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
 
@@ -80,6 +80,11 @@ class Run:
         """
         root = (root or default_root()).resolve()
         check_name(name)
+        try:
+            os.fsencode(root).decode()
+        except UnicodeDecodeError:  # Arrow, for one, opens no such file
+            do = "Name another: FINETUI_RUNS=FOLDER."
+            raise RunError("the name of the folder of runs is not UTF-8", where=ascii(str(root)), do=do) from None
         if name is not None and (root / name).exists():
             raise RunError(f"a run named {name!r} exists already", where=str(root / name), do="Choose another --name.")
         try:
@@ -101,25 +106,28 @@ class Run:
                 shutil.rmtree(partial, ignore_errors=True)
                 raise
         except OSError as error:
-            raise RunError(f"the run directory can't be made ({error.strerror})", where=str(root)) from error
+            what, do = f"the run directory can't be made ({error.strerror})", "Name another: FINETUI_RUNS=FOLDER."
+            raise RunError(what, where=str(root), do=do) from error
         run = cls(target)
         _remember(run.path)
         return run
 
     @classmethod
     def open(cls, name_or_path: str | Path, *, root: Path | None = None) -> Self:
-        """Find a run by its directory or by its name.
+        """Find a run by its directory, by its name, or by as much of it as no other run's name begins with.
 
         Raises:
-            RunError: there is no such run; the message names the ones there are.
+            RunError: there is no such run, or more than one; the message names the ones there are.
         """
         direct = Path(name_or_path)
         if (direct / "run.json").is_file():
             return cls(direct.resolve())
         runs = list_runs(root)
-        found = [run for run in runs if run.name == str(name_or_path)]
-        if found:
-            return cls(found[0].path)
+        if found := named(runs, str(name_or_path)):
+            return cls(found.path)
+        unlisted = cls((root or default_root()) / name_or_path)
+        if (unlisted.path / "run.json").is_file():
+            unlisted.recorded  # noqa: B018 - raises what is wrong with it
         known = ", ".join(run.name for run in runs[:5])
         raise RunError(
             f"there is no run {str(name_or_path)!r}",
@@ -143,7 +151,8 @@ class Run:
         try:
             return Plan.load(self.path / "plan.json")
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise RunError(f"the plan can't be read ({error})", where=str(self.path / "plan.json")) from None
+            what, do = f"the plan can't be read ({error})", "Start a new run with the recipe.yaml beside it."
+            raise RunError(what, where=str(self.path / "plan.json"), do=do) from None
 
     @property
     def events_path(self) -> Path:
@@ -180,7 +189,10 @@ class Run:
             known = {f.name for f in dataclasses.fields(Status)}
             return Status(**{key: value for key, value in tree.items() if key in known})
         except (OSError, ValueError, TypeError, AttributeError) as error:
-            raise RunError(f"this is not a run ({error})", where=str(self.path / "run.json")) from None
+            what, do = f"this is not a run ({error})", "The runs there are: finetui runs."
+            if not self.path.exists():
+                what = "the run's directory is gone: deleted or moved"
+            raise RunError(what, where=str(self.path / "run.json"), do=do) from None
 
     def _tree(self) -> dict[str, Any]:
         tree: dict[str, Any] = json.loads((self.path / "run.json").read_text(encoding="utf-8"))
@@ -202,11 +214,16 @@ class Run:
             lives = time.time() - max(heard, status.started, status.created) < SILENCE_S
         if lives:
             return status
+        try:
+            full = shutil.disk_usage(self.path).free < RESERVE_BYTES
+        except OSError:
+            full = False
         return dataclasses.replace(
             status,
             state="lost",
-            message="the process ended without a word: killed, or the machine went down",
-            do=f"Continue from the last checkpoint with: finetui resume {self.name}",
+            message=f"the process ended without a word: {'its disk is full' if full else _WORDLESS}",
+            do=f"{'Free some space, then continue' if full else 'Continue'} from the last checkpoint with: "
+            f"finetui resume {self.name}",
             ended=max(heard, status.started),
         )
 
@@ -352,9 +369,7 @@ def check_name(name: str | None) -> None:
 def trained(run: Run) -> Run:
     """The run that holds what was learned: itself, or of a run with stages the last of those that have trained."""
     stages = [path for path in run.path.parent.glob(f"{run.name}.*") if (path / "run.json").is_file()]
-    numbered = [
-        (int(found[1]), Run(path)) for path in stages if (found := _STAGE.fullmatch(path.name[len(run.name) :]))
-    ]
+    numbered = [(int(found[1]), Run(path)) for path in stages if (found := STAGE.fullmatch(path.name[len(run.name) :]))]
     finished = [(number, stage) for number, stage in numbered if stage.recorded.state == "finished"]
     return max(finished, key=lambda one: one[0])[1] if finished else run
 
@@ -369,9 +384,9 @@ def list_runs(root: Path | None = None) -> list[Run]:
     found: dict[Path, float] = {}
     root = (root or default_root()).resolve()
     candidates = list(root.iterdir()) if root.is_dir() else []
-    with contextlib.suppress(OSError, RuntimeError):  # no index yet, or no home folder that can be read
+    with contextlib.suppress(OSError, RuntimeError, ValueError):  # no index yet, or no home folder that can be read
         lines = (state_dir() / "runs").read_text(encoding="utf-8").splitlines()
-        candidates += [Path(line) for line in lines if line]
+        candidates += [Path(json.loads(line) if line.startswith('"') else line) for line in lines if line]
     for path in candidates:
         if path.name.startswith(".") or path in found:
             continue
@@ -408,4 +423,5 @@ def _remember(path: Path) -> None:
     with contextlib.suppress(OSError, RuntimeError):  # a home that is read-only or missing must not stop a run
         state_dir().mkdir(parents=True, exist_ok=True)
         with open(state_dir() / "runs", "a", encoding="utf-8") as file:
-            file.write(f"{path}\n")
+            plain = str(path).isprintable()  # neither of several lines nor of bytes that are no text
+            file.write(f"{path if plain else json.dumps(str(path))}\n")

@@ -41,6 +41,10 @@ WAITING = "--waiting"
 VARIABLE = "FINETUI_WAITING_RANK"
 #: Exit code of a waiting rank that could not import what it needs, so that one that begins anew can say why.
 UNFIT = 75
+#: What an order adds to the environment, there from the start: the driver and PyTorch read the environment in threads
+#: of their own, and a name that is added meanwhile moves what they read (setenv(3)). A value is exchanged in its place.
+_ORDERED = {"RANK": "", "WORLD_SIZE": "", "CUDA_DEVICE_ORDER": "", "CUDA_VISIBLE_DEVICES": "",
+            cuda_context.LOADING: "LAZY"}  # fmt: skip
 
 
 # --- the command's side
@@ -207,6 +211,8 @@ def wait() -> tuple[str, str]:
     os.dup2(words, 1)
     os.dup2(words, 2)
     told: list[dict[str, Any]] = []
+    for name, value in _ORDERED.items():
+        os.environ.setdefault(name, value)
     listener = threading.Thread(target=_listen, args=(told,), name="orders", daemon=True)
     listener.start()
     gc.disable()
@@ -216,8 +222,10 @@ def wait() -> tuple[str, str]:
         os._exit(UNFIT)
     listener.join()
     (order,) = told
-    os.environ.clear()
-    os.environ.update(order["environment"])
+    environment = {cuda_context.LOADING: "LAZY", **order["environment"]}
+    os.environ.update((name, value) for name, value in environment.items() if os.environ.get(name) != value)
+    for name in os.environ.keys() - environment.keys():
+        del os.environ[name]
     os.chdir(order["run"])
     _open_as(0, os.devnull, os.O_RDONLY)
     sys.stdout.flush()

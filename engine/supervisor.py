@@ -103,7 +103,7 @@ def _begin(run: Run) -> Status:
     """Enter the new attempt into run.json."""
     before = run.recorded
     if before.state == "finished":
-        raise RunError("has finished already", where=run.name)
+        raise RunError("has finished already", where=run.name, do="To train on, start a run with tuning.start_from.")
     spent = before.spent_s
     if before.started:
         ended = run.status.ended if before.state in LIVE_STATES else before.ended

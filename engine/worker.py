@@ -15,8 +15,10 @@ import signal
 import sys
 import time
 import traceback
+from pathlib import Path
 from typing import Any
 
+from ..planner.recipe import Recipe
 from ..planner.rollout import ROLLOUT_METHODS
 from . import cuda_context, imports, standby
 from .checkpoints.continuation import changes, identity, model_mark, require_readable, require_same_run, rows_mark
@@ -150,6 +152,7 @@ def work(run: Run, rank: Rank, log: EventLog, pulse: Pulse) -> None:
     say(Phase("looking for the model", recipe.model))
     folder = in_turn(rank, lambda: locate(recipe.model))
     remote_code.check(folder, wanted=recipe.trust_remote_code, model=recipe.model)
+    teacher = _teacher(recipe, folder, rank, say)
     resume = _newest_checkpoint(run, rank, say)
     source = resume.path if resume is not None and resolved.trains_base else folder
     divided = splits(resolved)
@@ -189,7 +192,12 @@ def work(run: Run, rank: Rank, log: EventLog, pulse: Pulse) -> None:
     rows = usable_rows(recipe, resolved, rows, say)
 
     known = identity(
-        recipe, resolved, model=model_mark(folder), data=rows_mark(rows.train), device=_device_name(device)
+        recipe,
+        resolved,
+        model=model_mark(folder),
+        data=rows_mark(rows.train),
+        rows=rows.facts.mark,
+        device=_device_name(device),
     )
     if resume is not None:
         _require_same_run(run, resume, known, say)
@@ -211,14 +219,7 @@ def work(run: Run, rank: Rank, log: EventLog, pulse: Pulse) -> None:
         model, whole_layers = _trainable_model(run, source, device, say, reading, ground)
     say(Phase("preparing the trainer"))
     order = order_for(recipe, resolved, rows, run_length.steps, rank.rank, rank.world)
-    reporter = Reporter(
-        run,
-        log.append,
-        run_length,
-        nan_steps=recipe.limits.nan_steps,
-        rank=rank.rank,
-        track="tensorboard" in recipe.track,
-    )
+    reporter = Reporter(run, log.append, run_length, rank=rank.rank, track="tensorboard" in recipe.track)
     job = Job(
         run=run,
         recipe=recipe,
@@ -235,6 +236,7 @@ def work(run: Run, rank: Rank, log: EventLog, pulse: Pulse) -> None:
         resumed=resume is not None,
         whole_layers=whole_layers,
         split=split,
+        teacher=teacher,
         identity=known,
     )
     trainer = make_trainer(job)
@@ -242,7 +244,8 @@ def work(run: Run, rank: Rank, log: EventLog, pulse: Pulse) -> None:
     trainer.add_callback(beats := Beats(pulse))
     beats.feel(trainer)
     nan_steps, explosion = recipe.limits.nan_steps, explosion_of(recipe)
-    trainer.add_callback(Divergence(trainer, log.append, explosion=explosion, nan_steps=nan_steps))
+    reporter.divergence = Divergence(trainer, log.append, explosion=explosion, nan_steps=nan_steps)
+    trainer.add_callback(reporter.divergence)
     trainer.on_saved = reporter.saved
     _drop_printer(trainer)
     if not before_training(trainer, job):
@@ -304,6 +307,22 @@ def _rows(run: Run, tokenizer: Any, say: Any) -> Any:
             say(Phase("preparing the data", done=done, total=max(total, done)))
 
     return prepare(recipe, data_settings(resolved), tokenizer, data_cache(run), progress)
+
+
+def _teacher(recipe: Recipe, student: Path, rank: Rank, say: Any) -> Path | None:
+    """Where the teacher of a student lies, once both are known to have the same words."""
+    if recipe.method != "distill":
+        return None
+    from .models.load import locate
+    from .models.teacher import find_teacher, require_same_words
+
+    named = recipe.distillation.teacher
+    say(Phase("looking for the teacher", named))
+    base = find_teacher(named).base
+    folder: Path = in_turn(rank, lambda: locate(base))
+    remote_code.check(folder, wanted=recipe.trust_remote_code and remote_code.needed(folder), model=base)
+    require_same_words(student, folder, named)
+    return folder
 
 
 def _newest_checkpoint(run: Run, rank: Rank, say: Any) -> Any:

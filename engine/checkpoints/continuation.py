@@ -45,8 +45,9 @@ _FIXED = {
 _DERIVED = frozenset({"accumulation", "strategy", "warmup_steps"})
 #: Sections and keys of a recipe that a run reads again when it goes on; all others became the plan once and for all.
 _READ_AGAIN = frozenset(
-    {"limits", "checkpoint", "evaluation", "track", "rollout", "rewards", "preference", "max_steps", "data"}
-)
+    {"limits", "checkpoint", "evaluation", "track", "rollout", "rewards", "preference", "distillation", "max_steps",
+     "data"}
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -69,13 +70,14 @@ class Change:
 
 
 def identity(
-    recipe: Recipe, resolved: Resolved, *, model: str = "", data: str = "", device: str = ""
+    recipe: Recipe, resolved: Resolved, *, model: str = "", data: str = "", rows: str = "", device: str = ""
 ) -> dict[str, Any]:
     """What a checkpoint notes down about the run that it belongs to, as JSON values.
 
     Args:
         model: mark of the base model's weights (:func:`model_mark`).
-        data: mark of the training rows.
+        data: mark of some of the training rows, as they are read.
+        rows: mark of all of them, as they were written.
         device: what it runs on.
     """
     return {
@@ -85,6 +87,7 @@ def identity(
         "libraries": dict(_versions()),
         "model": model,
         "data": data,
+        "content": rows,
         "device": device,
     }
 
@@ -97,10 +100,12 @@ def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[Change]:
     for key, what, why in (
         ("model", "the base model's weights", _OTHER_WEIGHTS),
         ("data", "the training rows", _OTHER_ROWS),
+        ("content", "the training rows", _OTHER_ROWS),
         ("device", "device", ""),
         ("finetui", "finetui", ""),
     ):
-        if before.get(key) and now.get(key) and before[key] != now[key]:
+        told = {change.what for change in found}
+        if before.get(key) and now.get(key) and before[key] != now[key] and what not in told:
             found.append(Change(what, before[key], now[key], why))
     versions = before.get("libraries", {})
     found += [Change(k, versions[k], v) for k, v in now["libraries"].items() if versions.get(k, v) != v]

@@ -15,6 +15,7 @@ from ...planner.recipe import Recipe
 from ...planner.rollout import SHIPPED_REWARDS
 from ...planner.secrets import variables_of
 from ...planner.stages import PREVIOUS
+from ...planner.teacher import find_teacher
 from ..data.places import is_address, package_for
 from ..data.sources import is_local
 from ..models.adapter_start import find_adapter
@@ -44,6 +45,13 @@ def bundled(recipe: Recipe) -> tuple[Recipe, list[Mount]]:
         UserError: a file is not there, or its name can't stand in a job file.
     """
     mounts: dict[Path, Mount] = {}
+    for teacher in _teachers(recipe):
+        found = find_teacher(teacher)
+        if found.adapter is not None and _is_folder(found.base):
+            what = f"the teacher is an adapter on {found.base}, a folder of this machine that it names itself"
+            raise RecipeError(
+                what, where="distillation.teacher", do="Merge it (finetui export --to merged), and name that."
+            )
 
     def carried(text: str) -> str:
         path = _found(text)
@@ -85,6 +93,10 @@ def _with_paths(tree: dict[str, Any], replace: Replace, adapter: Replace) -> dic
 
 
 def _replace_in(tree: dict[str, Any], replace: Replace, adapter: Replace) -> None:
+    distillation = tree.get("distillation")
+    if isinstance(distillation, dict) and _is_folder(distillation.get("teacher") or "a hub/id"):
+        found = find_teacher(distillation["teacher"])
+        tree["distillation"] = {**distillation, "teacher": replace(str(found.adapter or found.base))}
     tuning = tree.get("tuning")
     if isinstance(tuning, dict):
         tuning = tree["tuning"] = dict(tuning)
@@ -155,8 +167,18 @@ def _paths(recipe: Recipe) -> list[str]:
 
 
 def on_hub(recipe: Recipe) -> bool:
-    """Whether anything of a recipe comes from the Hub: its model, or rows."""
-    return not _is_folder(recipe.model) or any(not is_local(p) and not is_address(p) for p in _paths(recipe))
+    """Whether anything of a recipe comes from the Hub: its model, a teacher, or rows."""
+    models = [recipe.model, *(find_teacher(teacher).base for teacher in _teachers(recipe))]
+    if not all(map(_is_folder, models)):
+        return True
+    return any(not is_local(path) and not is_address(path) for path in _paths(recipe))
+
+
+def _teachers(recipe: Recipe) -> list[str]:
+    """Whom the students of a recipe and of its stages learn from."""
+    told = [stage.changes.get("distillation") for stage in recipe.stages]
+    named = [recipe.distillation.teacher, *(part.get("teacher", "") for part in told if isinstance(part, dict))]
+    return [teacher for teacher in named if teacher]
 
 
 def size_of(path: Path) -> int:

@@ -159,7 +159,7 @@ class Column:
         return np.concatenate(values), self.lengths[rows]
 
 
-def write_rows(path: Path, gathered: Gathered, rows: Iterable[Sequence[int]], *, packed: bool) -> None:
+def write_rows(path: Path, gathered: Gathered, rows: Iterable[Sequence[int]], *, packed: bool) -> str:
     """Write examples as the rows of an Arrow stream.
 
     Args:
@@ -168,6 +168,9 @@ def write_rows(path: Path, gathered: Gathered, rows: Iterable[Sequence[int]], *,
         rows: for each row the examples in it, which without packing is one.
         packed: join the examples of a row; the first label of each is masked, since it would be predicted from the
             last token of the one before, and ``seq_lengths`` says where each ends.
+
+    Returns:
+        A mark of all that the rows hold, whatever the version of Arrow that wrote them.
     """
     import numpy as np
     import pyarrow as pa
@@ -180,22 +183,28 @@ def write_rows(path: Path, gathered: Gathered, rows: Iterable[Sequence[int]], *,
     fields = [(name, pa.list_(pa.int32())) for name in lists]
     schema = pa.schema(fields + [(name, types[array.typecode]) for name, array in singles.items()])
     remaining = iter(rows)
+    marks = {name: hashlib.sha256() for name in ("rows", *columns, *singles)}
     with pa.ipc.new_stream(str(path), schema) as stream:
         while chosen := list(islice(remaining, _ROWS)):
             counts = np.array([len(row) for row in chosen])
             examples = np.fromiter((index for row in chosen for index in row), np.int64, int(counts.sum()))
             arrays = []
+            marks["rows"].update(counts.astype("<i8").data)
             for name, column in columns.items():
                 values, lengths = column.take(examples)
                 if packed and name == "labels":
                     values[np.concatenate([[0], np.cumsum(lengths)[:-1]])] = IGNORED
+                marks["rows"].update(lengths.astype("<i8").data)
+                marks[name].update(values.astype("<i4").data)
                 arrays.append(_lists(values, np.add.reduceat(lengths, np.cumsum(counts) - counts)))
             if packed:
                 arrays.append(_lists(lengths, counts))
-            for array in singles.values():
+            for name, array in singles.items():
                 kept = np.frombuffer(array, dtype=array.typecode)[examples]
+                marks[name].update(kept.data)
                 arrays.append(pa.array(kept.astype(bool) if array.typecode == "b" else kept))
             stream.write_batch(pa.RecordBatch.from_arrays(arrays, schema=schema))
+    return hashlib.sha256(b"".join(name.encode() + mark.digest() for name, mark in marks.items())).hexdigest()[:24]
 
 
 def _lists(values: np.ndarray, lengths: np.ndarray) -> pa.ListArray:

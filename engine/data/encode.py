@@ -1,7 +1,7 @@
 """From records to the columns that their method trains on, cut to the sequence length, with what was lost counted.
 
 ================================== ==========================================================
-sft pretrain                       ``input_ids``, ``labels``
+sft pretrain distill               ``input_ids``, ``labels``
 dpo ipo orpo cpo simpo             ``prompt_ids``, ``chosen_ids``, ``rejected_ids``
 reward                             ``chosen_ids``, ``rejected_ids``: prompt and answer; ``margin`` if every pair has one
 kto                                ``prompt_ids``, ``completion_ids``, ``label``
@@ -28,7 +28,7 @@ from .tokens import Encoded, Marked, Tokens
 
 Kind = Literal["learned", "paired", "scored", "judged", "asked"]
 KINDS: dict[str, Kind] = {
-    **dict.fromkeys(("sft", "pretrain"), "learned"),
+    **dict.fromkeys(("sft", "pretrain", "distill"), "learned"),
     **dict.fromkeys(("dpo", "ipo", "orpo", "cpo", "simpo"), "paired"),
     "reward": "scored",
     "kto": "judged",

@@ -43,6 +43,7 @@ _ASKED: tuple[Format, ...] = (*_LEARNED[:-1], "prompt-only")
 ACCEPTS: dict[str, tuple[Format, ...]] = {
     "sft": _LEARNED,
     "pretrain": _LEARNED,
+    "distill": _LEARNED,
     **dict.fromkeys(("dpo", "ipo", "orpo", "cpo", "simpo", "reward"), _PAIRED),
     "kto": ("unpaired-preference", "preference", "stepwise"),
     **dict.fromkeys(("grpo", "rloo", "ppo"), _ASKED),
@@ -189,7 +190,7 @@ def detect(rows: Sequence[Row], source: DataSource | str = "auto", method: str =
             raise _nearly([source.format], rows, source) or _not(source.format, rows, source)
         return _with_roles(found, source)
     found = _best(accepted, rows, source, judging=method == "kto")
-    judged = _best(["unpaired-preference"], rows, source) if found and method in ("sft", "pretrain") else None
+    judged = _best(["unpaired-preference"], rows, source) if found and accepted == _LEARNED else None
     if found is not None and judged is None:
         return _with_roles(found, source)
     if found is None and (near := _nearly(accepted, rows, source)) is not None:

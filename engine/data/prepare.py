@@ -25,8 +25,8 @@ from .encode import COLUMNS, KINDS, Encoder, Kind, Tally
 from .examples import Record
 from .formats import open_source
 from .holdout import choose, times
-from .labels import TrainOn
 from .packing import pack
+from .prepared import DataSettings, Facts, Prepared, load
 from .prompts import unjudged, write_prompts
 from .readers import to_records
 from .refuse import Refused
@@ -35,99 +35,12 @@ from .sources import splits_told
 from .tokens import Encoded
 
 if TYPE_CHECKING:
-    import datasets
-
     from ...planner.datasource import DataSource
 
 #: How many rows are tokenised in one call.
 _BATCH = 512
 
 Progress = Callable[[int], None]
-
-
-@dataclass(frozen=True, slots=True)
-class DataSettings:
-    """What a plan decides about data.
-
-    Args:
-        sequence_length: the longest row, in tokens.
-        packing: put several examples into one row.
-        train_on: ``answers``, the ``last-answer`` of each conversation, or ``all`` tokens.
-        seed: chooses the rows that are held out.
-        method: what the rows are for, which decides on their columns.
-        embeddings: tokens that the model has an embedding for; by default as its config.json says.
-        rows: rows that the run can train on, which is as far as a streamed source is read if the recipe says
-            ``max_steps``.
-    """
-
-    sequence_length: int
-    packing: bool = False
-    train_on: TrainOn = "answers"
-    seed: int = 42
-    method: str = "sft"
-    embeddings: int | None = None
-    rows: int | None = None
-
-    def of(self, recipe: Recipe) -> DataSettings:
-        """Without ``rows`` where they make no difference."""
-        ends = recipe.max_steps is not None and any(source.streaming for source in recipe.data)
-        return self if ends else replace(self, rows=None)
-
-
-@dataclass(frozen=True)
-class Facts:
-    """What came out. Lengths are in tokens; a trained token is one with loss.
-
-    Fields that begin with ``train_`` or ``eval_`` are of that part, the others of both. ``truncated`` examples lost
-    ``cut_tokens`` at their end, ``dropped`` ones lost every answer and are left out, ``skipped`` rows could not be
-    used, ``split`` texts became several examples. A row is an example, or with packing several.
-    """
-
-    examples: int
-    train_examples: int
-    eval_examples: int
-    train_rows: int
-    eval_rows: int
-    tokens: int
-    trained_tokens: int
-    train_tokens: int
-    train_trained_tokens: int
-    truncated: int
-    cut_tokens: int
-    split: int
-    dropped: int
-    mean_length: float
-    max_length: int
-    formats: dict[str, str] = field(default_factory=dict)
-    warnings: tuple[str, ...] = ()
-    skipped: int = 0
-    good: int | None = None
-    """How many answers are judged good, where answers are judged."""
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """Rows to train on, rows to evaluate on (None without any), and what they hold.
-
-    Their columns depend on the method, see :mod:`.encode`; a packed row also has ``seq_lengths``, the tokens of each
-    document in it.
-    """
-
-    train: datasets.Dataset
-    evaluation: datasets.Dataset | None
-    facts: Facts
-    path: Path
-
-    def lengths(self) -> list[int] | None:
-        """Tokens of each training row (all its sequences), or None where rows are packed and so all about as long."""
-        if "seq_lengths" in self.train.column_names:
-            return None
-        import pyarrow.compute as pc
-
-        names = [name for name in self.train.column_names if name.endswith("_ids")]
-        columns = [pc.list_value_length(self.train.data.column(name)).to_numpy() for name in names]
-        lengths: list[int] = sum(columns[1:], columns[0]).tolist()
-        return lengths
 
 
 def prepare(
@@ -150,6 +63,11 @@ def prepare(
         raise DataError("the recipe names no data", where="data", do="Add a line 'data: rows.jsonl'.")
     settings = settings.of(recipe)
     path = Path(cache_dir) / cache.key(tokenizer, recipe.data, asdict(settings), recipe.evaluation.holdout)
+    if path.is_dir():
+        try:
+            return load(path)
+        except (OSError, ValueError, KeyError, TypeError):  # what a power cut has left of it, for one
+            shutil.rmtree(path, ignore_errors=True)
     if not path.is_dir():
         with cache.whole_folder(path) as work:
             for fill in (True, False):
@@ -165,7 +83,7 @@ def prepare(
                     if not frozen:  # else a run has set its libraries aside for good
                         gc.unfreeze()
             (work / "facts.json").write_text(json.dumps(asdict(facts), indent=1), encoding="utf-8")
-    return _load(path)
+    return load(path)
 
 
 @dataclass
@@ -342,10 +260,10 @@ class _Build:
         if not kept:
             what = f"no example is left to train on: of {count:,}, {len(out) if held == 'train' else 0:,} are held out"
             raise DataError(what, where="data", do="Give more rows, raise weight, or lower evaluation.holdout.")
-        rows = {}
+        rows, marks = dict[str, int](), dict[str, str]()
         for name, part, indices in (("train", "train", kept), ("eval", held, out)):
             if self.kind == "asked":
-                write_prompts(self.work / f"{name}.arrow", [parts[part].prompts[i] for i in indices])
+                marks[name] = write_prompts(self.work / f"{name}.arrow", [parts[part].prompts[i] for i in indices])
                 rows[name] = len(indices)
                 continue
             made: Iterable[list[int]] = ([index] for index in indices)
@@ -354,7 +272,7 @@ class _Build:
                 lengths = parts[part].lengths
                 packed = pack([lengths[i] for i in indices], settings.sequence_length)
                 made, rows[name] = ([indices[i] for i in row] for row in packed), len(packed)
-            cache.write_rows(self.work / f"{name}.arrow", stores[part], made, packed=settings.packing)
+            marks[name] = cache.write_rows(self.work / f"{name}.arrow", stores[part], made, packed=settings.packing)
         tokens, trained = self._sizes(parts["train"], stores.get("train"), kept)
         return Facts(
             examples=total.examples,
@@ -376,6 +294,7 @@ class _Build:
             warnings=self._warnings(parts, total),
             skipped=sum(refused.count for part in parts.values() for refused in part.refused),
             good=train.good if self.kind == "judged" else None,
+            mark=marks["train"],
         )
 
     def _weighted(self, kept: list[int], part: _Part) -> list[int]:
@@ -443,10 +362,3 @@ def _nothing_trained(part: _Part, settings: DataSettings) -> DataError:
         return DataError(what, where="data", do="Raise sequence_length, or shorten the prompts.")
     what = "no token would be trained: no row has an answer that the chat template writes"
     return DataError(what, where="data", do="Look at the rows with 'finetui data', and check chat_template.")
-
-
-def _load(path: Path) -> Prepared:
-    stored = json.loads((path / "facts.json").read_text(encoding="utf-8"))
-    facts = Facts(**{**stored, "warnings": tuple(stored["warnings"])})
-    evaluation = cache.read_arrow(path / "eval.arrow") if facts.eval_rows else None
-    return Prepared(cache.read_arrow(path / "train.arrow"), evaluation, facts, path)

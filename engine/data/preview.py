@@ -27,7 +27,7 @@ from .refuse import Refused
 from .sources import is_local, read_rows, source_files, splits_told
 
 if TYPE_CHECKING:
-    from .prepare import DataSettings
+    from .prepared import DataSettings
 
 #: English text has about four characters per token in today's large vocabularies.
 CHARACTERS_PER_TOKEN = 4.0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -11,9 +12,9 @@ from ...planner.errors import DataError
 from ...planner.rollout import SHIPPED_REWARDS, Reward, column_of
 
 
-def write_prompts(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    """Write rows as an Arrow stream; tools are kept as JSON text, which is how TRL reads them. Where some rows have
-    several right answers, all have a list of them.
+def write_prompts(path: Path, rows: Sequence[dict[str, Any]]) -> str:
+    """Write rows as an Arrow stream, and give a mark of all they hold. Tools are kept as JSON text, which is how TRL
+    reads them. Where some rows have several right answers, all have a list of them.
 
     Raises:
         DataError: the values of a column are of different types, so that no reward could rely on them.
@@ -38,6 +39,10 @@ def write_prompts(path: Path, rows: Sequence[dict[str, Any]]) -> None:
     schema = pa.schema(fields)
     with pa.ipc.new_stream(str(path), schema) as stream:
         stream.write_table(pa.Table.from_arrays(arrays, schema=schema), max_chunksize=4096)
+    mark = hashlib.sha256()
+    for row in rows:
+        mark.update(json.dumps(row, sort_keys=True, default=str).encode() + b"\n")
+    return mark.hexdigest()[:24]
 
 
 def unjudged(rewards: Sequence[Reward], rows: Sequence[dict[str, Any]]) -> Iterator[str]:

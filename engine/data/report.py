@@ -22,7 +22,7 @@ from .encode import KINDS, Encoder, Tally
 from .examples import Judged, Pair, Prompt, Record
 from .files import Row
 from .formats import Detected, detect
-from .prepare import DataSettings
+from .prepared import DataSettings
 from .readers import to_records
 from .sources import read_rows
 from .template import stop_token_ids, writes_own_turns

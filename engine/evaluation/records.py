@@ -132,7 +132,8 @@ def save(evaluation: Evaluation, run: Run, name: str) -> Path:
                 write_atomically(folder / f"{stem}.samples.jsonl", "\n".join(lines) + "\n")
             write_atomically(target, json.dumps(tree, indent=2, ensure_ascii=False) + "\n")
     except OSError as error:
-        raise RunError(f"the evaluation can't be written ({error.strerror})", where=str(folder)) from error
+        what, do = f"the evaluation can't be written ({error.strerror})", "Keep it with --out FILE."
+        raise RunError(what, where=str(folder), do=do) from error
     return target
 
 

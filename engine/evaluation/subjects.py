@@ -114,7 +114,7 @@ def _run_of(target: str) -> tuple[Run | None, str]:
         raise RunError("this is a file, and neither a run nor a model", where=target, do=do)
     if "/" in target:
         raise RunError("there is no such folder", where=target, do=do)
-    return Run.open(target), ""  # raises, and names the runs there are
+    return Run.open(target), ""  # by the beginning of its name; else raises, and names the runs there are
 
 
 def _of_run(run: Run, checkpoint: str, device: str) -> Subject:

@@ -123,10 +123,6 @@ class Ledger(TorchDispatchMode):
         self._watch[key] = weakref.ref(tensor.untyped_storage(), partial(self._strike, key))
         return tensor
 
-    def bytes_of(self, term: str) -> int:
-        """Bytes alive now for one thing."""
-        return self.live.get(term, 0)
-
     @contextmanager
     def during(self, moment: str, term: str) -> Iterator[None]:
         """What is made in the block belongs to a moment and is for something."""

@@ -29,6 +29,7 @@ _TWIN = {
     "num_hidden_layers": 1, "vocab_size": 128,
 }  # fmt: skip
 
+_PLAINLY = "Plan without --exact, which reads it by its shapes."
 #: What a model's class may raise on a config that does not fit it.
 _REFUSALS = (
     ValueError, TypeError, KeyError, AttributeError, ImportError, AssertionError, RuntimeError, ArithmeticError,
@@ -58,7 +59,7 @@ def text_config(config: Mapping[str, Any], name: str, attention: str = "sdpa") -
         read = AutoConfig.for_model(**{"model_type": kind, **config})
         text = read.get_text_config()
     except (ValueError, TypeError, KeyError, AttributeError, ArithmeticError) as error:
-        raise ModelError(f"transformers can't read it ({first_line(error)})", where=where) from error
+        raise ModelError(f"transformers can't read it ({first_line(error)})", where=where, do=_PLAINLY) from error
     if type(text) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         what = f"transformers has no causal language model for {text.model_type}"
         raise ModelError(what, where=where, do="Give a decoder-only language model.")
@@ -88,7 +89,8 @@ def on_meta(config: Any, dtype: torch.dtype, name: str) -> Any:
                     raise
                 return AutoModelForCausalLM.from_config(config, **(options | {"attn_implementation": "eager"}))
     except _REFUSALS as error:
-        raise ModelError(f"the model can't be built ({first_line(error)})", where=f"{name}: config.json") from error
+        what = f"the model can't be built ({first_line(error)})"
+        raise ModelError(what, where=f"{name}: config.json", do=_PLAINLY) from error
 
 
 def make_fake(model: Any, ledger: Ledger, *, adapted: bool) -> None:

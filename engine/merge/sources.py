@@ -154,7 +154,8 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         tree = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise ModelError(f"the file can't be read ({first_line(error)})", where=str(path)) from None
+        what = f"the file can't be read ({first_line(error)})"
+        raise ModelError(what, where=str(path), do="Fetch the model again.") from None
     if not isinstance(tree, dict):
         raise ModelError("this is no JSON object", where=str(path), do="Fetch the model again.")
     return tree

@@ -48,7 +48,7 @@ def continue_from(adapted: Any, where: str) -> None:
     try:
         weights = load_file(folder / WEIGHTS)
     except (OSError, ValueError) as error:
-        raise ModelError(f"the adapter can't be read ({error})", where=str(folder)) from error
+        raise ModelError(f"the adapter can't be read ({error})", where=str(folder), do="Export it again.") from error
     config = adapted.peft_config["default"]
     kind = getattr(config.peft_type, "value", config.peft_type)
     for key, ours in (("peft_type", kind), ("r", getattr(config, "r", None)), ("use_dora", _flag(config, "use_dora"))):
@@ -66,7 +66,8 @@ def continue_from(adapted: Any, where: str) -> None:
         set_peft_model_state_dict(adapted, weights)
     except RuntimeError as error:
         line = next((x.strip() for x in str(error).splitlines() if "mismatch" in x), first_line(error))
-        raise RecipeError(f"the adapter is of another size ({line[:160]})", where="tuning.start_from") from error
+        what, do = f"the adapter is of another size ({line[:160]})", "Give the model that the adapter was trained on."
+        raise RecipeError(what, where="tuning.start_from", do=do) from error
 
 
 def _flag(config: Any, name: str) -> bool | None:

@@ -24,8 +24,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
-import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,6 +36,7 @@ from ...planner.inside import inside
 from ...planner.options import LORA_TYPES
 from ...planner.plan import Resolved
 from ..events import Fallback
+from ..folders import cache_folder
 from ..pickles import refuse
 from .files import require_sound
 from .misfit import UNREADABLE, explained, refused_config, unannounced
@@ -117,18 +116,6 @@ def _make_weights(folder: Path) -> Path:
     if tiny.is_tiny(folder):
         return tiny.ensure_tiny_model(cache_folder())
     raise ModelError("this folder holds no weights", where=str(folder), do="It needs *.safetensors files.")
-
-
-def cache_folder() -> Path:
-    """Where made weights are kept: ``$XDG_CACHE_HOME/finetui``, or a temporary folder where that can't be written."""
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "finetui"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        if os.access(folder, os.W_OK):
-            return folder
-    except OSError:
-        pass
-    return Path(tempfile.gettempdir()) / f"finetui-{os.getuid()}"
 
 
 _WANTED = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt", "*.py"]

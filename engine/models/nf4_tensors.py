@@ -102,7 +102,7 @@ def lay_open(model: Any) -> bool:
     for path, layer in layers.items():
         weight, state = layer.weight, getattr(layer.weight, "quant_state", None)
         if state is None and not weight.is_meta:
-            raise ModelError("its weight was not packed", where=path)
+            raise ModelError("its weight was not packed", where=path, do="Use hardware.strategy: ddp.")
         if state is not None and not _usual(weight, state):
             do = "Use hardware.strategy: ddp."
             raise ModelError("its weight is not packed as NF4 with quantised scales", where=path, do=do)

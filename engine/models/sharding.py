@@ -1,10 +1,13 @@
-"""A model split over the ranks of a run: each decoder layer by itself, all else as the root (FSDP2, arXiv:2304.11277).
+"""A model split over the ranks of a run, in one of two ways.
 
+Where all weights are trained, each decoder layer is split by itself and all else as the root (FSDP2, arXiv:2304.11277).
 Every rank keeps 1/N of each tensor, by rows. A layer is gathered when its forward begins, freed when that ends, and
 gathered once more for its backward, after which its gradients are averaged and split like the weights. The root
 (embedding, head, last norm) stays gathered from forward to the end of backward, so a loss that reads the head's weight
-by itself finds it whole; a frozen embedding that is not the head too is gathered for its look-up alone.
+by itself finds it whole.
 
+Beside adapters, the frozen layers are split as runs of bytes (:mod:`.base_shards`), and so is an embedding that is not
+the head too; each rank has the head whole, and adapters too, which it steps over by rows (:mod:`.adapter_rows`).
 Weights in 4 bits are split, and gathered, as they are packed (:mod:`.nf4_tensors`).
 
 Rank 0 alone reads the checkpoint, into host memory; the others build the same model without memory. Layer by layer it
@@ -31,6 +34,9 @@ from torch import distributed as dist
 from ...planner.errors import ModelError, first_line
 from ...planner.plan import Resolved
 from .adapt import decoder_layers
+from .adapter_rows import AdapterRows, rows_of
+from .base_shards import BaseShards, LoneTable
+from .landing import Landing
 from .load import Emit, Numerics, load_base
 from .misfit import require_one_format
 from .nf4_tensors import bind, laid_open, packed_layers, packed_on, without_memory
@@ -83,7 +89,8 @@ def _without_memory(folder: Path, resolved: Resolved, attention: str, generation
                 config, dtype=numerics.weights, attn_implementation=attention, **options
             )
     except (OSError, ValueError, KeyError, ImportError, AttributeError) as error:
-        raise ModelError(f"the model can't be built ({first_line(error)})", where=str(folder)) from error
+        what, do = f"the model can't be built ({first_line(error)})", "Check config.json, or use a newer transformers."
+        raise ModelError(what, where=str(folder), do=do) from error
     if packed:
         without_memory(model, packed, numerics.autocast or numerics.weights)
         model.is_loaded_in_4bit = True
@@ -110,35 +117,51 @@ class Split:
     """A model in shards.
 
     Args:
-        model: each of its layers, and itself, is an ``FSDPModule``.
+        model: of all weights, each of its layers, and itself, is an ``FSDPModule``.
         twin: the model as it was before, without memory; on rank 0 alone.
-        parameters: this rank's shards by name: DTensors whose rows are split.
-        adapted: adapters alone are trained.
+        parameters: by name; this rank's shards, DTensors whose rows are split, or adapters, which are whole.
+        adapters: where they alone are trained.
+        base: all that is frozen, then.
     """
 
     model: Any
     twin: Any
     parameters: dict[str, nn.Parameter]
-    adapted: bool
-    _averages: bool = True
+    adapters: AdapterRows | None = None
+    base: tuple[BaseShards | LoneTable, ...] = ()
 
-    def begin_micro_batch(self, *, last: bool) -> None:
-        """Settle whether gradients are averaged and split behind the next micro-batch.
+    def rows(self) -> dict[str, Tensor]:
+        """This rank's rows of all that is trained, by name: an optimiser steps over their memory."""
+        if self.adapters is not None:
+            return self.adapters.rows
+        return {name: local(p) for name, p in self.parameters.items() if p.requires_grad}
 
-        Those of adapters add up where they are until the ``last`` of a step, so that a step sends them once. They are
-        whole until then; those of all weights would take as much as the weights did before they were split.
-        """
-        wanted = last or not self.adapted
-        if wanted is not self._averages:
-            self._averages = wanted
-            self.model.set_requires_gradient_sync(wanted)
+    def take_gradients(self) -> dict[str, Tensor]:
+        """Those of a step, of this rank's rows, averaged over the ranks; no name twice, and every rank at once."""
+        if self.adapters is not None:
+            return self.adapters.take_gradients()
+        taken = {}
+        for name, parameter in self.parameters.items():
+            if parameter.grad is not None:
+                taken[name] = local(parameter.grad)
+                parameter.grad = None
+        return taken
+
+    def begin_micro_batch(self) -> None:
+        """Gradients are on their way: those of all weights are averaged and split at once, since whole they would take
+        as much as the weights did, and those of adapters when a step takes them."""
+        if self.adapters is not None:
+            self.adapters.begin_micro_batch()
 
     def release(self) -> None:
-        """Let go of the root, which stays gathered after a forward pass without a backward.
+        """Let go of what stays whole after a forward pass without a backward.
 
-        What was gathered would be used again although the shards have changed since.
+        It would be used again although the shards have changed since.
         """
-        self.model.reshard()
+        if self.adapters is not None:
+            self.adapters.let_go()
+        else:
+            self.model.reshard()
 
     @contextlib.contextmanager
     def whole(self) -> Iterator[Any]:
@@ -147,12 +170,11 @@ class Split:
         Of adapters' models that is the adapters alone; the base keeps no memory. Other ranks get None.
         """
         self.release()
-        slots = _slots(self.twin) if self.twin is not None else {}
-        with torch.no_grad():
+        slots, trained = (_slots(self.twin) if self.twin is not None else {}), self.rows()
+        with torch.no_grad(), contextlib.closing(Landing(next(iter(trained.values())).device)) as landing:
             for name, parameter in self.parameters.items():
-                if self.adapted and not parameter.requires_grad:
-                    continue
-                tensor = gathered(local(parameter), parameter.shape)
+                rows = trained[name] if name in trained else local(parameter)
+                tensor = gathered(rows, parameter.shape, landing)
                 if tensor is not None:
                     _fill(slots[name], nn.Parameter(tensor, requires_grad=parameter.requires_grad))
         try:
@@ -171,37 +193,57 @@ def split(model: Any, resolved: Resolved, device: torch.device, twin: Any) -> Sp
     Raises:
         ModelError: the ranks have built different models, or weights in more formats than one are trained together.
     """
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
-
     _require_alike(model)
+    with torch.no_grad():
+        if hasattr(model, "peft_config"):
+            return _split_base(model, resolved, device, twin)
+        return _split_all(model, resolved, device, twin)
+
+
+def _split_base(model: Any, resolved: Resolved, device: torch.device, twin: Any) -> Split:
+    """The frozen weights of all layers, and the embedding's; what else there is each rank has whole."""
+    layers = list(decoder_layers(model.get_base_model()))
+    require_one_format(model, [])
+    lowered = lowered_to(resolved)
+    shards: list[BaseShards | LoneTable] = [BaseShards(layers, lambda layer: _place(layer, device), device, lowered)]
+    _place(model, device, without=layers)
+    table = _table_alone(model)
+    if table is not None:
+        shards.append(LoneTable(table, lowered))
+    for part in laid_open(model):
+        bind(part)
+    if lowered is not None:
+        for parameter in model.parameters():
+            if not parameter.requires_grad and parameter.is_floating_point():
+                parameter.data = parameter.data.to(lowered)
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    adapters = AdapterRows(trained, lowered)
+    for first in (model.get_base_model().get_input_embeddings(), layers[0]):
+        first.register_forward_pre_hook(lambda *_: adapters.refresh(), prepend=True)
+    return Split(model, twin, trained, adapters, tuple(shards))
+
+
+def _split_all(model: Any, resolved: Resolved, device: torch.device, twin: Any) -> Split:
+    """All weights by rows, each layer by itself and all else as the root."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
     lowered = lowered_to(resolved)
     # Sums over ranks are made in the format that gradients have in one process.
     policy = MixedPrecisionPolicy(
         param_dtype=lowered, reduce_dtype=torch.float32 if lowered else None, cast_forward_inputs=False
     )
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
-    adapted, inside = hasattr(model, "peft_config"), set[Any]()
-    layers = list(decoder_layers(model.get_base_model() if adapted else model))
+    layers = list(decoder_layers(model))
     require_one_format(model, layers)
-    with torch.no_grad():
-        for layer in layers:
-            _place(layer, device)
-            fully_shard(layer, mesh=mesh, reshard_after_forward=True, mp_policy=policy)
-            _bind(layer, laid_open(layer))
-            inside.update(laid_open(layer))
-        table = _table_alone(model)
-        if table is not None:
-            _place(table, device)
-            fully_shard(table, mesh=mesh, reshard_after_forward=True, mp_policy=policy)
-        _place(model, device)
-        fully_shard(model, mesh=mesh, reshard_after_forward=False, mp_policy=policy)
-        _bind(model, [part for part in laid_open(model) if part not in inside])
+    for layer in layers:
+        _place(layer, device)
+        fully_shard(layer, mesh=mesh, reshard_after_forward=True, mp_policy=policy)
+    _place(model, device, without=layers)
+    fully_shard(model, mesh=mesh, reshard_after_forward=False, mp_policy=policy)
     # A layer of ours gives a view of what it made, which nothing writes to.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
-    if adapted:  # whose own generate() calls the model inside without calling the root
-        register_fsdp_forward_method(model, "generate")
-    return Split(model, twin, dict(model.named_parameters()), adapted)
+    return Split(model, twin, dict(model.named_parameters()))
 
 
 def _table_alone(model: Any) -> nn.Embedding | None:
@@ -211,16 +253,6 @@ def _table_alone(model: Any) -> nn.Embedding | None:
     if type(table) is not nn.Embedding or table.weight.requires_grad:
         return None
     return None if head is not None and getattr(head, "weight", None) is table.weight else table
-
-
-def _bind(unit: Any, packed: list[Any]) -> None:
-    """Gather a unit once, so that its packed weights get the state that they have whenever they are whole again."""
-    if not packed:
-        return
-    unit.unshard()
-    for layer in packed:
-        bind(layer)
-    unit.reshard()
 
 
 def lowered_to(resolved: Resolved) -> torch.dtype | None:
@@ -236,14 +268,12 @@ def local(parameter: Tensor) -> Tensor:
     return shard
 
 
-def rows_of(rows: int, rank: int, world: int) -> slice:
-    """Which of a tensor's rows a rank has: as even as ``torch.chunk`` cuts, the last ranks with fewer or none."""
-    each = -(-rows // world)
-    return slice(min(rank * each, rows), min((rank + 1) * each, rows))
+def gathered(mine: Tensor, shape: Sequence[int], landing: Landing, cut: Cut = rows_of) -> Tensor | None:
+    """A tensor of ``shape`` from the rows of all ranks, in rank 0's host memory; None on the others.
 
-
-def gathered(mine: Tensor, shape: Sequence[int], cut: Cut = rows_of) -> Tensor | None:
-    """A tensor of ``shape`` from the rows of all ranks, in rank 0's host memory; None on the others."""
+    Args:
+        landing: of the same device; the tensor is there when it is closed.
+    """
     rank, world = dist.get_rank(), dist.get_world_size()
     flat = mine.detach().contiguous().reshape(-1)
     if rank:
@@ -252,20 +282,19 @@ def gathered(mine: Tensor, shape: Sequence[int], cut: Cut = rows_of) -> Tensor |
         return None
     whole = torch.empty(shape, dtype=mine.dtype)
     places = [whole[cut(shape[0], other, world)].reshape(-1) for other in range(world)]
-    places[0].copy_(flat)
+    landing.put(flat, places[0])
     for other in range(1, world):
         for start in range(0, places[other].numel(), PIECE):
             target = places[other][start : start + PIECE]
             piece = torch.empty_like(target, device=mine.device)
             dist.recv(piece, src=other)
-            target.copy_(piece)
+            landing.put(piece, target)
     return whole
 
 
-def _place(module: Any, device: torch.device) -> None:
-    """Give all of a module that is not split yet the values of rank 0, whole and on the device."""
-    from torch.distributed.tensor import DTensor
-
+def _place(module: Any, device: torch.device, without: Sequence[nn.Module] = ()) -> None:
+    """Give all of a module but ``without`` the values of rank 0, whole and on the device."""
+    done = {part for other in without for part in other.modules()}
     known: dict[int, tuple[Tensor, Tensor]] = {}
 
     def placed(tensor: Tensor) -> Tensor:
@@ -277,10 +306,12 @@ def _place(module: Any, device: torch.device) -> None:
         return known[id(tensor)][1]
 
     for part in module.modules():
+        if part in done:
+            continue
         # Some classes keep constants beside their buffers.
         for held in (part._parameters, part._buffers, vars(part)):
             for name, tensor in held.items():
-                if isinstance(tensor, Tensor) and not isinstance(tensor, DTensor):
+                if isinstance(tensor, Tensor):
                     held[name] = placed(tensor)
 
 

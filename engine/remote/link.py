@@ -45,7 +45,8 @@ class Link:
         """
         if not self.caught_up.wait(timeout_s) or self.gone:
             what = self.gone or self.run.trouble or "it does not answer"
-            raise RunError(what, where=f"{self.run.host.address}:{self.run.remote}")
+            do = f"Look whether this works: ssh {self.run.host.address} finetui runs"
+            raise RunError(what, where=f"{self.run.host.address}:{self.run.remote}", do=do)
 
     def close(self) -> None:
         """End, without waiting for it."""

@@ -23,6 +23,7 @@ from typing import BinaryIO
 
 from ...planner.errors import RunError
 from ..events import EventReader, parse_line
+from ..named import named
 from ..run import Request, Run
 from ..status import LIVE_STATES, Status
 from . import scripts as scripts
@@ -150,7 +151,8 @@ class Host:
         """
         process = self.start(script, RUN=run.remote, **variables)
         if _answer(process).split(b"\n")[-2:] != [b"done", b""]:  # after whatever its shell greets with
-            raise RunError(self.complaint() or "it was not done", where=f"{self.address}:{run.remote}")
+            do = f"Look there: ssh {self.address} finetui runs"
+            raise RunError(self.complaint() or "it was not done", where=f"{self.address}:{run.remote}", do=do)
 
     def kill(self, run: MirroredRun) -> None:
         """End a run at once, without a checkpoint; see :meth:`ask` for errors."""
@@ -209,15 +211,18 @@ class Host:
         return self._known[remote]
 
     def open(self, name: str | None) -> MirroredRun:
-        """A run by its name or its path there; the newest if None.
+        """A run by its path there, its name, or the beginning of that; the newest if None.
 
         Raises:
-            RunError: there is none, or the machine can't be reached.
+            RunError: there is none or more than one, or the machine can't be reached.
         """
         runs = self.runs()
-        for run in runs:
-            if isinstance(run, MirroredRun) and name in (None, run.name, run.remote):
+        mirrored = [run for run in runs if isinstance(run, MirroredRun)]
+        for run in mirrored:
+            if name in (None, run.remote):
                 return run
+        if name is not None and (found := named(mirrored, name, where=self.address)):
+            return found
         if name is not None and name.startswith("/"):  # in a folder that nobody lists; whether it is there shows later
             return self.mirror(name.rstrip("/"))
         known = ", ".join(run.name for run in runs[:5])

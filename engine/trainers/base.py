@@ -1,65 +1,37 @@
 """What the trainers of all methods have in common, over whichever class of TRL they stand on.
 
-Rows come in the order of ``order.py``, a function of the seed; checkpoints are written whole or not at all
-(``checkpoints/store.py``); figures go to callbacks and from there to ``events.jsonl``; the optimiser is the recipe's.
+Rows come in the order of ``order.py``, a function of the seed; figures go to callbacks and from there to
+``events.jsonl``; the optimiser is the recipe's; what is saved and gone on from is :mod:`.resumable`'s.
 """
 
 from __future__ import annotations
 
-import contextlib
-import json
 import math
-from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from accelerate.utils import DistributedType
 from torch.utils.data import DataLoader
 
-from ...planner.errors import RunError, first_line
 from ...planner.plan import Resolved
-from ..checkpoints import store
-from ..durable import reported_as_disk_error
-from ..evaluate import reduce_sum
 from ..models.adapt import adapters_kept_in_their_format
 from ..models.load import Emit, Numerics
 from ..models.sharding import Split
-from .adalora import PATTERN, TakesRanks, add_penalty, allocates, load_state, state_of
-from .adalora import STATE as ADALORA
+from .adalora import TakesRanks, add_penalty, allocates
 from .best import KeepsBest
 from .fused_adamw import clipped_on_the_way, fused_adamw
 from .optimizers import averaged, optimizer_for
 from .order import Order
+from .resumable import Resumable
 from .saving import Saver
-from .shards import NAMED, Shards, numbered
-from .state import (
-    OPTIMIZER,
-    Part,
-    Snapshot,
-    as_part,
-    as_stored,
-    copied_tree,
-    descriptions,
-    gathered,
-    random_state,
-    rank_file,
-    read_adapter,
-    set_random_state,
-    weights_of,
-)
-from .tree import read_tree
+from .shards import Shards
 from .unread import Unread
 from .walks import shorten_walks
 
-if TYPE_CHECKING:
-    from transformers import Trainer as _Trainer
-else:
-    _Trainer = object
 
-
-class RunTrainer(_Trainer):
+class RunTrainer(Resumable):
     """A mixin before a trainer of TRL: data order, optimiser, figures and checkpoints as a run wants them.
 
     Args:
@@ -97,7 +69,6 @@ class RunTrainer(_Trainer):
         self.order, self.held_out = order, held_out
         self.emit, self.numerics, self.resolved = emit, numerics, resolved
         self.tokens = 0
-        """Non-padding tokens processed so far, over all ranks and attempts."""
         self.grad_norm: torch.Tensor | float = math.nan
         """Norm of the gradient of the step in progress, before clipping."""
         self.guarded = False
@@ -107,11 +78,6 @@ class RunTrainer(_Trainer):
         self.unread = Unread(rest["args"].device)
         self.saver = Saver(Path(str(rest["args"].output_dir)), keep, emit)
         self.identity = identity or {}
-        self.on_saved: Callable[[], None] = lambda: None
-        """Called when a checkpoint is complete, perhaps from another thread."""
-        self._described: dict[str, bytes] = {}
-        self._resumed_state: Any = None
-        self._resumed_rank: Any = None
         self._counts: torch.Tensor | None = None
         self._trained: list[tuple[str, torch.nn.Parameter]] = []
         with adapters_kept_in_their_format(rest["model"]):
@@ -166,7 +132,7 @@ class RunTrainer(_Trainer):
         """Forward and backward of one micro-batch, with what an adapter adds to its loss."""
         self.tell_steps(but=math.inf)
         if self.shards is not None:
-            self.shards.split.begin_micro_batch(last=self.accelerator.sync_gradients)
+            self.shards.split.begin_micro_batch()
         loss: torch.Tensor = super().training_step(model, inputs, num_items_in_batch)
         if allocates(self.model):
             scaler = self.accelerator.scaler
@@ -315,143 +281,3 @@ class RunTrainer(_Trainer):
         self.tell_steps(but=1 if self.late and not pauses else 0)
         super()._maybe_log_save_evaluate(tr_loss, *rest, **more)
         tr_loss.zero_()
-
-    # --- checkpoints
-
-    def finish(self) -> None:
-        """Leave the model as it is to be written out; most have nothing to take off."""
-
-    def model_to_save(self) -> contextlib.AbstractContextManager[Any]:
-        """The model as its checkpoint shall have it."""
-        return contextlib.nullcontext(self.model)
-
-    def whole_model(self) -> contextlib.AbstractContextManager[Any]:
-        """The model as rank 0 can write it; every rank has to come here."""
-        return contextlib.nullcontext(self.model) if self.shards is None else self.shards.split.whole()
-
-    def own_state(self) -> Any:
-        """What each rank of a method needs beside weights, optimiser and random numbers: a tree; most need nothing."""
-        return None
-
-    def load_own_state(self, state: Any) -> None:
-        """Take back what :meth:`own_state` gave, all its tensors on the CPU."""
-
-    def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        """Rank 0 gathers what the ranks have to themselves and saves all of it."""
-        step = self.state.global_step
-        mine = {"random": random_state(self.args.device), "own": self.own_state()}
-        ranks = gathered(copied_tree(mine), self.args.should_save)
-        if self.shards is not None:  # host memory need not hold a second whole beside the one that is being written
-            with self._all_or_none():
-                self.saver.wait()
-        split = None if self.shards is None else (self.shards.state(self.optimizer), self.shards.split.whole())
-        with split[1] if split else contextlib.nullcontext() as whole, self._all_or_none():
-            if self.args.should_save:
-                facts = {**self.identity, "tokens": self.tokens, "world_size": self.args.world_size}
-                facts |= {"rows": self.order.rows, "batch_size": self.order.batch_size}
-                snapshot = self._snapshot(ranks, (split[0], whole) if split else None)
-                self.saver.save(step, snapshot, facts, self.on_saved)
-
-    def _snapshot(self, ranks: list[Any], put_together: tuple[Any, Any] | None = None) -> Snapshot:
-        """What a checkpoint holds; ``put_together``: optimiser states and model of shards."""
-        with contextlib.nullcontext(put_together[1]) if put_together else self.model_to_save() as model:
-            if not self._described:  # a tokenizer does not change, and may be many megabytes
-                self._described = descriptions(model, self.processing_class)
-            parts, weights, arrange = weights_of(model)
-            files = self._described | (descriptions(model) if hasattr(model, "peft_config") else {})
-        scaler = getattr(self.accelerator, "scaler", None)
-        optimizer: Any = self.optimizer
-        scheduler: Any = self.lr_scheduler
-        updates = put_together[0] if put_together else optimizer.state_dict()
-        state = {"optimizer": updates, "scheduler": scheduler.state_dict()}
-        state["scaler"] = scaler.state_dict() if scaler is not None else None
-        parts[OPTIMIZER] = as_part(state)
-        for rank, own in enumerate(ranks):
-            parts[rank_file(rank)] = as_part(own)
-        if allocates(self.model):
-            tensors, pattern = state_of(self.model)
-            parts[ADALORA] = Part(tensors)
-            files[PATTERN] = pattern
-        files["trainer_state.json"] = json.dumps(as_stored(self.state), indent=1).encode()
-        return Snapshot(files, parts, weights, arrange, private=put_together is not None)
-
-    def agree_on_failed_save(self, failed: bool) -> None:
-        """After all ranks have learned of it: every rank ends, the one that could not write with the reason."""
-        if not failed:
-            return
-        self.saver.wait()
-        raise RuntimeError("rank 0 could not write a checkpoint")
-
-    def train(self, *args: Any, **kwargs: Any) -> Any:
-        """Train; returns when the last checkpoint is on the disk."""
-        try:
-            done = super().train(*args, **kwargs)
-            with self._all_or_none():
-                self.saver.wait()
-        finally:
-            self.saver.end()
-        return done
-
-    @contextlib.contextmanager
-    def _all_or_none(self) -> Iterator[None]:
-        """If a rank fails in the block, every rank fails after it, and none waits for ever."""
-        failure: Exception | None = None
-        try:
-            with reported_as_disk_error("the checkpoint can't be written", self.saver.directory):
-                yield
-        except Exception as error:
-            failure = error
-        failed = reduce_sum(torch.tensor(int(failure is not None)), self.args.device).item()
-        if failure is not None:
-            raise failure
-        if failed:
-            raise RuntimeError("rank 0 could not write a checkpoint")
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        """Adapters are read back in place; a full model was loaded from the checkpoint in the first place."""
-        folder = Path(resume_from_checkpoint)
-        self.tokens = json.loads((folder / store.MANIFEST).read_text(encoding="utf-8"))["facts"]["tokens"]
-        if self.shards is None:
-            self._resumed_state = read_tree(folder / OPTIMIZER)
-        if allocates(self.model):
-            load_state(self.model, folder)
-        elif self.shards is None:
-            read_adapter(self.model, folder)
-        mine = folder / rank_file(self.args.process_index)
-        if mine.is_file():
-            self._resumed_rank = read_tree(mine)
-        if self._resumed_rank is not None and self._resumed_rank["own"] is not None:
-            self.load_own_state(self._resumed_rank["own"])
-
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        if self.shards is not None and checkpoint is not None:
-            self._resumed_state = self.shards.read(self.optimizer, Path(checkpoint) / OPTIMIZER)
-        elif self._resumed_state is not None and NAMED in self._resumed_state["optimizer"]:
-            updates = numbered(self.optimizer, self.trained_parameters(), self._resumed_state["optimizer"])
-            self._resumed_state["optimizer"] = updates
-        if self._resumed_state is not None:
-            optimizer: Any = self.optimizer
-            scheduler: Any = self.lr_scheduler
-            try:
-                optimizer.load_state_dict(self._resumed_state["optimizer"])
-            except ValueError as error:  # of other groups, or of another optimiser of the same name
-                what = f"the optimiser can't go on from its state in this checkpoint ({first_line(error)})"
-                do = "Resume it with the release of finetui, and with the kernels and devices, that wrote it."
-                raise RunError(what, where=str(checkpoint), do=do) from error
-            scheduler.load_state_dict(self._resumed_state["scheduler"])
-
-    def _load_scaler(self, checkpoint: str | None) -> None:
-        scaler = getattr(self.accelerator, "scaler", None)
-        if self._resumed_state is not None and scaler is not None and self._resumed_state["scaler"] is not None:
-            scaler.load_state_dict(self._resumed_state["scaler"])
-        self._resumed_state = None
-
-    def _load_rng_state(self, checkpoint: str | None) -> None:
-        """Random numbers go on where they were; a rank that was not there then begins with numbers of its own."""
-        if checkpoint is None:
-            return
-        if self._resumed_rank is not None:
-            set_random_state(self._resumed_rank["random"], self.args.device)
-        else:
-            torch.manual_seed(self.args.seed + 1_000_003 * self.args.process_index + self.state.global_step)
-        self._resumed_rank = None

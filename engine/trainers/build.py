@@ -63,6 +63,10 @@ def maker_for(method: str) -> Callable[[Job], RunTrainer]:
         from .sft import sft_trainer
 
         return sft_trainer
+    if method == "distill":
+        from .distill import distill_trainer
+
+        return distill_trainer
     if method in PREFERENCE_METHODS:
         from .preference import preference_trainer
 

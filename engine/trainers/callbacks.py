@@ -1,4 +1,4 @@
-"""What a trainer tells and is told: events, TensorBoard, requests from ``control/``, and the rules that end a run.
+"""What a trainer tells and is told: events, TensorBoard, and requests from ``control/``.
 
 One object, because it is one conversation: each optimiser step all ranks add up their counts and learn rank 0's
 decision to stop or to write a checkpoint in a single reduction, so that all of them act on the same step. A rank
@@ -17,12 +17,12 @@ from typing import Any
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from ...planner.errors import TrainingError
 from ..evaluate import reduce_sum
 from ..events import Eval, Fallback, MemoryUse, Metrics, Step, Warn
 from ..models.load import Emit
 from ..run import Run
 from .base import RunTrainer
+from .divergence import Divergence
 from .settings import Length
 
 _GIB = 2**30
@@ -39,14 +39,14 @@ class Reporter(TrainerCallback):
         run: where requests and state are.
         emit: appends an event.
         length: when to evaluate and to write checkpoints.
-        nan_steps: steps in a row without a finite loss and gradient after which the run fails.
         rank: of this process; rank 0 speaks for all about everything but memory.
         track: also write TensorBoard files.
     """
 
-    def __init__(self, run: Run, emit: Emit, length: Length, *, nan_steps: int, rank: int, track: bool) -> None:
-        self.run, self.emit, self.length, self.nan_steps, self.rank = run, emit, length, nan_steps, rank
+    def __init__(self, run: Run, emit: Emit, length: Length, *, rank: int, track: bool) -> None:
+        self.run, self.emit, self.length, self.rank = run, emit, length, rank
         self.trainer: RunTrainer
+        self.divergence: Divergence
         self.stopped = False
         """The run was asked to stop, and did."""
         self.after_first_step: Callable[[], None] | None = None
@@ -54,12 +54,9 @@ class Reporter(TrainerCallback):
         self._board = _Board(run.path / "tensorboard", emit) if track and rank == 0 else None
         self._marked = self._memory_told = time.perf_counter()
         self._totals: list[int] = [0]
-        self._bad_steps = 0
         self._first_step = 0
-        self._serving = False
-        """A checkpoint that was asked for is being written."""
-        self._asked = False
-        """It was asked for in the latest step."""
+        self._serving: int | None = None
+        """The step by whose checkpoint a request is served."""
         self._unproven = True
         """This attempt has not saved yet: it does so after its first good step, to know that it can."""
 
@@ -75,21 +72,15 @@ class Reporter(TrainerCallback):
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
-        """Check the gradients of the first steps, and drop an update that is not finite."""
-        named = self.trainer.trained_parameters()
+        """Check the gradients of the first steps."""
         if state.global_step - self._first_step < 2:
-            self._warn_of_dead_gradients(named)
-        # One non-finite gradient would turn every weight into nan for good; without it the next batch may be fine.
-        # Told late, it is left out by the device.
-        if not self.trainer.late and not math.isfinite(float(self.trainer.grad_norm)):
-            for _name, parameter in named:
-                parameter.grad = None
+            self._warn_of_dead_gradients(self.trainer.trained_parameters())
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Agree with the other ranks on counts and on what to do after this step."""
         asked = [0, 0, int(self.trainer.saver.failed)]
         if self.rank == 0:
-            wanted = self.run.requested("checkpoint") and not self._serving
+            wanted = self.run.requested("checkpoint") and self._serving is None
             asked[:2] = [int(self.run.requested("stop")), int(wanted)]
         if self.trainer.late:
             stop, save, failed = asked
@@ -99,7 +90,8 @@ class Reporter(TrainerCallback):
             *self._totals, stop, save, failed = agreed
         self.trainer.agree_on_failed_save(bool(failed))
         last = state.global_step >= self.length.steps
-        self._asked, self._serving = bool(save), self._serving or bool(save)
+        if save:
+            self._serving = state.global_step
         if stop and not last:
             self.stopped = True
             control.should_training_stop = True
@@ -119,7 +111,7 @@ class Reporter(TrainerCallback):
         logs: dict[str, Any] | None = None,
         **_: Any,
     ) -> None:
-        """Tell of one optimiser step, and fail after too many that went wrong."""
+        """Tell of one optimiser step; after too many that went wrong, the run fails here."""
         if not logs or "loss" not in logs:  # the closing summary of the trainer
             return
         now = time.perf_counter()
@@ -153,7 +145,10 @@ class Reporter(TrainerCallback):
             print(f"step {step.step}/{step.steps}  loss {loss:.4f}  lr {step.learning_rate:.3g}  {speed}", flush=True)
             if self._board is not None:
                 self._board.step(step, figures)
-        self._judge(number, loss, grad_norm, control, latest=number == state.global_step)
+        verdict = self.divergence.judge(number, loss, grad_norm, logs.get("figures"))
+        if verdict == "not finite" and number == state.global_step and not self.stopped:
+            control.should_save = False
+            self._serving = None if self._serving == number else self._serving  # by the next step, then
         if self.after_first_step is not None and not self.stopped:
             self.after_first_step()
             self.after_first_step = None
@@ -188,11 +183,11 @@ class Reporter(TrainerCallback):
         self._unproven = False
         self._begin()
 
-    def saved(self) -> None:
-        """A checkpoint is on the disk: if one was asked for, that is done."""
-        if self._serving and self.rank == 0:
+    def saved(self, step: int) -> None:
+        """The checkpoint of a step is on the disk: if it was asked for, that is done."""
+        if self._serving is not None and step >= self._serving and self.rank == 0:
             self.run.withdraw("checkpoint")
-            self._serving = False
+            self._serving = None
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Close what is open."""
@@ -203,30 +198,6 @@ class Reporter(TrainerCallback):
         """What lies between two steps is over, and counts as no step's time."""
         self._marked = time.perf_counter()
         self.trainer.unread.begin()
-
-    # --- rules
-
-    def _judge(self, step: int, loss: float, grad_norm: float, control: TrainerControl, *, latest: bool) -> None:
-        """Every rank sees the same reduced figures, so all come to the same judgement.
-
-        Args:
-            latest: no step has been made since, so that it is this one after which a checkpoint would be written.
-        """
-        overflow = self.trainer.args.fp16 and math.isfinite(loss)  # the loss scaler is finding its scale
-        bad = not math.isfinite(loss) or (not math.isfinite(grad_norm) and not overflow)
-        self._bad_steps = self._bad_steps + 1 if bad else 0
-        if bad and latest and not self.stopped:
-            control.should_save = False
-            self._serving = self._serving and not self._asked  # by the next step, then
-        if self._bad_steps < self.nan_steps:
-            return
-        what = "loss" if not math.isfinite(loss) else "gradient norm"
-        raise TrainingError(
-            f"the {what} was not finite for {self._bad_steps} steps in a row, up to step {step}",
-            cause="nan",
-            do="Lower optimizer.learning_rate, set max_grad_norm to 1.0, or use precision bf16-mixed; look at the data "
-            "of these steps. The last good checkpoint is kept.",
-        )
 
     def _warn_of_dead_gradients(self, named: list[tuple[str, torch.nn.Parameter]]) -> None:
         """A weight that should learn and gets no gradient is a mistake that no loss curve shows.

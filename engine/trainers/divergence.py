@@ -1,9 +1,9 @@
-"""Steps that would spoil the weights: found before the update, left out, and named by the rows that they are of.
+"""Steps that would spoil the weights: found before the update, left out, named by the rows that they are of, counted.
 
 A loss or gradient that is not finite, or a loss far above those of the latest steps, is known before the optimiser
 steps. Such an update is dropped, so one bad batch costs one step; after ``limits.nan_steps`` of them in a row the run
 fails, with the weights and checkpoints of the last good step. Of a step that is told late (:mod:`.unread`) the device
-decides, by the losses that are known by then, and the host learns of it with the step's other figures.
+decides, by the losses that are known by then. Either way a step is judged when it is told of.
 """
 
 from __future__ import annotations
@@ -13,8 +13,9 @@ import itertools
 import math
 import statistics
 from collections import deque
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -42,12 +43,29 @@ def explosion_of(recipe: Recipe) -> float | None:
     return EXPLOSION if recipe.method in PACKABLE_METHODS else None
 
 
+Verdict = Literal["good", "scaling", "not finite", "exploded"]
+"""Of a step. ``scaling``: the gradient is too large for fp16, by which its loss scaler finds its scale."""
+
+
+@dataclass(frozen=True)
+class _Pending:
+    """A step that is not told of yet: what its loss is held against, and what is known of it before it is told.
+
+    Args:
+        losses: shares of the loss by micro-batch of this rank.
+    """
+
+    usual: float | None
+    losses: Sequence[float] = ()
+    exploded: bool = False
+
+
 class Divergence(TrainerCallback):
-    """Watches one rank's micro-batches.
+    """Judges every step, from one rank's micro-batches and the figures of all.
 
     Args:
         explosion: nats above the median of the latest steps; None: only what is not finite counts.
-        nan_steps: exploding steps in a row after which the run fails.
+        nan_steps: bad steps in a row after which the run fails.
     """
 
     def __init__(self, trainer: RunTrainer, emit: Emit, *, explosion: float | None, nan_steps: int) -> None:
@@ -55,9 +73,9 @@ class Divergence(TrainerCallback):
         self._losses: list[torch.Tensor] = []
         """Of this step's micro-batches: shares of the step's mean, on the device."""
         self._good: deque[float] = deque(maxlen=_LATEST)
-        self._exploded = 0
-        self._usual: dict[int, float | None] = {}
-        """What the losses of steps were held against that are not told of yet."""
+        self._bad: list[str] = []
+        """What was wrong with each of the latest steps, since the last good one."""
+        self._pending: dict[int, _Pending] = {}
         # Whatever carries a micro-batch out, eagerly or as a graph, is called by this name.
         inner = trainer.training_step
 
@@ -71,7 +89,7 @@ class Divergence(TrainerCallback):
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
-        """Leave an update out whose loss explodes."""
+        """Leave out an update whose loss explodes, or one not finite, which would make every weight nan for good."""
         step, usual = state.global_step + 1, statistics.median(self._good) if len(self._good) >= _FEWEST else None
         limit = math.inf if self.explosion is None or usual is None else usual + self.explosion
         losses, self._losses = self._losses, []
@@ -80,76 +98,68 @@ class Divergence(TrainerCallback):
             above = together.sum() > limit
             self.trainer.leave_out_if(above)
             self.trainer.besides |= {"losses": together, "exploded": above}
-            self._usual[step] = usual
+            self._pending[step] = _Pending(usual)
             return
         here: list[float] = torch.stack(losses).tolist() if losses else []
-        loss, broken = sum(here), not math.isfinite(float(self.trainer.grad_norm))
-        if torch.distributed.is_initialized() and (self.explosion is not None or broken):
-            # Every rank must come to the same judgement, and all have the same gradient.
+        loss = sum(here)
+        if torch.distributed.is_initialized() and self.explosion is not None:
+            # Every rank must come to the same judgement; all have the same gradient.
             loss = reduce_sum(torch.tensor(loss), args.device).item() / args.world_size
         exploded = loss > limit
-        if exploded and not broken:
+        if exploded or not math.isfinite(float(self.trainer.grad_norm)):
             for _name, parameter in self.trainer.trained_parameters():
                 parameter.grad = None
-        self._judge(step, here, loss, usual, broken=broken, exploded=exploded, fp16=args.fp16)
+        self._pending[step] = _Pending(usual, here, exploded)
 
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, Any] | None = None,
-        **_: Any,
-    ) -> None:
-        """End the run once too many steps in a row have exploded."""
-        if not logs or "loss" not in logs:
-            return
-        step = state.global_step
-        if "figures" in logs:
-            step, figures = logs["step"], logs["figures"]
-            losses, exploded = figures["losses"], bool(figures["exploded"][0])
-            broken = not math.isfinite(logs["grad_norm"])
-            usual = self._usual.pop(step)
-            self._judge(step, losses, sum(losses), usual, broken=broken, exploded=exploded, fp16=False)
-        if self._exploded < self.nan_steps:
-            return
-        raise TrainingError(
-            f"the loss exploded for {self._exploded} steps in a row, up to step {step}",
-            cause="nan",
-            do="Lower optimizer.learning_rate, or look at the rows that the warnings name; limits.explosion says how "
-            "far it may rise. The last good checkpoint is kept.",
-        )
-
-    def _judge(
-        self, step: int, here: list[float], loss: float, usual: float | None, *, broken: bool, exploded: bool,
-        fp16: bool,
-    ) -> None:  # fmt: skip
-        """Name the rows of an update that is left out; of any other, remember the loss.
+    def judge(self, step: int, loss: float, grad_norm: float, figures: dict[str, list[float]] | None = None) -> Verdict:
+        """What to think of a step, which is told once, and in order; the rows of a bad one are named.
 
         Args:
-            here: shares of the loss by micro-batch of this rank; ``loss`` is that of all ranks.
-            usual: what it was held against.
-            broken: the gradient is no number.
+            loss: mean over all ranks, as ``grad_norm`` is of all, so that all come to the same judgement.
+            figures: of a step that is told late.
+
+        Raises:
+            TrainingError: too many in a row went wrong (cause ``nan``).
         """
-        if broken or not math.isfinite(loss):
-            if not math.isfinite(sum(here)):
-                self._tell(step, "loss", "is not finite", here)
-            elif math.isfinite(loss) and not fp16:  # whose scaler looks for its scale in this way
-                self._tell(step, "gradient", "is not finite", here)
-        elif exploded:
-            self._exploded += 1
-            self._tell(step, "loss", f"rose from {usual:.2f} to {loss:.2f}", here)
+        pending = self._pending.pop(step)
+        if figures is not None:
+            pending = _Pending(pending.usual, figures["losses"], bool(figures["exploded"][0]))
+        if not math.isfinite(loss):
+            self._bad.append("loss was not finite")
+            if not math.isfinite(sum(pending.losses)):  # else it is another rank's
+                self._name(step, "the loss of step {} is not finite", pending.losses)
+            verdict: Verdict = "not finite"
+        elif not math.isfinite(grad_norm) and self.trainer.args.fp16:
+            return "scaling"
+        elif not math.isfinite(grad_norm):
+            self._bad.append("gradient norm was not finite")
+            self._name(step, "the gradient of step {} is not finite", pending.losses)
+            verdict = "not finite"
+        elif pending.exploded:
+            self._bad.append("loss exploded")
+            self._name(step, f"the loss of step {{}} rose from {pending.usual:.2f} to {loss:.2f}", pending.losses)
+            verdict = "exploded"
         else:
             self._good.append(loss)
-            self._exploded = 0
+            self._bad.clear()
+            return "good"
+        if len(self._bad) >= self.nan_steps:
+            raise TrainingError(
+                f"the {' or '.join(dict.fromkeys(self._bad))} for {len(self._bad)} steps in a row, up to step {step}",
+                cause="nan",
+                do="Lower optimizer.learning_rate, set max_grad_norm to 1.0, or use precision bf16-mixed; look at the "
+                "rows that the warnings name; limits.explosion says how far the loss may rise. The last good "
+                "checkpoint is kept.",
+            )
+        return verdict
 
-    def _tell(self, step: int, what: str, how: str, losses: list[float]) -> None:
+    def _name(self, step: int, what: str, losses: Sequence[float]) -> None:
         batches = rows_of_step(self.trainer, step)
         guilty = [rows for rows, loss in zip(batches, losses, strict=False) if not math.isfinite(loss)]
         rows = [row for batch in guilty or batches for row in batch]
         self.emit(
             Warn(
-                f"the {what} of step {step} {how}: its update is left out",
+                f"{what.format(step)}: its update is left out",
                 where=f"rows {describe(self.trainer, rows)}",
                 do="Look at these rows with 'finetui data', or lower optimizer.learning_rate.",
             )

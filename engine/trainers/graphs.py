@@ -7,8 +7,7 @@ is copied before the next replay writes over it. Whether a graph may be used is 
 has to give what the calls themselves gave, or the calls go on as before.
 
 The first calls of a shape are made as ever, on a stream beside the main one: kernels are compiled, chosen and proven in
-them, which must not happen while a graph is recorded. Without a GPU, :class:`HostRecorder` stands in: it calls the
-function again at each replay, and lets nothing but the tensors that stay go in and out.
+them, which must not happen while a graph is recorded.
 
 Graphs share one pool of memory, since no two run at once. It keeps the most that a micro-batch needs, also between
 steps: ``torch.cuda.max_memory_allocated`` does not see a replay, :attr:`Graphs.pool_bytes` does.
@@ -51,29 +50,6 @@ class Recorder(Protocol):
 
     def forget(self) -> None:
         """Nothing that was recorded is used any more."""
-
-
-class HostRecorder:
-    """Stands in for a GPU: a replay is the call again, between tensors that stay."""
-
-    pool_bytes = 0
-
-    def run(self, call: Callable[[], Outputs]) -> Outputs:
-        return call()
-
-    def record(self, call: Callable[[], Outputs], like: Outputs) -> tuple[Callable[[], object], Outputs]:
-        outputs = tuple(torch.empty_like(one) for one in like)
-
-        def replay() -> None:
-            for place, made in zip(outputs, call(), strict=True):
-                if place.shape != made.shape or place.dtype != made.dtype:
-                    raise RuntimeError(f"a replay made {made.dtype} {tuple(made.shape)}, not {tuple(place.shape)}")
-                place.copy_(made)
-
-        return replay, outputs
-
-    def forget(self) -> None:
-        pass
 
 
 class CudaRecorder:

@@ -17,7 +17,7 @@ from .order import Order
 from .settings import Length, settings
 
 if TYPE_CHECKING:
-    from ..data.prepare import Prepared
+    from ..data.prepared import Prepared
     from ..models.sharding import Split
     from ..run import Run
     from .callbacks import Reporter
@@ -51,6 +51,8 @@ class Job:
     resumed: bool
     whole_layers: bool = False
     split: Split | None = None
+    teacher: Path | None = None
+    """Where the model lies that a student learns from, or what that one's adapter sits on."""
     identity: dict[str, Any] = field(default_factory=dict)
     """What checkpoints note down about the run that they belong to."""
 

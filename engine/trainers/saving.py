@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from ..checkpoints.writer import Writer
 from ..durable import reported_as_disk_error
 from ..events import CheckpointSaved, Fallback, LogLine, Warn
 from ..models.load import Emit
-from .state import HostMemory, Part, Snapshot
+from .state import FILES_AT_ONCE, HostMemory, Part, Snapshot
 
 #: Share of the free host memory that the copy of a checkpoint may take.
 _SHARE = 0.8
@@ -50,13 +51,15 @@ class Saver:
         return self._writer.failed
 
     def save(
-        self, step: int, snapshot: Snapshot, facts: dict[str, Any], done: Callable[[], None] = lambda: None
-    ) -> float:
+        self, step: int, snapshot: Snapshot, facts: dict[str, Any], done: Callable[[], None] = lambda: None,
+        since: float | None = None,
+    ) -> float:  # fmt: skip
         """Write one checkpoint, in the background if there is room for a copy of it.
 
         Args:
             snapshot: refers to what training will change.
             done: called when the checkpoint is complete, perhaps from another thread.
+            since: when the caller began to put it together, by ``time.perf_counter``; it has waited since.
 
         Returns:
             Seconds that the caller waited.
@@ -65,7 +68,7 @@ class Saver:
             TrainingError: there is no room on the disk for this one or for the one before (cause ``disk``).
             OSError: the folder can't be written for another reason.
         """
-        began = time.perf_counter()
+        began = time.perf_counter() if since is None else since
         self._writer.wait()
         kept = snapshot.copied(self._host) if self._has_room(snapshot) else None
         waited = time.perf_counter() - began
@@ -153,9 +156,12 @@ def loads_back(folder: Path, snapshot: Snapshot) -> None:
     """
     from safetensors import safe_open
 
-    for name, part in {**snapshot.parts, **snapshot.arrange(dict(snapshot.weights))}.items():
+    parts = {**snapshot.parts, **snapshot.arrange(dict(snapshot.weights))}
+
+    def load_back(name: str) -> None:
+        part = parts[name]
         if not isinstance(part, Part):
-            continue
+            return
         try:
             with safe_open(folder / name, "pt") as file:
                 same = set(file.keys()) == set(part.tensors) and all(
@@ -165,6 +171,9 @@ def loads_back(folder: Path, snapshot: Snapshot) -> None:
             raise _useless(folder, f"{name} can't be loaded ({error})") from error
         if not same:
             raise _useless(folder, f"{name} is not what was saved")
+
+    with ThreadPoolExecutor(FILES_AT_ONCE, "proof") as beside:
+        list(beside.map(load_back, parts))
 
 
 def _same(found: torch.Tensor, expected: torch.Tensor) -> bool:

@@ -86,7 +86,7 @@ def settings(
         "fp16": numerics.autocast is torch.float16,
         "tf32": None,
         "gradient_checkpointing": False,  # set on the model, see engine/models/layers.py
-        "seed": resolved.seed,
+        "seed": min(resolved.seed, 2**32 - resolved.world_size),  # TRL adds the rank for GRPO; NumPy takes no more
         "data_seed": resolved.seed,
         "use_cpu": not cuda,
         "ddp_backend": ("nccl" if cuda else "gloo") if torch.distributed.is_initialized() else None,

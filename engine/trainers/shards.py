@@ -13,6 +13,7 @@ it, one included; each reads its own rows out of the file.
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -24,7 +25,9 @@ from torch import Tensor, nn
 from torch import distributed as dist
 
 from ...planner.errors import RunError
-from ..models.sharding import Split, gathered, local, rows_of
+from ..models.adapter_rows import rows_of
+from ..models.landing import Landing
+from ..models.sharding import Split, gathered
 from .tree import Stored, loaded, opened_tree
 
 #: 8-bit states share a scale among so many neighbours, and tensors below so many values have none
@@ -34,7 +37,7 @@ BLOCK, SMALLEST = 256, 4096
 _SCALES = frozenset({"exp_avg_scale", "exp_avg_sq_scale", "absmax1", "absmax2"})
 _TABLES = frozenset({"qmap1", "qmap2"})
 #: Under this key bitsandbytes puts scales and tables when it is asked for its states (``Optimizer8bit.state_dict``).
-_WRAPPED = "__bnb_optimizer_quant_state__"
+WRAPPED = "__bnb_optimizer_quant_state__"
 #: Under this key a checkpoint has states by name; without it they are as the optimiser itself numbers them.
 NAMED = "named"
 
@@ -49,17 +52,15 @@ class Shards:
     def __init__(self, split: Split) -> None:
         self.split = split
         self._sources = {name: p for name, p in split.parameters.items() if p.requires_grad}
-        self.named = [(name, nn.Parameter(local(p))) for name, p in self._sources.items()]
+        self.named = [(name, nn.Parameter(rows)) for name, rows in split.rows().items()]
         """This rank's rows by name, in the order of the model."""
 
     def take_gradients(self) -> None:
         """Hand the gradients of a step, averaged and split by now, over to the shards; once more has no effect."""
+        taken = self.split.take_gradients()
         for name, shard in self.named:
-            source = self._sources[name]
-            if source.grad is not None:
-                if shard.numel():  # some optimisers can't step over nothing
-                    shard.grad = local(source.grad)
-                source.grad = None
+            if name in taken and shard.numel():  # some optimisers can't step over nothing
+                shard.grad = taken[name]
 
     def norm(self) -> Tensor:
         """The norm of the gradient of all parameters, the same on every rank."""
@@ -113,26 +114,30 @@ class Shards:
     def state(self, optimizer: Any) -> dict[str, Any] | None:
         """What a checkpoint keeps of an optimiser over these shards, on rank 0; every rank has to come here."""
         inner = getattr(optimizer, "optimizer", optimizer)
-        found: dict[str, dict[str, Any]] = {}
-        for name, shard in self.named:
-            shape, whole = self._sources[name].shape, dict[str, Any]()
-            for key, value in sorted(inner.state.get(shard, {}).items()):
-                if not isinstance(value, Tensor):
-                    whole[key] = value
-                elif not value.dim():
-                    whole[key] = value.detach().to("cpu", copy=True)  # training goes on while this is written
-                elif key in _TABLES:
-                    whole[key] = value.to("cpu", copy=True)
-                elif key in _SCALES:
-                    count = -(-shape.numel() // BLOCK)
-                    whole[key] = gathered(value, [count], lambda _, *at, s=shape: blocks_of(s, *at))
-                else:
-                    assert value.shape == shard.shape, f"{key} of {name} is not of the shape of its weight"
-                    # Paged states are no tensors of a device as far as torch knows.
-                    whole[key] = gathered(value.to(shard.device), shape)
-            found[name] = whole
+        with contextlib.closing(Landing(self.named[0][1].device)) as landing:
+            found = {
+                name: self._whole_state(name, shard, inner.state.get(shard, {}), landing) for name, shard in self.named
+            }
         groups = named_groups(inner, self.named)
         return {NAMED: found, "param_groups": groups} if dist.get_rank() == 0 else None
+
+    def _whole_state(self, name: str, shard: Tensor, state: Mapping[str, Any], landing: Landing) -> dict[str, Any]:
+        shape, whole = self._sources[name].shape, dict[str, Any]()
+        for key, value in sorted(state.items()):
+            if not isinstance(value, Tensor):
+                whole[key] = value
+            elif not value.dim():
+                whole[key] = value.detach().to("cpu", copy=True)  # training goes on while this is written
+            elif key in _TABLES:
+                whole[key] = value.to("cpu", copy=True)
+            elif key in _SCALES:
+                count = -(-shape.numel() // BLOCK)
+                whole[key] = gathered(value, [count], landing, lambda _, *at: blocks_of(shape, *at))
+            else:
+                assert value.shape == shard.shape, f"{key} of {name} is not of the shape of its weight"
+                # Paged states are no tensors of a device as far as torch knows.
+                whole[key] = gathered(value.to(shard.device), shape, landing)
+        return whole
 
     def read(self, optimizer: Any, path: Path) -> dict[str, Any]:
         """A checkpoint's tree of training state, with the optimiser's as that takes it: this rank's rows alone.
@@ -210,7 +215,7 @@ def by_name(optimizer: Any, named: Iterable[tuple[str, Tensor]], told: Mapping[s
     for group, saved in zip(inner.param_groups, told["param_groups"], strict=True):
         for parameter, number in zip(group["params"], saved["params"], strict=True):
             state = dict(told["state"].get(number, {}))
-            found[names[id(parameter)]] = {**state.pop(_WRAPPED, {}), **state}
+            found[names[id(parameter)]] = {**state.pop(WRAPPED, {}), **state}
     return found
 
 

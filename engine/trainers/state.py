@@ -13,6 +13,7 @@ import json
 import random
 import tempfile
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,11 +23,13 @@ import torch
 from torch import Tensor
 
 from ..models.initial import as_on_disk, as_trained
-from .tree import Tree, put_together, taken_apart, write_tensors
+from .tree import FURTHER, Tree, put_together, taken_apart, write_tensors
 
 OPTIMIZER, WEIGHTS, ADAPTER = "optimizer.safetensors", "model.safetensors", "adapter_model.safetensors"
-#: Bytes of one file of a full model's weights: several are read and hashed side by side.
+#: Bytes of one file of a full model's weights, or of its optimiser: several are read and hashed side by side.
 SHARD = 4 * 10**9
+#: Files that are written, or read, side by side.
+FILES_AT_ONCE = 4
 
 
 def rank_file(rank: int) -> str:
@@ -86,16 +89,19 @@ class Snapshot:
         Raises:
             OSError: the disk is full.
         """
-        hashes: dict[str, str] = {}
-        for name, part in {**self.files, **self.parts, **self.arrange(dict(self.weights))}.items():
-            path = folder / name
+        parts = {**self.files, **self.parts, **self.arrange(dict(self.weights))}
+
+        def written(name: str) -> str:
+            path, part = folder / name, parts[name]
             path.parent.mkdir(exist_ok=True)
             if isinstance(part, bytes):
                 path.write_bytes(part)
-                hashes[name] = hashlib.sha256(part).hexdigest()
-            else:
-                hashes[name] = write_tensors(path, part.tensors, part.metadata)
-        return hashes
+                return hashlib.sha256(part).hexdigest()
+            return write_tensors(path, part.tensors, part.metadata)
+
+        # One file is as fast as its hash, which is slower than a good disk.
+        with ThreadPoolExecutor(FILES_AT_ONCE, "file") as beside:
+            return dict(zip(parts, beside.map(written, parts), strict=True))
 
 
 class HostMemory:
@@ -239,6 +245,25 @@ def as_part(tree: Tree) -> Part:
     """A tree as a file of tensors, as :func:`.tree.read_tree` reads it."""
     told, tensors = taken_apart(tree)
     return Part(tensors, {"tree": json.dumps(told)})
+
+
+def as_parts(file: str, tree: Tree) -> dict[str, Part]:
+    """A large tree as files of :data:`SHARD`, by name; it is read by the first, which is called ``file``."""
+    told, tensors = taken_apart(tree)
+    groups: list[dict[str, Tensor]] = [{}]
+    size = 0
+    for name, tensor in tensors.items():
+        more = tensor.numel() * tensor.element_size()
+        if groups[-1] and size + more > SHARD:
+            groups.append({})
+            size = 0
+        groups[-1][name] = tensor
+        size += more
+    stem, _, suffix = file.rpartition(".")
+    names = [file, *(f"{stem}.{number}.{suffix}" for number in range(2, len(groups) + 1))]
+    first = {"tree": json.dumps(told)} | ({FURTHER: json.dumps(names[1:])} if names[1:] else {})
+    told_in = [first, *[{"format": "pt"}] * len(names[1:])]
+    return {name: Part(group, about) for name, group, about in zip(names, groups, told_in, strict=True)}
 
 
 def copied_tree(tree: Tree) -> Tree:

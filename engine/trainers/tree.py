@@ -12,6 +12,7 @@ import contextlib
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,8 +26,10 @@ _NAMES = {
     torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL", torch.uint16: "U16",
     torch.uint32: "U32", torch.uint64: "U64",
 }  # fmt: skip
-#: Bytes that are hashed and written at a time.
-_PIECE = 8 * 2**20
+#: Under this key a file that begins a tree tells the names of those beside it that have the rest of its tensors.
+FURTHER = "further"
+#: Bytes that are hashed and written at a time: many, since at the end of each the interpreter lock is asked for.
+_PIECE = 64 * 2**20
 
 Tree = Any
 """Dictionaries, lists and tuples of tensors, numbers, strings, booleans and None, nested as they like."""
@@ -94,11 +97,14 @@ def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Map
     head = json.dumps(header, separators=(",", ":")).encode()
     head += b" " * (-len(head) % 8)
     digest = hashlib.sha256()
-    with open(path, "wb", buffering=0) as file:
+    # Both let go of the interpreter lock, and a disk is about as fast as a hash.
+    with open(path, "wb", buffering=0) as file, ThreadPoolExecutor(1, "hash") as beside:
         for piece in _pieces(head, (tensors[name] for name in names)):
-            digest.update(piece)
-            while piece:
-                piece = piece[file.write(piece) :]
+            hashed = beside.submit(digest.update, piece)
+            rest = piece
+            while rest:
+                rest = rest[file.write(rest) :]
+            hashed.result()
     return digest.hexdigest()
 
 
@@ -169,9 +175,12 @@ def opened_tree(path: Path) -> Iterator[Tree]:
     """
     from safetensors import safe_open
 
-    with safe_open(path, "pt") as file:
-        told = (file.metadata() or {}).get("tree")
-        if told is None:
+    with contextlib.ExitStack() as opened:
+        file = opened.enter_context(safe_open(path, "pt"))
+        about = file.metadata() or {}
+        if "tree" not in about:
             raise ValueError(f"{path} holds no tree")
-        places: Any = {name: Stored(file, name) for name in file.keys()}  # noqa: SIM118
-        yield put_together(json.loads(told), places)
+        beside = [path.with_name(name) for name in json.loads(about.get(FURTHER, "[]"))]
+        files = [file, *(opened.enter_context(safe_open(each, "pt")) for each in beside)]
+        places: Any = {name: Stored(each, name) for each in files for name in each.keys()}  # noqa: SIM118
+        yield put_together(json.loads(about["tree"]), places)

@@ -89,7 +89,8 @@ def raw_speed(tokenizer: Any, texts: list[str]) -> dict[str, float]:
 
 def work(rows: Path, tokenizer_folder: Path, cache: Path) -> dict[str, Any]:
     """One process: detect, the tokenizer alone and ours in turn, then all the rows."""
-    from finetui.engine.data.prepare import DataSettings, prepare
+    from finetui.engine.data.prepare import prepare
+    from finetui.engine.data.prepared import DataSettings
     from finetui.engine.data.preview import survey
     from finetui.planner.recipe import Recipe
 

@@ -35,8 +35,10 @@ SCREENSHOT = [sys.executable, "-P", "-m", "finetui.tests.bench.screenshot"]
 TOLD, FASTER = 90, 2.0
 #: The session: words that are waited for, seconds that one looks at them, then keys.
 SCENES = [
-    ("fits", 2.0, "jjj"), ("rank", 0.7, "l"), ("rank", 0.7, "l"), ("rank", 1.0, "l"), ("rank", 1.5, key_of("gpus")),
-    ("RTX-A5000", 2.5, "jj"), ("RTX-A5000", 1.5, key_of("monitor")), ("held-out", 8.0, "v"), ("before", 3.0, "v"),
+    ("fits", 2.0, "b"), ("fit on one", 2.0, "jj"), ("fit on one", 1.5, "q"), ("rank", 0.7, "jjj"),
+    ("rank", 0.7, "l"), ("rank", 0.7, "l"), ("rank", 1.0, "l"), ("rank", 1.5, key_of("gpus")),
+    ("RTX-A5000", 2.5, "jj"), ("RTX-A5000", 1.5, key_of("monitor")), ("held-out", 6.0, "h[[h"), ("at step", 2.5, "v"),
+    ("before", 3.0, "v"),
     ("predicted", 3.0, key_of("runs")), ("finished", 3.0, "q"),
 ]  # fmt: skip
 #: A word without which a picture is none.

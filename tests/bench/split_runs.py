@@ -5,7 +5,9 @@
 
 A checkpoint of that shape with random weights and bytes for tokens is made first. Each run is finetui's own, supervisor
 and all. Memory is the peak that PyTorch's allocator told of, of the rank with the highest, beside the plan's
-``allocated_gib``; speed is the median over the later half of the steps, beside the plan's.
+``allocated_gib``; speed is the median over the later half of the steps, beside the plan's. Of each checkpoint it tells
+how large it was, for how long a step waited and after how long all was proven on the disk; of the result, how long it
+took to write. A run that is at it when its time is over is told of as far as it came.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ import random
 import statistics
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +32,23 @@ from finetui.planner.recipe import Recipe
 
 
 def write_rows(path: Path, count: int, length: int) -> None:
-    """Texts of so many letters."""
+    """Texts of so many letters and a full stop."""
     draw = random.Random(0)
-    rows = ["".join(draw.choices("abcdefghijklmnopqrstuvwxyz ,.", k=length)).strip() + "." for _ in range(count)]
+    rows = ["".join(draw.choices("abcdefghijklmnopqrstuvwxyz,.", k=length)) + "." for _ in range(count)]
     path.write_text("".join(json.dumps({"text": text}) + "\n" for text in rows), encoding="utf-8")
+
+
+def saved(data: dict[str, Any]) -> dict[str, Any]:
+    """What one checkpoint took."""
+    size = round(data["bytes"] / 2**30, 2)
+    return {"step": data["step"], "GiB": size, "waited s": data["waited_s"], "s": data["seconds"]}
+
+
+def written(told: Sequence[Any]) -> float | None:
+    """Seconds from when the result began to be written to the end of the run; None if it did not come to that."""
+    begun = [event.time for event in told if event.type == "phase" and event.data["phase"] == "writing the result"]
+    ended = [event.time for event in told if event.type == "state" and event.data["state"] == "finished"]
+    return round(ended[-1] - begun[-1], 1) if begun and ended else None
 
 
 def measure(strategy: str, asked: argparse.Namespace, folder: Path) -> dict[str, Any]:
@@ -53,20 +69,29 @@ def measure(strategy: str, asked: argparse.Namespace, folder: Path) -> dict[str,
         if time.monotonic() > until:
             launcher.kill(run)
     told = list(read_events(run.events_path))
-    assert run.status.state == "finished", "\n".join(
-        f"{event.time - told[0].time:6.1f} s  {event.type}  {str(event.data)[:200]}"
-        for event in told
-        if event.type in ("state", "phase", "step", "failure", "fallback")
-    )
-    began = min(event.time for event in told if event.type == "step") - told[0].time
     steps = [event.data for event in told if event.type == "step"]
+    if asked.phases or len(steps) < asked.steps:
+        lines = (
+            f"{event.time - told[0].time:6.1f} s  {event.type}  {str(event.data)[:200]}"
+            for event in told
+            if event.type in ("state", "phase", "step", "failure", "fallback", "checkpoint")
+        )
+        print("\n".join(lines), flush=True)
+    assert len(steps) == asked.steps, f"{len(steps)} steps in the time that there was"
+    began = min(event.time for event in told if event.type == "step") - told[0].time
     peak = max(event.data["peak_gib"] for event in told if event.type == "memory")
     return {
         "fits": plan.fits, "checkpointing": plan.resolved.checkpointing, "micro_batch": plan.resolved.micro_batch,
         "planned GiB": round(plan.memory.allocated_gib, 2), "measured GiB": peak,
         "planned tokens/s": round(plan.speed.tokens_per_s),
         "measured tokens/s": round(statistics.median(step["tokens_per_s"] for step in steps[len(steps) // 2 :])),
+        "tokens a step": (steps[-1]["tokens"] - steps[0]["tokens"]) // max(len(steps) - 1, 1),
+        "s a step": [round(step["step_s"], 3) for step in steps],
         "first step after s": round(began, 1), "last loss": steps[-1]["loss"],
+        "checkpoints": [saved(event.data) for event in told if event.type == "checkpoint"],
+        "after the last step s": round(told[-1].time - max(e.time for e in told if e.type == "step"), 1),
+        "writing the result s": written(told),
+        "ended": run.status.state,
         "fallbacks": [event.data["what"] for event in told if event.type == "fallback"],
     }  # fmt: skip
 
@@ -79,7 +104,8 @@ def main() -> None:
     parser.add_argument("--gpus", type=int, default=2)
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--seconds", type=float, default=3600.0, help="after which a run is ended, and nothing told")
+    parser.add_argument("--seconds", type=float, default=3600.0, help="after which a run is ended where it is")
+    parser.add_argument("--phases", action="store_true", help="print each phase, step and checkpoint with its time")
     parser.add_argument("--ways", nargs="+", choices=("ddp", "fsdp"), default=["ddp", "fsdp"])
     parser.add_argument("--models", type=Path, help="where checkpoints are kept and looked for; else they are not kept")
     parser.add_argument("--json", type=Path)
@@ -89,7 +115,8 @@ def main() -> None:
         asked.models = asked.models or folder
         if not (asked.models / asked.shape / "config.json").is_file():
             make(asked.shape, asked.models / asked.shape)
-        write_rows(folder / "rows.jsonl", 64 * asked.gpus, 2 * asked.length)
+        # A letter is a token; with a full stop and both ends of a text a row is as long as a sequence, and none is cut.
+        write_rows(folder / "rows.jsonl", 64 * asked.gpus, asked.length - 3)
         answer: dict[str, Any] = {"shape": asked.shape, "tuning": asked.tuning, "gpus": asked.gpus}
         for strategy in asked.ways:
             answer[strategy] = measure(strategy, asked, folder)

@@ -75,10 +75,10 @@ def test_a_home_that_cannot_be_written_changes_nothing(library: Path, tmp_path: 
 
 def test_a_user_without_a_home_has_no_cache() -> None:
     code = (
-        "import os, pathlib, pwd\nfrom finetui.engine import bytecode\n"
+        "import os, pathlib, pwd\nfrom finetui.engine import folders\n"
         "def nobody(_):\n    raise KeyError\n"
         "pwd.getpwuid = nobody\nos.environ.pop('HOME', None)\n"
-        "assert bytecode.cache_folder({}, 'modules') is None\n"
+        "assert folders.in_cache({}, 'modules') is None\n"
     )
     path = os.pathsep.join([str(Path(bytecode.__file__).parents[2]), *sys.path])
     subprocess.run([sys.executable, "-P", "-c", code], env={**os.environ, "PYTHONPATH": path}, check=True)

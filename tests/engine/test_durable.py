@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import stat
 from pathlib import Path
 
 import pytest
@@ -26,12 +27,36 @@ def test_a_reader_never_sees_half_a_file(tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
 
 
+def test_what_is_no_file_is_written_to(tmp_path: Path) -> None:
+    pipe, real, link = tmp_path / "pipe", tmp_path / "real", tmp_path / "link"
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    write_atomically(pipe, "through")
+    assert os.read(reader, 100) == b"through"
+    assert stat.S_ISFIFO(pipe.stat().st_mode)
+    with real.open("w+") as file:
+        file.write("before ")
+        file.flush()
+        write_atomically(Path(f"/dev/fd/{file.fileno()}"), "after")
+    assert real.read_text() == "before after"
+    link.symlink_to(real)
+    write_atomically(link, "new")
+    assert real.read_text() == "new"
+    assert link.is_symlink()
+    with pytest.raises(OSError) as full:
+        write_atomically(Path("/dev/full"), "text")
+    assert full.value.errno == errno.ENOSPC
+    with pytest.raises(IsADirectoryError):
+        write_atomically(tmp_path, "text")
+
+
 @pytest.mark.parametrize(
     "error",
     [
         OSError(errno.ENOSPC, "x"),
         RuntimeError("[enforce fail at inline_container.cc:659] . PytorchStreamWriter failed writing file data/0"),
         Exception("Error while serializing: I/O error: No space left on device (os error 28)"),
+        OSError("7202 requested and 6144 written"),
     ],
 )
 def test_the_words_of_torch_and_safetensors_for_a_full_disk(error: Exception) -> None:

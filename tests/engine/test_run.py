@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -13,6 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import psutil
@@ -109,7 +111,7 @@ def test_runs_are_found_by_name_from_any_folder(
     monkeypatch.chdir(tmp_path / "elsewhere")
     monkeypatch.delenv("FINETUI_RUNS")
     assert {run.path for run in list_runs()} == {first.path, second.path}
-    assert Run.open("first").path == first.path
+    assert Run.open("first").path == Run.open("fir").path == first.path
     assert Run.open(second.path).path == second.path
     with pytest.raises(RunError, match=r"no run 'third'.* second, first"):
         Run.open("third")
@@ -158,6 +160,16 @@ def test_a_process_that_is_killed_makes_its_run_lost(
     assert run.status.state == "lost"
     assert run.recorded.state == "running"
     assert run.status.ended > 0
+
+
+def test_a_run_that_a_full_disk_silenced_says_so(make_run: Callable[..., Run], monkeypatch: pytest.MonkeyPatch) -> None:
+    run = make_run()
+    run.update(state="running", pid=2**22 + 1)  # above the kernel's largest
+    assert "killed" in run.status.message
+    monkeypatch.setattr(run_module.shutil, "disk_usage", lambda _: SimpleNamespace(free=4096))
+    assert run.status.state == "lost"
+    assert "its disk is full" in run.status.message
+    assert run.status.do.startswith("Free some space")
 
 
 def test_a_pid_that_now_belongs_to_another_process_makes_a_run_lost(
@@ -298,3 +310,30 @@ def test_requests_are_files(make_run: Callable[..., Run]) -> None:
     run.withdraw("stop")
     run.withdraw("stop")
     assert not run.requested("stop")
+
+
+def test_what_is_wrong_with_a_run_that_is_named(make_run: Callable[..., Run]) -> None:
+    run = make_run(name="damaged")
+    (run.path / "run.json").write_text('{"state": 7', encoding="utf-8")
+    with pytest.raises(RunError, match="this is not a run"):
+        Run.open("damaged", root=run.path.parent)
+    shutil.rmtree(run.path)
+    with pytest.raises(RunError, match=r"the run's directory is gone: deleted or moved"):
+        _ = run.recorded
+    with pytest.raises(RunError, match="there is no run 'damaged'"):
+        Run.open("damaged", root=run.path.parent)
+
+
+def test_a_folder_of_runs_whose_name_is_no_text(make_plan: Callable[..., Plan], tmp_path: Path) -> None:
+    root = tmp_path / os.fsdecode(b"by\xfftes")
+    with pytest.raises(RunError, match="not UTF-8") as refused:
+        Run.create(Recipe.build({"model": "tiny"}), make_plan(), root=root)
+    assert refused.value.do
+    assert str(refused.value).isprintable()
+    assert not root.exists()
+
+
+def test_a_run_in_a_folder_of_several_lines_is_found_again(make_plan: Callable[..., Plan], tmp_path: Path) -> None:
+    run = Run.create(Recipe.build({"model": "tiny"}), make_plan(), root=tmp_path / "two\nlines", name="one")
+    plain = Run.create(Recipe.build({"model": "tiny"}), make_plan(), root=tmp_path / "plain", name="two")
+    assert {found.path for found in list_runs(tmp_path / "elsewhere")} == {run.path, plain.path}

@@ -23,6 +23,7 @@ from finetui.engine.run import Run
 from finetui.engine.supervision.ranks import launcher as rank_launcher
 from finetui.planner.errors import RunError
 
+LAZY = {"CUDA_MODULE_LOADING": "LAZY"}
 #: Stand-ins for a rank's module: they wait like one, and tell what they were given.
 WAITS = """
 import json, os, sys
@@ -212,7 +213,7 @@ def test_a_rank_learns_of_its_run_and_its_environment(tmp_path: Path) -> None:
     environment = {"ONLY": "caf\u00e9 \udcff"}
     order = json.dumps({"run": str(run), "environment": environment}).encode() + b"\n"
     assert rank_waits(tmp_path, order, "print('said by torch', flush=True)\n") == 0
-    assert json.loads((run / "told").read_text()) == [[str(run), "said by torch\n"], str(run), environment]
+    assert json.loads((run / "told").read_text()) == [[str(run), "said by torch\n"], str(run), LAZY | environment]
 
 
 def test_a_rank_that_nobody_wants_or_that_can_not_import_ends(tmp_path: Path) -> None:
@@ -234,4 +235,18 @@ def test_the_gpu_of_a_run_is_made_ready_before_its_imports_end(visible: str | No
     order = json.dumps({"run": str(tmp_path), "environment": environment}).encode() + b"\n"
     assert rank_waits(tmp_path, order, looks) == 0
     assert (tmp_path / "seen").read_text() == (visible or "none")
-    assert json.loads((tmp_path / "told").read_text())[2] == environment
+    assert json.loads((tmp_path / "told").read_text())[2] == LAZY | environment
+
+
+def test_no_name_is_added_to_the_environment_while_others_may_look(tmp_path: Path) -> None:
+    looks = (
+        "import os, sys\n"
+        "def look(event, arguments):\n    if event == 'os.putenv' and arguments[0] not in os.environb:\n"
+        "        open('added', 'ab').write(arguments[0])\nsys.addaudithook(look)\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "RANK": "0", "WORLD_SIZE": "1"}
+    environment |= {"CUDA_DEVICE_ORDER": "PCI_BUS_ID", "CUDA_VISIBLE_DEVICES": "0"}
+    order = json.dumps({"run": str(tmp_path), "environment": environment}).encode() + b"\n"
+    assert rank_waits(tmp_path, order, looks) == 0
+    assert json.loads((tmp_path / "told").read_text())[2] == LAZY | environment
+    assert not (tmp_path / "added").exists()

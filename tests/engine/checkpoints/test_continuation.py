@@ -79,6 +79,11 @@ def test_changes_of_a_recipe_that_became_a_plan_would_have_no_effect(
 
 def test_other_rows_and_other_weights_are_refused() -> None:
     assert told(data="c", model="d") == {"the base model's weights": True, "the training rows": True}
+    before, now = known(), known()
+    assert not changes({**before, "content": ""}, {**now, "content": "b"})  # of a release that made no such mark
+    (other,) = changes({**before, "content": "a"}, {**now, "content": "b"})
+    assert other.what == "the training rows"
+    assert other.why
 
 
 def test_marks_change_with_content_and_not_with_place(tmp_path: Path) -> None:

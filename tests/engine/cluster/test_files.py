@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -100,3 +101,26 @@ def test_secrets_are_known_by_name() -> None:
     judged = {"model": "m/m", "method": "grpo", "rewards": [{"function": "/m.py:f", "environment": ["KEY; reboot"]}]}
     with pytest.raises(UserError, match="can't be the name of a variable"):
         secrets_of(Recipe.build(judged))
+
+
+def test_a_teacher_comes_along(tmp_path: Path, rows: Callable[..., Path]) -> None:
+    """A run as its result; an adapter only where the model that it sits on can be had there."""
+    output = tmp_path / "elder" / "output"
+    output.mkdir(parents=True)
+    (output / "config.json").write_text("{}")
+
+    def student(teacher: str) -> Recipe:
+        tree = {"model": "m/m", "method": "distill", "distillation": {"teacher": teacher}, "data": str(rows())}
+        return Recipe.build(tree)
+
+    there, files = bundled(student(str(output.parent)))
+    assert there.distillation.teacher == next(f"./{mount.remote}" for mount in files if mount.local == output)
+    assert absolute(student(str(output.parent))).distillation.teacher == str(output)
+    assert on_hub(student("t/t"))
+    assert bundled(student("t/t"))[0].distillation.teacher == "t/t"
+    described = output / "adapter_config.json"
+    described.write_text(json.dumps({"base_model_name_or_path": "t/t"}))
+    assert bundled(student(str(output)))[0].distillation.teacher.startswith("./files/")
+    described.write_text(json.dumps({"base_model_name_or_path": str(tmp_path)}))
+    with pytest.raises(UserError, match=r"an adapter on .*, a folder of this machine"):
+        bundled(student(str(output)))

@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from finetui.engine.data.prepare import DataSettings, Prepared, prepare
+from finetui.engine.data.prepare import prepare
+from finetui.engine.data.prepared import DataSettings, Prepared
 from finetui.engine.data.trl_rows import trl_rows
 from finetui.planner.errors import DataError
 from finetui.planner.recipe import Recipe

@@ -16,7 +16,8 @@ import finetui.engine.data.prepare as module
 from finetui.engine.data.files import Row
 from finetui.engine.data.holdout import holdout_size
 from finetui.engine.data.labels import IGNORED
-from finetui.engine.data.prepare import DataSettings, Prepared, prepare
+from finetui.engine.data.prepare import prepare
+from finetui.engine.data.prepared import DataSettings, Prepared
 from finetui.planner.errors import DataError
 from finetui.planner.recipe import Recipe
 
@@ -145,6 +146,28 @@ def test_the_cache_is_read_again(run: Callable[..., Prepared], write: Any, monke
     again = run(wanted)
     assert (again.facts, again.path) == (first.facts, first.path)
     assert again.train[:] == first.train[:]
+
+
+@pytest.mark.parametrize("file", ["facts.json", "train.arrow"])
+def test_what_a_power_cut_left_of_the_cache_is_made_again(file: str, run: Callable[..., Prepared], write: Any) -> None:
+    path = write("rows.jsonl", chats(12))
+    first = run(recipe(path))
+    held = first.train[:]
+    (first.path / file).write_bytes(b"")
+    again = run(recipe(path))
+    assert again.train[:] == held
+    assert again.facts == first.facts
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_one_other_word_gives_another_mark(packing: bool, run: Callable[..., Prepared], write: Any) -> None:
+    text = chats(200)
+    assert text.count("answer to 101") == 1
+    before = run(recipe(write("rows.jsonl", text)), packing=packing)
+    same = run(recipe(write("moved.jsonl", text)), packing=packing)
+    other = run(recipe(write("rows.jsonl", text.replace("answer to 101", "answer of 101"))), packing=packing)
+    assert before.facts.mark == same.facts.mark != other.facts.mark
+    assert len(before.facts.mark) == 24
 
 
 @pytest.mark.parametrize("set_aside", [True, False])

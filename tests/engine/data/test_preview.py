@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from finetui.engine.data.prepare import DataSettings
+from finetui.engine.data.prepared import DataSettings
 from finetui.engine.data.preview import preview, survey
 from finetui.planner.errors import DataError
 from finetui.planner.recipe import Recipe

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from finetui.engine.data.prepare import DataSettings
+from finetui.engine.data.prepared import DataSettings
 from finetui.engine.data.report import Report, histogram, look
 from finetui.planner.recipe import Recipe
 

@@ -113,7 +113,8 @@ def test_the_whole_is_rendered_again_after_that(
 ) -> None:
     import json
 
-    from finetui.engine.data.prepare import DataSettings, prepare
+    from finetui.engine.data.prepare import prepare
+    from finetui.engine.data.prepared import DataSettings
     from finetui.planner.recipe import Recipe
 
     rows = "".join(json.dumps({"instruction": f"What is {i}?", "output": f"{i}."}) + "\n" for i in range(30))

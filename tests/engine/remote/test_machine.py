@@ -80,7 +80,7 @@ def test_runs_are_listed_from_their_folder_and_from_the_index(there: Path, host:
     assert (first.status.state, first.alive) == ("running", True)
     assert read_events(first.events_path)[0].data["loss"] == 2.5
     assert (first.path / "recipe.yaml").read_text(encoding="utf-8") == "model: a/b"
-    assert host.open("first") is first
+    assert host.open("first") is host.open("fir") is first
     with pytest.raises(RunError, match="no run 'third'"):
         host.open("third")
 

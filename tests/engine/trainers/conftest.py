@@ -12,7 +12,31 @@ import pytest
 from finetui.engine.events import read_events
 from finetui.engine.run import Run
 
+Outputs = Any
 ANSWERS = ("red like a rose", "blue like the sky", "green as grass", "as white as snow")
+
+
+class HostRecorder:
+    """Stands in for a GPU: a replay is the call again, between tensors that stay."""
+
+    pool_bytes = 0
+
+    def run(self, call: Callable[[], Outputs]) -> Outputs:
+        return call()
+
+    def record(self, call: Callable[[], Outputs], like: Outputs) -> tuple[Callable[[], object], Outputs]:
+        outputs = tuple(one.clone() for one in like)
+
+        def replay() -> None:
+            for place, made in zip(outputs, call(), strict=True):
+                if place.shape != made.shape or place.dtype != made.dtype:
+                    raise RuntimeError(f"a replay made {made.dtype} {tuple(made.shape)}, not {tuple(place.shape)}")
+                place.copy_(made)
+
+        return replay, outputs
+
+    def forget(self) -> None:
+        pass
 
 
 def pairs(count: int = 24) -> list[dict[str, Any]]:

@@ -32,21 +32,21 @@ class Bench:
             training_step=lambda loss: torch.tensor(loss),
             grad_norm=1.0,
             late=False,
+            args=SimpleNamespace(fp16=False, device=torch.device("cpu"), world_size=1),
         )
         self.watch = Divergence(self.trainer, self.told.append, explosion=explosion, nan_steps=nan_steps)
         self.done = 0
 
     def step(self, *losses: float, grad_norm: float = 1.0, fp16: bool = False) -> bool:
         """One optimiser step; whether its update is made."""
-        args: Any = SimpleNamespace(fp16=fp16, device=torch.device("cpu"), world_size=1)
+        self.trainer.args.fp16 = fp16
         state: Any = SimpleNamespace(global_step=self.done)
         for loss in losses:
             self.trainer.training_step(loss)
         self.weight.grad, self.trainer.grad_norm = torch.ones(1), grad_norm
-        self.watch.on_pre_optimizer_step(args, state, None)  # type: ignore[arg-type]
+        self.watch.on_pre_optimizer_step(self.trainer.args, state, None)  # type: ignore[arg-type]
         self.done += 1
-        state.global_step = self.done
-        self.watch.on_log(args, state, None, {"loss": sum(losses)})  # type: ignore[arg-type]
+        self.watch.judge(self.done, sum(losses), grad_norm)
         return self.weight.grad is not None
 
 
@@ -65,7 +65,7 @@ def test_an_explosion_is_held_against_the_median_of_good_steps() -> None:
 
 
 def test_what_is_not_finite_is_named_by_the_rows_of_its_micro_batch() -> None:
-    bench = Bench()
+    bench = Bench(nan_steps=3)
     bench.step(1.0, 1.0)
     bench.step(1.0, math.nan, grad_norm=math.nan)
     rows = rows_of_step(bench.trainer, 2)[1]
@@ -82,6 +82,16 @@ def test_a_scaler_that_looks_for_its_scale_is_no_news() -> None:
     bench = Bench()
     bench.step(1.0, 1.0, grad_norm=math.inf, fp16=True)
     assert not bench.told
+
+
+def test_bad_steps_of_either_kind_are_counted_together() -> None:
+    bench = Bench(nan_steps=3)
+    assert all(bench.step(1.0, 1.0) for _ in range(9))
+    assert not bench.step(1.0, 99.0)
+    assert not bench.step(1.0, math.nan, grad_norm=math.nan)
+    bench.step(1.0, 1.0, grad_norm=math.inf, fp16=True)  # neither good nor bad
+    with pytest.raises(TrainingError, match="loss exploded or loss was not finite for 3 steps in a row, up to step 13"):
+        bench.step(1.0, 99.0)
 
 
 def test_without_a_limit_nothing_explodes() -> None:

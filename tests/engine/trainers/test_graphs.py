@@ -5,7 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from finetui.engine.trainers.graphs import MOST, WARM, Accumulators, CudaRecorder, Graphs, HostRecorder
+from finetui.engine.trainers.graphs import MOST, WARM, Accumulators, CudaRecorder, Graphs
+
+from .conftest import HostRecorder
 
 
 def setup(device="cpu", recorder=None, function=None, **more):

@@ -11,13 +11,12 @@ import torch
 
 pytest.importorskip("trl")
 from finetui.engine.trainers import sft
-from finetui.engine.trainers.graphs import HostRecorder
 from finetui.engine.trainers.job import Job
 from finetui.engine.trainers.replay import Replays, obstacle
 from finetui.engine.worker import attempt
 
 from ..conftest import RESOLVED
-from .conftest import events, losses
+from .conftest import HostRecorder, events, losses
 
 
 @pytest.fixture

@@ -165,7 +165,7 @@ def test_a_checkpoint_is_put_together_once_the_one_before_is_written(tmp_path: P
     trainer.state = SimpleNamespace(global_step=4)
     trainer.args = SimpleNamespace(device=torch.device("cpu"), should_save=True, world_size=1)
     trainer.order = SimpleNamespace(rows=8, batch_size=2)
-    trainer.identity, trainer.tokens, trainer.optimizer, trainer.on_saved = {}, 0, None, lambda: None
+    trainer.identity, trainer.tokens, trainer.optimizer, trainer.on_saved = {}, 0, None, lambda step: None
     trainer.saver = SimpleNamespace(
         directory=tmp_path, wait=lambda: done.append("wait"), save=lambda *_: done.append("save")
     )

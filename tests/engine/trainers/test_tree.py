@@ -11,8 +11,9 @@ import pytest
 torch = pytest.importorskip("torch")
 from safetensors.torch import load_file  # noqa: E402
 
-from finetui.engine.trainers.state import random_state, set_random_state  # noqa: E402
-from finetui.engine.trainers.tree import read_tree, write_tensors, write_tree  # noqa: E402
+from finetui.engine.trainers import state  # noqa: E402
+from finetui.engine.trainers.state import Snapshot, as_parts, random_state, set_random_state  # noqa: E402
+from finetui.engine.trainers.tree import opened_tree, read_tree, write_tensors, write_tree  # noqa: E402
 
 
 def test_a_tree_comes_back_as_it_was(tmp_path: Path) -> None:
@@ -28,6 +29,21 @@ def test_a_tree_comes_back_as_it_was(tmp_path: Path) -> None:
     assert found == tree
     assert type(found["groups"][0]["betas"]) is tuple
     assert math.copysign(1, found["a", 1][1]) == -1
+
+
+def test_a_large_tree_lies_in_several_files_and_is_read_as_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(state, "SHARD", 100)
+    tree = {"states": [{"m": torch.full((4, 5), float(number))} for number in range(4)], "lr": 0.1}
+    parts = as_parts("optimizer.safetensors", tree)
+    assert list(parts) == ["optimizer.safetensors", *(f"optimizer.{number}.safetensors" for number in (2, 3, 4))]
+    hashes = Snapshot({"note": b"n"}, parts).write(tmp_path)
+    assert {name: hashlib.sha256((tmp_path / name).read_bytes()).hexdigest() for name in [*parts, "note"]} == hashes
+    found = read_tree(tmp_path / "optimizer.safetensors")
+    assert found["lr"] == 0.1
+    assert [float(each["m"].mean()) for each in found["states"]] == [0, 1, 2, 3]
+    with opened_tree(tmp_path / "optimizer.safetensors") as told:
+        assert told["states"][3]["m"].rows(slice(1, 3)).shape == (2, 5)
+    assert list(as_parts("optimizer.safetensors", {"lr": 0.1})) == ["optimizer.safetensors"]
 
 
 @pytest.mark.parametrize(
