@@ -306,6 +306,33 @@ class FinetuiApp(App[None]):
         if len(self.screen_stack) == 1:
             self.push_screen(Help(str(self.current_mode), self.own_keys))
 
+    def action_try_it(self) -> None:
+        """Plan the shipped model and data, on this machine, and go to where they are started."""
+        from ..planner.hardware import PRESETS
+
+        if self.edited:
+            self.notify("This plan is not saved yet. s on Plan saves it.", severity="warning")
+            return
+        self.open_recipe(PRESETS / "quickstart.yaml")
+        self.action_mode("launch")
+
+    def choose_data(self) -> None:
+        """Go to the plan's field for data, and ask there."""
+        self.action_mode("plan")
+        self.call_later(self._begin_edit, "data")
+
+    def _begin_edit(self, key: str) -> None:
+        if hasattr(self.screen, "begin_edit"):
+            self.screen.begin_edit(key)
+
+    def _refresh_notifications(self) -> None:
+        """Show the notices, no more of them than leave the screen readable; see :func:`spare`."""
+        from .notices import spare
+
+        for notice in spare(list(self._notifications), self.size.height):
+            del self._notifications[notice]
+        super()._refresh_notifications()
+
     def action_hush(self) -> None:
         """Take the notices away."""
         self.clear_notifications()
@@ -356,7 +383,7 @@ def run_app(
     """Open the app on this terminal; returns when the user leaves.
 
     Args:
-        mode: the screen to begin with; None is Monitor for a run or when one is live, else Plan.
+        mode: the screen to begin with; None is Monitor for a run, else Plan.
         run: the run to watch.
         recipe: what to plan, and ``recipe_path`` its file.
         backend: what does the work; runs of another machine have their own.

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from ..planner.recipe import Recipe
     from ..planner.terms import Term
     from .data_look import DataLook
+    from .model_list import ModelList
     from .offers import OfferRow
 
 #: Models remembered per user.
@@ -90,7 +91,8 @@ def _delete(run: Run) -> None:
     try:
         shutil.rmtree(run.path)
     except OSError as error:
-        raise RunError(f"the run can't be deleted ({error.strerror})", where=str(run.path)) from error
+        what, do = f"the run can't be deleted ({error.strerror})", "Remove its folder by hand."
+        raise RunError(what, where=str(run.path), do=do) from error
 
 
 def _gpus() -> list[str]:
@@ -129,6 +131,13 @@ def _remember_model(model: str) -> None:
         (state_dir() / "models").write_text("\n".join(models) + "\n", encoding="utf-8")
     except OSError:
         return  # a home that can't be written costs a suggestion, not a run
+
+
+def _models_on(recipe: Recipe, length: int) -> ModelList:
+    from ..planner.hardware import node_for
+    from .model_list import models_on
+
+    return models_on(node_for(recipe.hardware).gpu, length)
 
 
 def _offers(recipe: Recipe, spot: bool) -> list[OfferRow]:
@@ -271,6 +280,8 @@ class Backend:
     """Models that need no network: used lately, in the Hub's cache, and shipped shapes."""
     search_hub: Callable[[str], Sequence[str]] = _search_hub
     """Models of the Hub by part of their name."""
+    models_on: Callable[[Recipe, int], ModelList] = _models_on
+    """Every shipped model on the GPU that a recipe asks for, with rows of so many tokens."""
     gpus: Callable[[], list[str]] = _gpus
     offers: Callable[[Recipe, bool], list[OfferRow]] = _offers
     """Every offer for a recipe, at spot prices if the second argument says so, and this machine's GPUs first."""

@@ -82,6 +82,11 @@ def main(arguments: list[str] | None = None) -> None:
             gc.enable()
             run_app()
             return
+        if arguments == ["--version"]:
+            from ..planner.version import VERSION
+
+            print(VERSION)
+            return
         with _processes(verb, arguments):
             from .verbs import build
 

@@ -45,7 +45,7 @@ def look_at(recipe: Recipe, samples: int, rows: int = ROWS) -> DataLook:
     found = survey(seen)  # all bad rows are counted, whatever the recipe does about them: they are what one looks for
     if find_spec("transformers") is None:
         return DataLook(found, notes=("Install finetui[train] to see single tokens; these counts are estimates.",))
-    from ..engine.data.prepare import DataSettings
+    from ..engine.data.prepared import DataSettings
     from ..engine.data.preview import preview
     from ..engine.data.report import look
     from ..engine.models.load import load_tokenizer, locate

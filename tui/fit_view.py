@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from ..planner.fit import Fit
+from ..planner.fit import TUNINGS, Fit
 from ..planner.hardware import Gpu
 from .columns import Column, fitting, table
 from .console import Console
-from .format import bare_gib, count, duration, memory_unit, rate, usd
+from .format import bare_gib, count, duration, gib, memory_unit, rate, usd
+from .model_list import ModelList, ModelRow, glyph
 
 
 def print_table(
@@ -44,6 +45,33 @@ def print_fit(name: str, parameters: int, rows: Sequence[Fit], *, everything: bo
     if len(shown) < len(rows):
         more = "; --all shows them" if not everything else ""
         console.print(f"{len(rows) - len(shown)} of {len(rows)} combinations do not fit{more}.", style="dim")
+
+
+def print_models(found: ModelList, rows: Sequence[ModelRow]) -> None:
+    """What can be tuned on one GPU: a line per model, with the memory of each tuning that fits and a speed."""
+    console = Console(highlight=False)
+    place = f"{found.gpu} of {gib(found.memory_gib)}"
+    console.print(f"{place}: {memory_unit()} at micro batch 1, rows of {found.length:,} tokens", markup=False)
+    columns = [
+        Column("model", least=20), Column("size", right=True), *(Column(tuning, right=True) for tuning in TUNINGS),
+        Column("tok/s", right=True), Column("with"), Column("rows to", right=True, rank=1),
+    ]  # fmt: skip
+    lines = []
+    for row in rows:
+        best = row.best()
+        line = {"model": row.name, "size": count(row.parameters), "rows to": f"{row.longest:,}" if row.longest else "–"}
+        line |= {"tok/s": rate(best.tokens_per_s) if best else "–", "with": best.tuning if best else "–"}
+        for tuning in TUNINGS:
+            fit = row.fits.get(tuning)
+            line[tuning] = bare_gib(fit.device_gib) + "!" * (glyph(fit) == "!") if fit and fit.fits else "–"
+        lines.append(line)
+    print_table(columns, lines, console)
+    if any("!" in line[tuning] for line in lines for tuning in TUNINGS):
+        console.print("! after a figure: tightly; the run may need more than there is.", style="dim")
+    if len(rows) < len(found.rows):
+        console.print(
+            f"{len(found.rows) - len(rows)} of {len(found.rows)} models do not fit; --all shows them.", style="dim"
+        )
 
 
 def _whole(columns: Sequence[Column], lines: Sequence[Mapping[str, str]], room: int, gap: int) -> bool:

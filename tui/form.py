@@ -28,7 +28,7 @@ class FieldSpec:
     """One field.
 
     ``key`` is its path in a recipe. ``steps`` are the values that left and right go through; ``closed`` if no other is
-    allowed. ``resolved`` shows what the planner made of ``auto``.
+    allowed. ``resolved`` shows what the planner made of ``auto``. ``hides``: it is shown only where it has a meaning.
     """
 
     key: str
@@ -38,6 +38,7 @@ class FieldSpec:
     closed: bool = False
     auto: bool = True
     resolved: Callable[[Plan], str] | None = None
+    hides: bool = False
 
 
 # The recipe's own lists would be exact, but importing them takes longer than the first picture may.
@@ -52,11 +53,12 @@ _OPTIMIZERS = (
 _LOSSES = ("nll", "dft", "eaft")
 #: Methods that learn from single tokens: what a loss can weigh, and what steps can be replayed of.
 _TOKEN_METHODS = ("sft", "pretrain")
-_METHODS = (*_TOKEN_METHODS, "dpo", "ipo", "orpo", "kto", "cpo", "simpo", "reward", "grpo", "rloo", "ppo")
+_METHODS = (*_TOKEN_METHODS, "distill", "dpo", "ipo", "orpo", "kto", "cpo", "simpo", "reward", "grpo", "rloo", "ppo")
 
 FIELDS: tuple[FieldSpec, ...] = (
     FieldSpec("model", "model", "A hub id, a folder or a config.json", auto=False),
     FieldSpec("method", "method", "What is learned from the data", _METHODS, True, False),
+    FieldSpec("distillation.teacher", "  teacher", "The model that a student learns from", auto=False, hides=True),
     FieldSpec(
         "tuning.type",
         "tuning",
@@ -200,7 +202,7 @@ def _held_out(source: Any) -> bool:
 _DEFAULTS = {
     "model": "", "method": "sft", "loss": "nll", "tuning.type": "lora", "tuning.rank": "16", "epochs": "1",
     "limits.cost_usd": "none", "limits.hours": "none", "limits.nan_steps": "3", "limits.restarts": "3",
-    "limits.at_end": "nothing", "checkpoint.keep": "2", "hardware.usd_per_h": "none",
+    "limits.at_end": "nothing", "checkpoint.keep": "2", "hardware.usd_per_h": "none", "distillation.teacher": "",
 }  # fmt: skip
 
 
@@ -259,6 +261,8 @@ def _put_value(tree: Tree, key: str, text: str) -> None:
             target.pop(adapter_key)
     if key == "method" and text not in _TOKEN_METHODS:
         tree.pop("loss", None)
+    if key == "method" and text != "distill":
+        tree.pop("distillation", None)
     if key == "batch_size" and name in tree:
         tree.pop("batch_tokens", None)
 
@@ -308,6 +312,8 @@ def disabled(tree: Tree, key: str) -> bool:
     if section == "tuning" and name != "type":
         kind = get(tree, "tuning.type")
         return name not in TUNING_KEYS.get(SHORT.get(kind, {"type": kind})["type"], {name})
+    if key == "distillation.teacher":
+        return get(tree, "method") != "distill"
     if key in ("loss", "hardware.graphs") and get(tree, "method") not in _TOKEN_METHODS:
         return True
     return key in ("hardware.gpus", "hardware.strategy", "hardware.graphs") and get(tree, "hardware.gpu") == CPU

@@ -115,6 +115,13 @@ def off(ratio: float) -> str:
     return "±0%" if text[1:] == "0%" else text
 
 
+def setting(value: object) -> str:
+    """A setting's value as a recipe writes it: ``true``, ``0.0002``, ``none``."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
 def usd(value: float) -> str:
     """``$0.91``, ``$1,250``; nothing spent is ``$0``."""
     if value == 0:

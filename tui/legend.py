@@ -15,6 +15,7 @@ LEGEND: dict[str, tuple[tuple[str, str], ...]] = {
         ("├───┤", "The memory that the run may need, from the least to the most; the bar is the likeliest"),
         ("SIM", "This is reckoned for another machine than the one you are on"),
         ("auto", "The planner has chosen what stands beside it; why is said below"),
+        ("✔ 13.7 –", "In the list of models (b): the GiB that a tuning takes there; it does not fit"),
         ("by formula", "Counted and computed; calibrated: corrected by runs that finished here; measured: with the"
          " speeds that finetui bench found"),
         ("data assumed", "None was read; estimated: from the size of the files; counted: with the tokenizer"),
@@ -43,6 +44,7 @@ LEGEND: dict[str, tuple[tuple[str, str], ...]] = {
         ("mean", "The loss smoothed; the faint curve behind it is the loss of each step"),
         ("held-out", "The loss on rows that are not trained on, as thick points; lowest: it has risen since"),
         ("◆ ! ▸ ✘", "Below the loss: a checkpoint; a warning, or a slower way taken; a further attempt; a failure"),
+        ("at step", "What all charts were at the step with the line: ← → or a click; past the newest step it ends"),
         ("× ▲", "A figure that was not finite; one so high that the axis leaves it out"),
         _MFU,
         ("ETA", "Time to the end, at the pace of this attempt"),

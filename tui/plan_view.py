@@ -7,7 +7,7 @@ from rich.text import Text
 
 from ..planner.plan import Plan, StagePlan
 from .console import Console
-from .format import count, duration, gib, rate, sentence, usd
+from .format import count, duration, gib, rate, sentence, setting, usd
 
 _BAR = 32
 #: What the figures of a plan rest on, in words.
@@ -49,6 +49,8 @@ def print_plan(plan: Plan, console: Console | None = None) -> None:
         f"  {plan.model.name}{named}: {count(plan.model.parameters)} parameters, {count(plan.model.trainable)} trained "
         f"({r.method}, {r.tuning}{adapter})"
     )
+    if not plan.fits:  # what would help comes before the figures of what can't be
+        _print_warnings(plan, console)
     console.print()
     table = Table(box=None, show_header=False, padding=(0, 2, 0, 2))
     table.add_column(justify="left")
@@ -58,17 +60,19 @@ def print_plan(plan: Plan, console: Console | None = None) -> None:
     for name, value in memory.terms.items():
         table.add_row(name, "█" * round(_BAR * value / scale), gib(value))
     console.print(table)
-    lower = f"; to lower it: {memory.lever}" if memory.lever else ""
+    lower = f"; to lower it: {memory.lever}" if memory.lever and plan.fits else ""
     console.print(f"  the peak is in the {memory.moment} moment of a step{lower}")
     console.print()
     facts = Table(box=None, show_header=False, padding=(0, 2, 0, 2))
-    facts.add_row("speed", f"{rate(speed.tokens_per_s)} tokens/s, {duration(speed.step_s)} a step, "
+    between = f" ({rate(speed.low_tokens_per_s)} to {rate(speed.high_tokens_per_s)})" if speed.low_tokens_per_s else ""
+    facts.add_row("speed", f"{rate(speed.tokens_per_s)} tokens/s{between}, {duration(speed.step_s)} a step, "
                            f"{speed.mfu:.0%} of peak FLOP/s (MFU)")  # fmt: skip
     time_s, in_all = (largest.time_s, " in all") if largest else (plan.time_s, "")
     facts.add_row("time", f"{duration(time_s)} for {r.steps:,} steps of {r.batch_size} sequences "
                           f"({count(plan.workload.tokens)} tokens per epoch, {plan.workload.basis})")  # fmt: skip
     if plan.cost.usd_per_h:
-        as_of = f", price of {plan.cost.as_of}" if plan.cost.as_of else ""
+        dated = f"price of {plan.cost.as_of}" if plan.cost.as_of != "unknown" else "undated price"
+        as_of = f", {dated}" if plan.cost.as_of else ""
         facts.add_row(
             "cost", f"{usd(plan.cost.usd)}{in_all} at {usd(plan.cost.usd_per_h)}/h ({plan.cost.provider}{as_of})"
         )
@@ -81,9 +85,13 @@ def print_plan(plan: Plan, console: Console | None = None) -> None:
         why.add_column(no_wrap=True)
         why.add_column(style="dim")
         for reason in plan.reasons:
-            value = f"{reason.value:g}" if isinstance(reason.value, float) else str(reason.value)
-            why.add_row(reason.setting, value, sentence(reason.why))
+            why.add_row(reason.setting, setting(reason.value), sentence(reason.why))
         console.print(why)
+    if plan.fits:
+        _print_warnings(plan, console)
+
+
+def _print_warnings(plan: Plan, console: Console) -> None:
     for warning in plan.warnings:
         console.print(Text(sentence(f"! {warning}"), style="yellow"))
 

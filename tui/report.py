@@ -246,7 +246,8 @@ def write_files(run: Run, markdown: Path, steps: Path, picture: Path) -> None:
         with steps.open("w", encoding="utf-8", newline="") as file:
             write_csv(run, file)
     except OSError as error:
-        raise RunError(f"the report can't be written ({error.strerror})", where=str(error.filename)) from error
+        what = f"the report can't be written ({error.strerror})"
+        raise RunError(what, where=str(error.filename), do="Make room there, or give another folder.") from error
 
 
 def refuse_empty(report: Report) -> None:

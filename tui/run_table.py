@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from ..engine.events import EventReader
@@ -50,6 +50,33 @@ class RunRow:
     def live(self) -> bool:
         """Whether a process is at work on it."""
         return self.state in LIVE_STATES
+
+
+def _or_last(value: float) -> float:
+    """NaN as what comes after all figures."""
+    return value if math.isfinite(value) else math.inf
+
+
+#: What the table of runs can be sorted by, each with the figure that is smaller for what comes first.
+SORTS: dict[str, Callable[[RunRow], float | str]] = {
+    "newest": lambda row: -row.created,
+    "held-out loss": lambda row: _or_last(row.best),
+    "loss": lambda row: _or_last(row.loss),
+    "speed": lambda row: _or_last(-row.tokens_per_s),
+    "cost": lambda row: -row.cost_usd,
+    "name": lambda row: row.run.name.lower(),
+}
+
+
+def arranged(rows: Iterable[RunRow], *, sort: str = "newest", words: str = "") -> list[RunRow]:
+    """The rows to show: those that have all ``words`` in name, state, cause, model, tuning or place."""
+    wanted = words.lower().split()
+    shown = [row for row in rows if all(word in _words_of(row) for word in wanted)]
+    return sorted(shown, key=lambda row: (SORTS[sort](row), -row.created))
+
+
+def _words_of(row: RunRow) -> str:
+    return f"{row.run.name} {row.state} {row.cause or ''} {row.model} {row.tuning} {row.place}".lower()
 
 
 def place_of(run: Run) -> str:

@@ -20,6 +20,8 @@ from ..engine.events import Event, EventReader
 from ..engine.past import SHORT_BYTES, glimpse
 from ..engine.run import Run
 from ..engine.status import LIVE_STATES, Status
+from ..planner.errors import RunError
+from ..planner.plan import Plan
 from ..planner.preferences import load
 from .alerts import Watchman, sound
 from .console import Console
@@ -72,7 +74,17 @@ def watch(run: Run, *, plain: bool | None = None, after: bool = True) -> int:
 
 def history_of(run: Run) -> History:
     """A run so far."""
-    return read_whole(run, History(steps=run.plan.resolved.steps))
+    return read_whole(run, _begun(run)[0])
+
+
+def _begun(run: Run) -> tuple[History, Plan | None]:
+    """A history with nothing in it, and the plan; a run is watched without one that can't be read, which is told."""
+    try:
+        plan = run.plan
+    except RunError as error:
+        print(f"! {error}", file=sys.stderr)
+        return History(), None
+    return History(steps=plan.resolved.steps), plan
 
 
 def lines_of(events: Iterable[Event], history: History) -> Iterator[str]:
@@ -128,7 +140,7 @@ def _opened(run: Run, history: History, newest: int) -> tuple[list[Event], Event
 
 
 def _watch_lines(run: Run, *, whole: bool) -> Status:
-    history, caller = History(steps=run.plan.resolved.steps), _Caller(run)
+    history, caller = _begun(run)[0], _Caller(run)
     reader = EventReader(run.events_path)
     if not whole and run.events_path.stat().st_size > SHORT_BYTES:
         events, reader = _opened(run, history, _NEWEST)
@@ -150,10 +162,10 @@ class _Panel:
     """What the live view shows, redrawn from the events so far."""
 
     def __init__(self, run: Run) -> None:
-        plan = self.plan = run.plan
+        self.history, self.plan = _begun(run)
         self.status = run.recorded
-        self.name, self.where = run.name, f"{plan.hardware.count} × {plan.hardware.gpu}"
-        self.history = History(steps=plan.resolved.steps)
+        hardware = self.plan.hardware if self.plan else None
+        self.name, self.where = run.name, f"{hardware.count} × {hardware.gpu}" if hardware else ""
         self.notes: list[str] = []
 
     def take(self, events: list[Event]) -> None:
@@ -172,9 +184,9 @@ class _Panel:
         if h.step:
             speed = f"{rate(h.tokens_per_s.latest)} tok/s, {count(h.tokens)} tokens so far"
             rows.add_row("speed", speed, f"lr {h.learning_rate.latest:.2e}  grad norm {h.grad_norm.latest:.3g}")
-        if (mfu := h.mfu(self.plan)) == mfu:  # NaN is a share that there is none of
+        if self.plan and (mfu := h.mfu(self.plan)) == mfu:  # NaN is a share that there is none of
             rows.add_row("MFU", f"{mfu:.0%}", f"planned {self.plan.speed.mfu:.0%}")
-        if self.plan.cost.usd_per_h:
+        if self.plan and self.plan.cost.usd_per_h:
             spent = self.status.elapsed_s()
             projected = h.projected_usd(self.plan, spent)
             of = f"of ~{usd(projected)}" if math.isfinite(projected) else ""

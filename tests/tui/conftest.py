@@ -33,6 +33,7 @@ from finetui.engine.events import Sample as Answered
 from finetui.engine.run import Run
 from finetui.engine.status import Status
 from finetui.planner.errors import DataError, ModelError
+from finetui.planner.fit import Fit
 from finetui.planner.plan import (
     Cost,
     HardwareSummary,
@@ -49,6 +50,7 @@ from finetui.tests.bench.terminal import Terminal, environment
 from finetui.tui.app import FinetuiApp
 from finetui.tui.backend import Backend
 from finetui.tui.data_look import DataLook
+from finetui.tui.model_list import ModelList, ModelRow
 from finetui.tui.offers import OfferRow, with_frontier
 
 #: 2026-03-01 12:00:00 UTC: when every test takes place.
@@ -163,6 +165,25 @@ def make_offers(recipe: Recipe, spot: bool) -> list[OfferRow]:
         source = f"https://{provider}.example/pricing"
         rows.append(OfferRow(provider, gpu, count, plan, price, price * plan.time_s / 3600, as_of, stale, source))
     return with_frontier(rows)
+
+
+def make_models(gpu: str, length: int) -> ModelList:
+    """Four models on a GPU, by simple arithmetic: weights in bf16 or four bits, and what trains them."""
+    memory = GIB_PER_GPU.get(gpu, 62.0)
+    rows = []
+    for name, parameters, active, longest in (
+        ("Qwen/Qwen3-8B", 8e9, 8e9, 40_960),
+        ("Qwen/Qwen3-30B-A3B", 30e9, 3e9, 40_960),
+        ("Qwen/Qwen3-0.6B", 6e8, 6e8, 40_960),
+        ("meta-llama/Llama-3.1-70B", 70e9, 70e9, 131_072),
+    ):
+        fits = {}
+        for tuning, per_parameter in (("full", 8.0), ("lora", 2.2), ("qlora", 0.7)):
+            need = parameters * per_parameter / 2**30 + 1
+            fits[tuning] = Fit(gpu, memory, tuning, length, need <= memory, need, need * 1.05, 2e13 / active, "bf16",
+                               "adamw", "none", 0.44, "runpod")  # fmt: skip
+        rows.append(ModelRow(name, int(parameters), int(active), longest, fits))
+    return ModelList(gpu, memory, length, tuple(rows))
 
 
 def make_look(recipe: Recipe) -> DataLook:
@@ -336,6 +357,7 @@ def backend(tmp_path: Path, calls: list[tuple[Any, ...]], make_run: MakeRun) -> 
         resume=said("resume"),
         runs=lambda: list_runs(tmp_path / "runs"),
         models=lambda: ["Qwen/Qwen3-8B", "Qwen/Qwen3-0.6B", "meta-llama/Llama-3.1-8B", "mistralai/Mistral-7B-v0.3"],
+        models_on=lambda recipe, length: make_models(recipe.hardware.gpu or "H100 SXM", length),
         gpus=lambda: ["T4", "RTX 4090", "H100 SXM"],
         offers=make_offers,
         machine=lambda: "1 × H100 SXM",

@@ -78,3 +78,11 @@ def test_whose_file_it_is(tmp_path: Path) -> None:
     assert Backend().tool_of(file) == "Axolotl"
     assert Backend().tool_of(QUICKSTART) == ""
     assert Backend().tool_of(tmp_path / "gone.yml") == ""
+
+
+def test_models_are_those_of_the_gpu_that_the_recipe_names() -> None:
+    from finetui.planner.hub_search import shipped
+
+    found = Backend().models_on(Recipe.build({"model": "a/b", "hardware": {"gpu": "T4"}}), 1024)
+    assert (found.gpu, found.length) == ("T4", 1024)
+    assert sorted(row.name for row in found.rows) == sorted(shipped())

@@ -64,8 +64,20 @@ def test_losses_and_strategies_are_those_of_a_recipe() -> None:
 def test_a_loss_of_tokens_goes_with_the_method_that_has_it(method: str) -> None:
     tree: Tree = {"model": "a/b", "loss": "dft"}
     changed = put(tree, "method", method)
-    assert recipe_of(changed).loss == ("dft" if method in PACKABLE_METHODS else "nll")
-    assert disabled(changed, "loss") == (method not in PACKABLE_METHODS)
+    weighs = method in PACKABLE_METHODS - {"distill"}  # which has a teacher for that
+    if method == "distill":
+        changed = put(changed, "distillation.teacher", "c/d")
+    assert recipe_of(changed).loss == ("dft" if weighs else "nll")
+    assert disabled(changed, "loss") != weighs
+
+
+def test_a_teacher_goes_with_its_student() -> None:
+    student = put(put({"model": "a/b"}, "method", "distill"), "distillation.teacher", "c/d")
+    assert recipe_of(student).distillation.teacher == "c/d"
+    assert not disabled(student, "distillation.teacher")
+    plain = put(student, "method", "sft")
+    assert recipe_of(plain).to_dict() == {"model": "a/b"}
+    assert disabled(plain, "distillation.teacher")
 
 
 def test_the_tunings_are_those_that_need_nothing_more_to_be_said() -> None:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import pytest
 
 from finetui.tui import format  # noqa: A004
+from finetui.tui.format import setting
 
 
 @pytest.fixture
@@ -41,3 +42,10 @@ def test_a_sentence_in_gib_is_left_alone() -> None:
 )
 def test_what_is_not_off_has_no_sign(ratio: float, text: str) -> None:
     assert format.off(ratio) == text
+
+
+@pytest.mark.parametrize(
+    ("value", "text"), [(True, "true"), (False, "false"), (2e-4, "0.0002"), (16, "16"), ("none", "none"), (1.0, "1")]
+)
+def test_settings_as_a_recipe_writes_them(value: object, text: str) -> None:
+    assert setting(value) == text

@@ -69,6 +69,17 @@ def test_a_model_that_is_being_chosen(snap_compare: Any, app_of: AppOf, settle: 
     assert snap_compare(app_of(), terminal_size=(80, 24), run_before=pressing(settle, "enter"))
 
 
+@pytest.mark.parametrize("size", SIZES, ids=lambda size: f"{size[0]}x{size[1]}")
+def test_the_models_of_a_gpu(snap_compare: Any, app_of: AppOf, settle: Settle, size: tuple[int, int]) -> None:
+    recipe = Recipe.build({"model": "Qwen/Qwen3-8B", "tuning": "lora", "hardware": {"gpu": "RTX 4090"}})
+    assert snap_compare(app_of(recipe=recipe), terminal_size=size, run_before=pressing(settle, "b", "f", "j"))
+
+
+def test_curves_that_are_read_off(snap_compare: Any, app_of: AppOf, settle: Settle, fleet: list[Run]) -> None:
+    keys = ("left", "left_square_bracket", "left_square_bracket")
+    assert snap_compare(app_of("monitor", fleet[0]), terminal_size=(100, 30), run_before=pressing(settle, *keys))
+
+
 def test_a_file_of_another_tool(snap_compare: Any, app_of: AppOf, settle: Settle, tmp_path: Path) -> None:
     file = tmp_path / "lora.yml"
     file.write_text(

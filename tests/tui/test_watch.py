@@ -71,3 +71,15 @@ def test_what_can_be_done_with_a_run_that_has_ended(
     assert "finetui chat" not in capsys.readouterr().err
     assert watch(stopped, plain=True) == 0
     assert "Continue it with: finetui resume halted" in capsys.readouterr().err
+
+
+def test_a_run_whose_plan_cannot_be_read_is_watched_all_the_same(
+    fleet: list[Run], capsys: pytest.CaptureFixture[str]
+) -> None:
+    ended = fleet[1]
+    (ended.path / "plan.json").write_text("[]", encoding="utf-8")
+    assert watch(ended, plain=True) == 0
+    out, err = capsys.readouterr()
+    assert "step 412" in out
+    assert err.count("plan.json: the plan can't be read") == 1
+    assert f"{ended.name} finished" in err

@@ -93,7 +93,8 @@ def _kernels(only: list[str] | None, tokens: int, chart: Path | None, as_json: b
     import torch
 
     if not torch.cuda.is_available():
-        raise HardwareError("kernels are measured on a CUDA GPU, and there is none here", where="bench kernels")
+        what, do = "kernels are measured on a CUDA GPU, and there is none here", "See what is here with: finetui doctor"
+        raise HardwareError(what, where="bench kernels", do=do)
     from ...engine.bench.kernels import CHECKS, run
 
     names = _known(only, list(CHECKS), "--only")
@@ -148,7 +149,7 @@ def _engine(given: dict[str, Any], chart: Path | None, as_json: bool) -> None:
 def _checkpoint(model: str) -> str:
     """A folder as it is; a shape's name as the folder that it was, or now is, written to."""
     from ...engine.bench.shapes import SHAPES
-    from ...engine.models.load import cache_folder
+    from ...engine.folders import cache_folder
 
     if model not in SHAPES:
         path = local_path(model)
@@ -182,7 +183,8 @@ def _write(path: Path, text: str) -> None:
     try:
         path.write_text(text, encoding="utf-8")
     except OSError as error:
-        raise UserError(f"the chart can't be written ({error.strerror})", where=str(path)) from error
+        what = f"the chart can't be written ({error.strerror})"
+        raise UserError(what, where=str(path), do="Give another path.") from error
     _say(f"drawn: {path}")
 
 

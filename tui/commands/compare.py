@@ -78,7 +78,8 @@ def _draw(path: Path, contenders: list[Contender], curve: str, over: str) -> Non
     try:
         path.write_text(curves_svg(curve, shown, across=axis, end_label=x_label(axis)), encoding="utf-8")
     except OSError as error:
-        raise RunError(f"the picture can't be written ({error.strerror})", where=str(path)) from error
+        what = f"the picture can't be written ({error.strerror})"
+        raise RunError(what, where=str(path), do="Give another path.") from error
     print(f"wrote {path}", file=sys.stderr)
 
 

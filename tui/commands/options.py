@@ -16,9 +16,9 @@ from ...planner.recipe import Recipe, apply_overrides
 
 JsonFlag = Annotated[bool, typer.Option("--json", help="Answer in JSON.")]
 RunOrLatest = Annotated[
-    str | None, typer.Argument(metavar="RUN", help="Name or directory; the latest run if left out.")
+    str | None, typer.Argument(metavar="RUN", help="Name, its beginning, or directory; the latest run if left out.")
 ]
-RunArgument = Annotated[str, typer.Argument(metavar="RUN", help="Name or directory of a run.")]
+RunArgument = Annotated[str, typer.Argument(metavar="RUN", help="Name of a run, its beginning, or its directory.")]
 
 _SUFFIXES = (".yaml", ".yml")
 
@@ -31,7 +31,11 @@ def recipe_from(
         ),
     ] = None,
     method: Annotated[
-        str | None, typer.Option("--method", help="sft pretrain dpo ipo orpo kto cpo simpo reward grpo rloo ppo.")
+        str | None,
+        typer.Option("--method", help="sft pretrain distill dpo ipo orpo kto cpo simpo reward grpo rloo ppo."),
+    ] = None,
+    teacher: Annotated[
+        str | None, typer.Option("--teacher", help="distill: the model to learn from: a hub id, a folder or a run's.")
     ] = None,
     tuning: Annotated[
         str | None,
@@ -74,6 +78,7 @@ def recipe_from(
             )
     flags: dict[str, Any] = {
         "method": method,
+        "distillation.teacher": local_path(teacher) if teacher is not None else None,
         "tuning.type": tuning,
         "tuning.rank": rank,
         "tuning.targets": targets if targets in (None, "all-linear") else targets.split(","),

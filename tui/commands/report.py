@@ -55,5 +55,6 @@ def _write(path: Path, content: str) -> None:
     try:
         path.write_text(content, encoding="utf-8")
     except OSError as error:
-        raise RunError(f"the report can't be written ({error.strerror})", where=str(path)) from error
+        what = f"the report can't be written ({error.strerror})"
+        raise RunError(what, where=str(path), do="Give another path.") from error
     print(f"wrote {path}", file=sys.stderr)

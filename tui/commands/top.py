@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import math
 import sys
 import time
+from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any
@@ -30,6 +32,7 @@ if TYPE_CHECKING:
 
 OnceFlag = Annotated[bool, typer.Option("--once", help="One reading, then leave.")]
 _BAR = 20
+_BLOCKS = "▁▂▃▄▅▆▇█"
 
 
 def top(once: OnceFlag = False, host: HostFlag = None, as_json: JsonFlag = False) -> None:
@@ -46,11 +49,12 @@ def top(once: OnceFlag = False, host: HostFlag = None, as_json: JsonFlag = False
         if once or not console.is_terminal:
             console.print(picture(machine.reading()))
             return
+        lately = Lately()
         try:
-            with Live(picture(machine.reading()), console=console, auto_refresh=False) as live:
+            with Live(picture(lately.take(machine.reading())), console=console, auto_refresh=False) as live:
                 while True:
                     time.sleep(machine.pause_s)
-                    live.update(picture(machine.reading()), refresh=True)
+                    live.update(picture(lately.take(machine.reading())), refresh=True)
         except KeyboardInterrupt:
             print(file=sys.stderr)
 
@@ -112,6 +116,26 @@ class RemoteMachine:
         return {"gpus": gpus, "host": dataclasses.asdict(now.host), "warnings": trouble}
 
 
+class Lately:
+    """The load of each GPU in the newest readings, as a line of blocks."""
+
+    def __init__(self) -> None:
+        self._loads: dict[int, deque[float]] = {}
+
+    def take(self, now: dict[str, Any]) -> dict[str, Any]:
+        """A reading with ``lately`` in each GPU, once there are two."""
+        for gpu in now["gpus"]:
+            loads = self._loads.setdefault(gpu["index"], deque(maxlen=_BAR))
+            loads.append(gpu["sm_percent"] if gpu.get("sm_percent") is not None else math.nan)
+            if len(loads) > 1:
+                gpu["lately"] = "".join(_block(load) for load in loads)
+        return now
+
+
+def _block(percent: float) -> str:
+    return "·" if math.isnan(percent) else _BLOCKS[min(round(percent / 100 * (len(_BLOCKS) - 1)), len(_BLOCKS) - 1)]
+
+
 def _users(runs: Iterable[Run]) -> dict[int, list[str]]:
     """Names of the live runs on each GPU."""
     users: dict[int, list[str]] = {}
@@ -150,7 +174,7 @@ def picture(now: dict[str, Any]) -> rich.RenderableType:
 #: What is known of a GPU; a column that no GPU fills is left out.
 _COLUMNS = (
     Column("GPU", right=True), Column("name", rank=5, least=8), Column("memory", right=True), Column("of it", rank=6),
-    Column("load", right=True), Column("power", right=True), Column("heat", right=True),
+    Column("load", right=True), Column("lately", rank=9), Column("power", right=True), Column("heat", right=True),
     Column("clock", right=True, rank=4), Column("PCIe in/out", right=True, rank=7),
     Column("NVLink in/out", right=True, rank=8), Column("ECC errors", right=True, rank=3),
     Column("held back by", rank=2, least=12), Column("run", rank=1, least=10),
@@ -195,6 +219,7 @@ def _row(gpu: dict[str, Any]) -> dict[str, str]:
         "memory": memory,
         "of it": ("█" * round(share * _BAR)).ljust(_BAR, "░"),
         "load": figure("sm_percent", "%"),
+        "lately": gpu.get("lately", ""),
         "power": figure("power_w", "W"),
         "heat": figure("temperature_c", "°C"),
         "clock": figure("sm_clock_mhz", "MHz"),

@@ -35,7 +35,7 @@ def trust(model: ModelArgument, yes: YesFlag = False) -> None:
             raise UserError("there is nobody to ask", where="finetui trust", do="Read the files, then add --yes.")
         print("Have you read them, and may they run? Type yes: ", end="", file=sys.stderr, flush=True)
         if sys.stdin.readline().strip().lower() != "yes":
-            raise UserError("they may not run", where=model)
+            raise UserError("they may not run", where=model, do="Give a model that needs none of its own.")
     allow(files, model)
     print("Allowed, for as long as no byte of them changes. A recipe needs trust_remote_code: true.", file=sys.stderr)
 

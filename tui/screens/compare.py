@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 from textual import on, work
 from textual.app import ComposeResult
+from textual.binding import BindingType
 from textual.containers import VerticalScroll
 from textual.message import Message
 from textual.timer import Timer
@@ -34,6 +36,17 @@ def end_label(axis: Axis, end: float) -> str:
     if axis == "$":
         return format.usd(end)
     return f"{format.count(end)} tokens" if axis == "tokens" else f"step {end:,.0f}"
+
+
+class Differences(VerticalScroll, inherit_bindings=False):
+    """Scrolls up and down, and leaves left and right to the chart above."""
+
+    BINDINGS: ClassVar[list[BindingType]] = [
+        ("up", "scroll_up", "Up"),
+        ("down", "scroll_down", "Down"),
+        ("pageup", "page_up", "Page up"),
+        ("pagedown", "page_down", "Page down"),
+    ]
 
 
 class CompareScreen(BaseScreen):
@@ -68,7 +81,7 @@ class CompareScreen(BaseScreen):
     def body(self) -> ComposeResult:
         """Chart, table."""
         yield LineChart("", shortest=1e-9, id="overlay")
-        with VerticalScroll(id="differences") as panel:
+        with Differences(id="differences") as panel:
             panel.border_title = "outcome and settings"
             yield ComparisonTable()
 
@@ -162,7 +175,10 @@ class CompareScreen(BaseScreen):
 
     def keys_shown(self) -> list[Key]:
         """Without a run there is nothing to do here."""
-        return [key for key in super().keys_shown() if key.scope == "app" or self._contenders]
+        keys = super().keys_shown()
+        if not self._contenders:
+            return [key for key in keys if key.scope == "app" or key.action == "app.try_it"]
+        return [key for key in keys if key.action != "app.try_it"]
 
     def status_line(self) -> Line:
         """Which runs."""
@@ -179,12 +195,25 @@ class CompareScreen(BaseScreen):
     def action_axis(self) -> None:
         """The next axis."""
         self._axis = AXES[(AXES.index(self._axis) + 1) % len(AXES)]
+        self.query_one(LineChart).at = None
         self._show()
 
     def action_zoom(self) -> None:
         """All of the axis, its newest quarter, or its newest sixteenth."""
         self.query_one(LineChart).zoom()
         self._show()
+
+    def action_read(self, columns: int) -> None:
+        """Read the curves off so many columns on, or back from the newest point."""
+        chart = self.query_one(LineChart)
+        chart.at = chart.beside(columns)
+        chart.redraw()
+
+    @on(LineChart.Pointed)
+    def _pointed(self, message: LineChart.Pointed) -> None:
+        chart = self.query_one(LineChart)
+        chart.at = None if message.x == chart.at else message.x
+        chart.redraw()
 
     def action_log_scale(self) -> None:
         """A logarithmic axis or a linear one."""
@@ -193,11 +222,18 @@ class CompareScreen(BaseScreen):
         chart.redraw()
 
 
+def _shown_as(name: str) -> Callable[[float], str]:
+    """How values of a curve are written."""
+    if "loss" in name:
+        return format.loss
+    return format.rate if name == "tokens/s" else "{:.4g}".format
+
+
 def curves_of(contenders: Sequence[Contender], name: str, axis: Axis) -> list[Curve]:
     """One curve per run that has said something of it, in the run's colour and with its letter."""
     found = []
     for letter, role, contender in zip(LETTERS, ROLES, contenders, strict=False):
         series = contender.curve(name, axis)
         if series:
-            found.append(Curve(series, role, points=name == "held-out loss", label=letter))
+            found.append(Curve(series, role, points=name == "held-out loss", label=letter, shown=_shown_as(name)))
     return found

@@ -13,7 +13,7 @@ from textual.message import Message
 from ...planner.errors import FinetuiError
 from ..data_look import DataLook
 from ..form import Tree, recipe_of
-from ..keys import Key, bindings, key_of
+from ..keys import Key, bindings
 from ..widgets.data_facts import DataFacts, LengthHistogram
 from ..widgets.lines import Line
 from ..widgets.sample_view import MARKS, Marks, SampleView
@@ -90,7 +90,7 @@ class DataScreen(BaseScreen):
         if self._error is not None:
             facts.show(None, str(self._error), "bad")
         elif self._look is None:
-            nothing = f"the plan names no data yet: go to its field on Plan ({key_of('plan')}), and press enter"
+            nothing = "the plan names no data yet: enter chooses a file, a folder or a hub dataset"
             words = "reading…" if self.owner.draft.get("data") else nothing
             facts.show(None, words)
         else:
@@ -104,7 +104,7 @@ class DataScreen(BaseScreen):
         samples = self._look.samples if self._look else ()
         if not samples:
             panel.border_title = "example"
-            view.show(None, "trained tokens are underlined")
+            view.show(None, "its rows stand here one by one, trained tokens underlined")
             return
         sample = samples[self._at]
         part = f" ({sample.part})" if sample.part else ""
@@ -121,6 +121,7 @@ class DataScreen(BaseScreen):
         samples, named = self._look.samples if self._look else (), bool(self.owner.draft.get("data"))
         several = len(samples) > 1
         fitting = {"example(1)": several, "example(-1)": several, "marks": bool(samples), "again": named}
+        fitting["choose"] = not named or self._error is not None
         return [key for key in super().keys_shown() if fitting.get(key.action, True)]
 
     def status_line(self) -> Line:
@@ -131,6 +132,10 @@ class DataScreen(BaseScreen):
         return [(f" {report.examples:,} examples, {report.tokens:,} tokens, {report.trained_share:.0%} trained", "")]
 
     # --- keys
+
+    def action_choose(self) -> None:
+        """Name the data on Plan."""
+        self.owner.choose_data()
 
     def action_example(self, direction: int) -> None:
         """The next example, or the one before."""

@@ -185,7 +185,7 @@ class LaunchScreen(BaseScreen):
         start = self.query_one(StartRow)
         self._show_fields()
         if recipe is None or plan is None:
-            words = f"nothing to start: the plan ({key_of('plan')}) is not right yet"
+            words = f"no plan to start yet: see Plan ({key_of('plan')})"
             start.show("planning…" if self._planning else words, "dim")
             for name in ("summary", "command-text"):
                 self.query_one(f"#{name}", TextBlock).show("")

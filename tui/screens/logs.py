@@ -173,8 +173,10 @@ class LogsScreen(BaseScreen):
         """Without a run there is nothing to do here; the next hit needs something to look for."""
         searching = bool(self.query_one(LogView).wanted)
         fitting = {"next(1)": searching}
-        keys = [key for key in super().keys_shown() if fitting.get(key.action, True)]
-        return keys if self._run is not None else [key for key in keys if key.scope == "app"]
+        if self._run is None:
+            return [key for key in super().keys_shown() if key.scope == "app" or key.action == "app.try_it"]
+        fitting["app.try_it"] = False
+        return [key for key in super().keys_shown() if fitting.get(key.action, True)]
 
     def status_line(self) -> Line:
         """Which log."""

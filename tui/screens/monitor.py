@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from textual import on, work
@@ -22,9 +22,10 @@ from ..follower import Follower, Update
 from ..history import EMA_WEIGHT, EMA_WEIGHTS, History
 from ..keys import Key, bindings
 from ..machine_curves import FIGURES
+from ..series import Series
 from ..widgets.gpu_panel import GpuPanel
 from ..widgets.line_chart import Curve, LineChart
-from ..widgets.lines import Line
+from ..widgets.lines import Line, Span
 from ..widgets.log_pane import LogPane
 from ..widgets.run_details import NO_RUNS
 from ..widgets.run_header import RunHeader, eta_text, state_span
@@ -72,6 +73,7 @@ class MonitorScreen(BaseScreen):
         self._runs: list[Run] = []
         self._figure = 0
         self._smoothing: float | None = EMA_WEIGHT
+        self._at: float | None = None
 
     def body(self) -> ComposeResult:
         """Header, charts, GPUs, words."""
@@ -122,7 +124,7 @@ class MonitorScreen(BaseScreen):
             self._plan = None
             self.notify(str(error), severity="warning")
         steps = self._plan.resolved.steps if self._plan else 0
-        self._history, self._share, self._status = History(steps=steps), 1.0, Status()
+        self._history, self._share, self._status, self._at = History(steps=steps), 1.0, Status(), None
         self._watchman = Watchman(run.name)
         if self._follower is not None:
             self._follower.stop()
@@ -179,7 +181,9 @@ class MonitorScreen(BaseScreen):
         fitting["figure(1)"] = len(self._figures()) > 1
         fitting["gpus"] = bool(self._history.gpus)
         keys = [key for key in super().keys_shown() if key.scope == "app" or fitting.get(key.action, True)]
-        return keys if self._run is not None else [key for key in keys if key.scope == "app"]
+        if self._run is None:
+            return [key for key in super().keys_shown() if key.scope == "app" or key.action == "app.try_it"]
+        return [key for key in keys if key.action != "app.try_it"]
 
     # --- drawing
 
@@ -201,14 +205,16 @@ class MonitorScreen(BaseScreen):
         name = self._run.name
         at = next((n for n, run in enumerate(self._runs, 1) if run.path == self._run.path), 0)
         place = f"{at} of {len(self._runs)}" if at and len(self._runs) > 1 else ""
+        for chart in self.query(LineChart):
+            chart.at = self._at
         with self.app.batch_update():
             self.query_one(RunHeader).show(name, history, self._status, self._plan, now, place, self._after())
             self._chart("loss").show(self._loss_curves(), self._loss_figures(), total, history.marks)
             rate, norm = history.tokens_per_s, history.grad_norm
             mfu = history.mfu(self._plan)
             use: Line = [(f"MFU {mfu:.0%}", "dim")] if math.isfinite(mfu) else []
-            self._chart("rate").show([Curve(rate)], [*_latest(rate.latest, format.rate, bool(rate)), *use], total)
-            self._chart("grad-norm").show([Curve(norm)], _latest(norm.latest, "{:.3g}".format, bool(norm)), total)
+            self._show_one("rate", rate, format.rate, total, use)
+            self._show_one("grad-norm", norm, "{:.3g}".format, total)
             self._show_figure(total)
             gpus = [
                 (gpu, now - history.gpu_times[index] if live else 0.0) for index, gpu in sorted(history.gpus.items())
@@ -234,24 +240,28 @@ class MonitorScreen(BaseScreen):
         series = history.metrics.get(name, history.learning_rate)
         if name in FIGURES and name not in history.metrics:
             series, show = history.machine.curves[name], FIGURES[name].shown
-        chart = self._chart("figure")
-        chart.label = name
+        self._chart("figure").label = name
         more: Line = [(f"({self._figure % len(names) + 1} of {len(names)})", "dim")] if len(names) > 1 else []
-        chart.show([Curve(series)] if series else [], [*_latest(series.latest, show, bool(series)), *more], total)
+        self._show_one("figure", series, show, total, more)
+
+    def _show_one(
+        self, name: str, series: Series, show: Callable[[float], str], total: float, more: Sequence[Span] = ()
+    ) -> None:
+        """Draw a chart of one curve, its latest value and more of the title after it."""
+        curves = [Curve(series, shown=show)] if series else []
+        self._chart(name).show(curves, [*_latest(series.latest, show, bool(series)), *more], total)
 
     def _chart(self, name: str) -> LineChart:
         return self.query_one(f"#{name}", LineChart)
 
     def _loss_curves(self) -> list[Curve]:
         """The loss, thin below its mean; alone where nothing is smoothed; the held-out losses as points."""
-        history, held_out = self._history, Curve(self._history.evaluation, "second", points=True)
+        history, show = self._history, format.loss
+        held_out = Curve(history.evaluation, "second", points=True, name="held-out", shown=show)
         if self._smoothing is None:
-            return [Curve(history.loss, "accent"), held_out]
-        return [
-            Curve(history.loss, "trace"),
-            Curve(history.averages[self._smoothing], "accent", derived=True),
-            held_out,
-        ]
+            return [Curve(history.loss, "accent", shown=show), held_out]
+        mean = Curve(history.averages[self._smoothing], "accent", derived=True, name="mean", shown=show)
+        return [Curve(history.loss, "trace", shown=show), mean, held_out]
 
     def _loss_figures(self) -> Line:
         history = self._history
@@ -316,6 +326,16 @@ class MonitorScreen(BaseScreen):
             chart.zoom()
         self._show()
 
+    def action_read(self, columns: int) -> None:
+        """Read the curves off so many columns on, or back from the newest step."""
+        self._at = self._chart("loss").beside(columns)
+        self._show()
+
+    @on(LineChart.Pointed)
+    def _pointed(self, message: LineChart.Pointed) -> None:
+        self._at = None if message.x == self._at else message.x
+        self._show()
+
     def action_gpus(self) -> None:
         """The GPUs' other figures."""
         self.query_one(GpuPanel).toggle()
@@ -355,7 +375,7 @@ class MonitorScreen(BaseScreen):
             actions.resume(self.owner, self._run)
 
 
-def _latest(value: float, show: object, known: bool) -> Line:
+def _latest(value: float, show: Callable[[float], str], known: bool) -> Line:
     if not known:
         return []
-    return [(show(value) if math.isfinite(value) else str(value), "" if math.isfinite(value) else "bad")]  # type: ignore[operator]
+    return [(show(value) if math.isfinite(value) else str(value), "" if math.isfinite(value) else "bad")]

@@ -38,6 +38,7 @@ from .import_file import ImportFile
 
 if TYPE_CHECKING:
     from ...planner.importers import Imported
+    from ..model_list import ModelList, ModelRow
 
 #: Seconds without an edit before planning: holding an arrow key down plans once.
 DEBOUNCE_S = 0.05
@@ -189,7 +190,9 @@ class PlanScreen(BaseScreen):
             error = ""
             if self._error is not None and at == field.spec.key:
                 error = f"{self._error.what}. {self._error.do}".rstrip()
-            field.show(value, note, below=below, error=error, useless=form.disabled(tree, field.spec.key))
+            useless = form.disabled(tree, field.spec.key)
+            field.display = not (useless and field.spec.hides)
+            field.show(value, note, below=below, error=error, useless=useless)
 
     def _data_line(self, plan: Plan | None) -> str:
         if plan is None or not self._data_note:
@@ -210,8 +213,11 @@ class PlanScreen(BaseScreen):
 
     def set_value(self, key: str, text: str) -> None:
         """Change one field and plan again."""
+        self._take_draft(form.put(self.owner.draft, key, text))
+
+    def _take_draft(self, draft: Tree) -> None:
         shown = self.owner.recipe, self.owner.plan
-        self.owner.edit(form.put(self.owner.draft, key, text))
+        self.owner.edit(draft)
         self.owner.recipe, self.owner.plan = shown  # until the next one is there
         self._show_fields()
         self.plan_again()
@@ -237,7 +243,13 @@ class PlanScreen(BaseScreen):
 
     @on(Field.EditRequested)
     def _edit(self, message: Field.EditRequested) -> None:
-        spec, tree = message.field.spec, self.owner.draft
+        self.begin_edit(message.field.spec.key)
+
+    def begin_edit(self, key: str) -> None:
+        """Go to a field, and ask for its value."""
+        field, tree = self._field(key), self.owner.draft
+        field.focus()
+        spec = field.spec
 
         def done(text: str | None) -> None:
             if text is None or text == form.get(tree, spec.key):
@@ -287,6 +299,22 @@ class PlanScreen(BaseScreen):
     def action_here(self) -> None:
         """Plan for this machine."""
         self.set_value("hardware.gpu", THIS_MACHINE)
+
+    def action_browse(self) -> None:
+        """List the models on this GPU, and plan the one that is chosen."""
+        from ..model_list import length_of, on_model
+        from .models import Models
+
+        draft = self.owner.draft
+
+        def find() -> ModelList:
+            return self.owner.backend.models_on(form.recipe_of(draft), length_of(draft))
+
+        def done(row: ModelRow | None) -> None:
+            if row is not None:
+                self._take_draft(on_model(draft, row))
+
+        self.app.push_screen(Models(find, form.get(draft, "tuning.type")), done)
 
     def action_open(self) -> None:
         """Ask for a recipe and open it."""

@@ -6,6 +6,7 @@ import math
 import threading
 from dataclasses import dataclass
 
+from rich.markup import escape
 from rich.text import Text
 from textual import on
 from textual.app import ComposeResult
@@ -17,12 +18,13 @@ from textual.widgets import DataTable
 from ...planner.errors import FinetuiError, RecipeError
 from .. import format  # noqa: A004
 from ..keys import Key, bindings
-from ..run_table import RunRow, RunScanner
+from ..run_table import SORTS, RunRow, RunScanner, arranged
 from ..widgets.lines import Line
 from ..widgets.run_details import RunDetails
 from ..widgets.run_header import STATE_ROLES, state_span
 from . import actions
 from .base import BaseScreen
+from .editor import Editor
 
 #: States from which a run can go on.
 RESUMABLE = ("stopped", "failed", "lost")
@@ -35,7 +37,7 @@ _COLUMNS = (
     ("name", False, 0),
     ("step", True, 0),
     ("loss", True, 0),
-    ("held-out", True, 0),
+    ("held-out", True, 68),
     ("tok/s", True, 112),
     ("time", True, 96),
     ("cost", True, 96),
@@ -44,7 +46,7 @@ _COLUMNS = (
 )
 #: Cells of each column; the name takes what is left.
 _WIDTHS = {
-    "state": 14, "step": 11, "loss": 6, "held-out": 8, "tok/s": 7, "time": 10, "cost": 6, "on": 14, "when": 8,
+    "state": 15, "step": 11, "loss": 6, "held-out": 8, "tok/s": 7, "time": 10, "cost": 6, "on": 14, "when": 8,
 }  # fmt: skip
 
 
@@ -86,6 +88,7 @@ class RunsScreen(BaseScreen):
         super().__init__()
         self._rows: dict[str, RunRow] = {}
         self._shown: dict[str, dict[str, str]] = {}
+        self._sort, self._words = next(iter(SORTS)), ""
         self._columns: list[str] = []
         self._laid_out: dict[str, int] = {}
         self._ended, self._seen = threading.Event(), threading.Event()
@@ -167,7 +170,8 @@ class RunsScreen(BaseScreen):
         table: DataTable[object] = self.query_one(DataTable)
         now = self.owner.backend.now()
         marked = {str(run.path) for run in self.owner.marked}
-        wanted = {key: cells(row, now, key in marked) for key, row in self._rows.items()}
+        chosen = [str(row.run.path) for row in arranged(self._rows.values(), sort=self._sort, words=self._words)]
+        wanted = {key: cells(self._rows[key], now, key in marked) for key in chosen}
         order, at = list(wanted), self._current_key()
         for key in [key for key in self._shown if key not in wanted]:
             table.remove_row(key)
@@ -185,9 +189,16 @@ class RunsScreen(BaseScreen):
                 if self._shown[key].get(name) != row[name]:
                     table.update_cell(key, name, self._styled(row, name, self._rows[key]))
             self._shown[key] = row
-        live = sum(row.live for row in self._rows.values())
-        table.border_title = f"runs: {len(self._rows)}, {live} live" if self._rows else "runs"
+        table.border_title = escape(self._title())
         self._show_details()
+
+    def _title(self) -> str:
+        if not self._rows:
+            return "runs"
+        number, live = len(self._rows), sum(row.live for row in self._rows.values())
+        parts = [f"runs: {len(self._shown)} of {number}" if self._words else f"runs: {number}", f"{live} live"]
+        parts += [f"by {self._sort}"] * (self._sort != next(iter(SORTS)))
+        return ", ".join([*parts, *([f"filter {self._words!r}"] if self._words else [])])
 
     def _styled(self, row: dict[str, str], name: str, source: RunRow) -> object:
         right = next(align for column, align, _ in _COLUMNS if column == name)
@@ -209,7 +220,8 @@ class RunsScreen(BaseScreen):
     @on(DataTable.RowHighlighted)
     def _show_details(self) -> None:
         row = self._current()
-        self.query_one(RunDetails).show(row, self.owner.backend.now())
+        hidden = f"no run has {self._words!r} in it: / changes the filter" if self._rows and row is None else ""
+        self.query_one(RunDetails).show(row, self.owner.backend.now(), hidden)
         self.query_one("#details").border_title = f"details: {row.run.name}" if row else "details"
         self.refresh_bars()
 
@@ -218,9 +230,14 @@ class RunsScreen(BaseScreen):
         row, several = self._current(), len(self._rows) > 1
         live = row is not None and row.live
         fitting = {"stop": live, "resume": row is not None and row.state in RESUMABLE, "delete": not live}
-        fitting |= {"mark": several, "compare": several}
+        fitting |= {"mark": several, "compare": several, "sort": several, "filter": several}
+        fitting["app.try_it"] = not self._rows
         keys = [key for key in super().keys_shown() if key.scope == "app" or fitting.get(key.action, True)]
-        return keys if row is not None else [key for key in keys if key.scope == "app"]
+        return keys if row is not None else [key for key in keys if key.scope == "app" or key.action in self._always()]
+
+    def _always(self) -> tuple[str, ...]:
+        """Keys that mean something where no run is under the cursor."""
+        return ("filter",) if self._rows else ("app.try_it",)
 
     def status_line(self) -> Line:
         """How many runs, how many live."""
@@ -258,6 +275,23 @@ class RunsScreen(BaseScreen):
         if len(self.owner.marked) == 1 and (row := self._current()) is not None:
             self.owner.marked = [*self.owner.marked, *([row.run] if row.run.path != self.owner.marked[0].path else [])]
         self.owner.action_mode("compare")
+
+    def action_sort(self) -> None:
+        """Sort by the next figure."""
+        names = list(SORTS)
+        self._sort = names[(names.index(self._sort) + 1) % len(names)]
+        self._fill()
+
+    def action_filter(self) -> None:
+        """Ask for words that a run must have."""
+
+        def done(text: str | None) -> None:
+            if text is not None:
+                self._words = text.strip()
+                self._fill()
+
+        hint = "Words of name, state, model, tuning or GPU; empty shows all"
+        self.app.push_screen(Editor("filter", self._words, hint=hint), done)
 
     def action_logs(self) -> None:
         """Read the run's logs."""

@@ -107,5 +107,4 @@ class Reasons(Lines):
 
 
 def _head(reason: Reason) -> str:
-    value = f"{reason.value:g}" if isinstance(reason.value, float) else str(reason.value)
-    return f"{reason.setting.replace('_', ' ')} {value}"
+    return f"{reason.setting.replace('_', ' ')} {format.setting(reason.value)}"

@@ -14,8 +14,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 
+from textual.events import Click
+from textual.message import Message
+
 from ..axes import SHORTEST_AXIS, Scale, axis_end, latest_part, scale_of, tick, ticks
 from ..history import Mark
+from ..reading import beside, nearest, told, value_at
 from ..series import Bucket, Series
 from .lines import Line, Lines, Span
 
@@ -29,7 +33,8 @@ class Curve:
 
     ``role`` is its colour; ``points`` draws a mark per value instead of a line; ``label``, one character, stands at
     its newest value, so that curves can be told apart without colours. ``derived`` ones, such as a mean, have no say
-    in what the axis leaves out.
+    in what the axis leaves out, and are drawn as far as they lie on it. ``name`` and ``shown`` are how a value that is
+    read off is told.
     """
 
     series: Series
@@ -37,6 +42,8 @@ class Curve:
     points: bool = False
     label: str = ""
     derived: bool = False
+    name: str = ""
+    shown: Callable[[float], str] = "{:.4g}".format
 
 
 def scale_for(curves: Sequence[Curve], *, log: bool = False, spikes: bool = True) -> Scale | None:
@@ -45,8 +52,20 @@ def scale_for(curves: Sequence[Curve], *, log: bool = False, spikes: bool = True
     return scale_of([curve.series for curve in given], log=log, spikes=spikes)
 
 
-def plot(curves: Sequence[Curve], width: int, height: int, scale: Scale, end: float, start: float = 0.0) -> list[Line]:
-    """The curves as ``height`` lines of ``width`` cells; of two in one cell, the later one is seen."""
+def plot(
+    curves: Sequence[Curve],
+    width: int,
+    height: int,
+    scale: Scale,
+    end: float,
+    start: float = 0.0,
+    at: float | None = None,
+) -> list[Line]:
+    """The curves as ``height`` lines of ``width`` cells; of two in one cell, the later one is seen.
+
+    Args:
+        at: an x that is read off: a line stands there, behind the curves.
+    """
     cells = [[0] * width for _ in range(height)]
     roles = [[""] * width for _ in range(height)]
     rows = height * 4
@@ -73,7 +92,8 @@ def plot(curves: Sequence[Curve], width: int, height: int, scale: Scale, end: fl
             beyond = bucket.high > scale.high and math.isfinite(scale.beyond)
             if beyond and not curve.derived:
                 labels[0][x // 2] = ("▲", "warn")
-            if not bucket.count or (beyond and bucket.low > scale.high):
+            left_out = (beyond or curve.derived) and bucket.low > scale.high
+            if not bucket.count or left_out or (curve.derived and bucket.high < scale.low):
                 before = None
                 continue
             if before is not None and not curve.points and not bucket.broken:
@@ -88,6 +108,11 @@ def plot(curves: Sequence[Curve], width: int, height: int, scale: Scale, end: fl
             before = None if bucket.broken else (x, row(bucket.end))
         if curve.label and before is not None:
             labels[before[1] // 4][before[0] // 2] = (curve.label, curve.role)
+    if at is not None and start <= at <= end:
+        column = round((at - start) / (end - start) * (width * 2 - 1)) // 2
+        for y in range(height):
+            if not cells[y][column]:
+                labels[y].setdefault(column, ("│", "key"))
     return [runs_of_one_style(cells[y], roles[y], labels[y]) for y in range(height)]
 
 
@@ -179,6 +204,8 @@ class LineChart(Lines):
         self.log_scale = False
         self.parts = 1.0
         """Only the newest of so many parts of the x axis is shown."""
+        self.at: float | None = None
+        """The x whose values the title tells; None for the latest."""
         self.spikes = True
         """Whether a linear axis holds spikes; without, they are marked where they leave it."""
 
@@ -209,18 +236,59 @@ class LineChart(Lines):
         start, end = latest_part(last, end, self.parts)
         return [replace(curve, series=curve.series.since(start)) for curve in self._curves], start, end
 
+    # --- reading values off
+
+    class Pointed(Message):
+        """Somebody points at an x of the chart."""
+
+        def __init__(self, x: float) -> None:
+            super().__init__()
+            self.x = x
+
+    def beside(self, columns: int) -> float | None:
+        """The x to read next, so many columns on from :attr:`at` or back; None where reading ends."""
+        curves, start, end = self._shown()
+        cells = max(self.size.width - 4 - self._labels(self.size.width - 4, self.size.height - 2), 2)
+        return beside([curve.series for curve in curves], self.at, columns * (end - start) / cells)
+
+    def on_click(self, event: Click) -> None:
+        """Read off what is under the pointer."""
+        curves, start, end = self._shown()
+        left = 2 + self._labels(self.size.width - 4, self.size.height - 2)
+        share = (event.x - left) / max(self.size.width - 3 - left, 1)
+        x = nearest([curve.series for curve in curves], start + share * (end - start))
+        if x is not None and -0.05 <= share <= 1.05:
+            self.post_message(self.Pointed(x))
+
+    def _readings(self) -> Line:
+        """The values at :attr:`at`; nothing where that is not in the picture."""
+        curves, start, end = self._shown()
+        if self.at is None or not start <= self.at <= end:
+            return []
+        line: Line = [(f"at {self.end_label(self.at)}", "key")] if self._axis else []
+        for curve in curves:
+            found = value_at(curve.series, self.at)
+            if found is not None:
+                name = f"{curve.label or curve.name} ".lstrip()
+                line.append((f"{name}{told(found, curve.shown)}", "" if curve.role == "trace" else curve.role))
+        return line
+
     def title(self, width: int) -> Line:
-        """The name and the latest figures, as many as fit."""
+        """The name and the latest figures, or those that are read off, as many as fit."""
         line: Line = [(self.label, "bold")]
         room = width - len(self.label)
         scale = scale_for(self._shown()[0], log=self.log_scale, spikes=self.spikes)
         beyond: Line = [(f"▲ to {tick(scale.beyond)}", "warn")] if scale and math.isfinite(scale.beyond) else []
-        for text, role in [*self._figures, *beyond]:
+        for text, role in self._readings() or [*self._figures, *beyond]:
             if len(text) + 1 > room:
                 break
             line.append((f" {text}", role))
             room -= len(text) + 1
         return line
+
+    def _labels(self, width: int, height: int) -> int:
+        """Cells that the labels of the y axis take."""
+        return 7 if self._axis and width >= 30 and height >= 3 else 0
 
     def draw(self, width: int, height: int) -> list[Line]:
         """See :class:`Lines`."""
@@ -230,10 +298,10 @@ class LineChart(Lines):
             return []
         if scale is None:
             return [[] for _ in range((height - 1) // 2)] + [[("no steps yet".center(width)[:width], "dim")]]
-        labels = 7 if self._axis and width >= 30 and height >= 3 else 0
+        labels = self._labels(width, height)
         axis = 1 if labels and height >= 6 else 0
         marked = mark_line(self._marks, width - labels, end, start) if axis and height >= 7 else []
-        rows = plot(curves, width - labels, height - axis - bool(marked), scale, end, start)
+        rows = plot(curves, width - labels, height - axis - bool(marked), scale, end, start, self.at)
         if not labels:
             return rows
         named = ticks(scale, len(rows))

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from finetui.engine.run import Run
+from finetui.planner.errors import HubError
 from finetui.tui.cli import main
 
 GOOD = {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]}
@@ -115,6 +116,34 @@ def test_a_run_that_is_not_there(capsys: pytest.CaptureFixture[str], words: list
     code, message = fails(capsys, *words)
     assert code == 2
     assert "there is no run 'none'" in message
+
+
+@pytest.mark.parametrize("verb", ["attach", "stop", "resume", "logs", "chat", "export"])
+def test_the_beginning_of_several_names(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, verb: str
+) -> None:
+    monkeypatch.setattr("finetui.engine.run.list_runs", lambda root: [Run("runs/tiny-b"), Run("runs/tiny-a")])
+    code, message = fails(capsys, verb, "tin")
+    assert code == 2
+    assert message == "finetui: the names of 2 runs begin with 'tin'. Type more of its name: tiny-b, tiny-a.\n"
+
+
+def test_a_slip_in_a_known_models_name(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def away(model: str, name: str) -> str:
+        raise HubError("the Hub can't be reached", where="model", do="Check the network.")
+
+    monkeypatch.setattr("finetui.planner.hub._fetch", away)
+    code, message = fails(capsys, "fit", "qwen/Qwen3-8")
+    assert code == 2
+    assert "can't be reached. Did you mean Qwen/Qwen3-8B" in message
+    assert message.endswith("? Check the network.\n")
+    assert "Did you mean" not in fails(capsys, "fit", "somebody/something-else")[1]
+
+
+def test_models_of_several_gpus(capsys: pytest.CaptureFixture[str]) -> None:
+    code, message = fails(capsys, "fit", "--gpu", "T4,L4")
+    assert code == 2
+    assert "one GPU, not T4, L4" in message
 
 
 def test_a_place_that_is_another_users(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -54,6 +54,20 @@ def test_fit_lists_what_fits(capsys: pytest.CaptureFixture[str]) -> None:
     assert "✔" in answer(capsys, "fit", "Qwen/Qwen3-8B", "--gpu", "RTX4090")
 
 
+def test_fit_without_a_model_lists_the_models_of_one_gpu(capsys: pytest.CaptureFixture[str]) -> None:
+    found = json.loads(answer(capsys, "fit", "--gpu", "T4", "--json"))
+    assert (found["gpu"], found["sequence_length"]) == ("T4", 2048)
+    by_name = {row["name"]: {fit["tuning"]: fit["fits"] for fit in row["fits"]} for row in found["models"]}
+    assert by_name["Qwen/Qwen3-8B"] == {"full": False, "lora": False, "qlora": True}
+    sizes = [row["parameters"] for row in found["models"]]
+    assert sizes == sorted(sizes, reverse=True)
+    text = answer(capsys, "fit", "--gpu", "T4", "--seq-len", "1024", "--tuning", "lora")
+    assert text.startswith("T4 of 14.7 GiB: GiB at micro batch 1, rows of 1,024 tokens")
+    assert "Qwen/Qwen3-8B" not in text
+    assert "models do not fit; --all shows them." in text
+    assert "Qwen/Qwen3-8B" in answer(capsys, "fit", "--gpu", "T4", "--tuning", "lora", "--all")
+
+
 def test_offers_are_ranked_by_what_the_run_costs(capsys: pytest.CaptureFixture[str]) -> None:
     offers = json.loads(answer(capsys, "gpus", "Qwen/Qwen3-8B", "--tuning", "lora", "--json"))["offers"]
     costs = [offer["usd"] for offer in offers]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from finetui.engine.run import Run
 from finetui.tui.columns import table
 from finetui.tui.commands import top as top_verb
 from finetui.tui.commands.runs import _COLUMNS, _words
-from finetui.tui.commands.top import Machine, picture
+from finetui.tui.commands.top import Lately, Machine, picture
 from finetui.tui.run_table import RunScanner
 from finetui.tui.verbs import build
 
@@ -114,3 +115,29 @@ def test_top_on_a_machine_without_gpus(tmp_path: Path) -> None:
     tree = json.loads(run_verb("top", "--json"))
     assert set(tree) == {"gpus", "host", "warnings"}
     assert tree["host"]["memory_total_gib"] > 0
+
+
+def test_runs_by_the_beginning_of_their_names(fleet: list[Run], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("finetui.engine.run.list_runs", lambda root=None: fleet)
+    tree = json.loads(run_verb("compare", "old", "qwen3-8b-q", "--json"))
+    assert [row["name"] for row in tree["runs"]] == ["old-run", fleet[0].name]
+
+
+def test_the_load_of_the_last_readings_is_a_line_of_blocks() -> None:
+    lately = Lately()
+    loads: list[float | None] = [0.0, 50.0, 100.0, None]
+    for load in loads:
+        now = lately.take({"gpus": [{"index": 0, "name": "H100", "runs": [], "sm_percent": load}]})
+    assert now["gpus"][0]["lately"] == "▁▅█·"
+    assert (
+        "lately" not in lately.take({"gpus": [{"index": 1, "name": "H100", "runs": [], "sm_percent": 3.0}]})["gpus"][0]
+    )
+    for _ in range(50):
+        lately.take({"gpus": [{"index": 0, "name": "H100", "runs": [], "sm_percent": 100.0}]})
+    kept = lately.take({"gpus": [{"index": 0, "name": "H100", "runs": [], "sm_percent": 0.0}]})
+    assert kept["gpus"][0]["lately"] == "█" * 19 + "▁"
+    shown = Console(width=120)
+    with shown.capture() as capture:
+        shown.print(picture({**kept, "host": dataclasses.asdict(HostSample(1.0, 1.0, 1.0, 2.0)), "warnings": []}))
+    assert "lately" in capture.get()
+    assert "█▁" in capture.get()

@@ -85,7 +85,7 @@ async def test_no_runs(app_of: AppOf, settle: Settle) -> None:
     async with app.run_test(size=(80, 24)) as pilot:
         await settle(pilot)
         await pilot.press("a", "m", "y")
-        assert "no runs yet: plan (1)" in app.screen.query_one(ComparisonTable).text
+        assert "Or make your own plan (1)" in app.screen.query_one(ComparisonTable).text
 
 
 async def test_how_each_run_ended_is_said(app_of: AppOf, settle: Settle, fleet: list[Run]) -> None:

@@ -109,7 +109,7 @@ async def test_without_a_plan_there_is_nothing_to_start(app_of: AppOf, settle: S
     app = app_of("launch", recipe=Recipe.build({"model": "missing/model"}))
     async with app.run_test(size=(80, 24)) as pilot:
         await settle(pilot)
-        assert "nothing to start" in app.screen.query_one(StartRow).text
+        assert "no plan to start yet" in app.screen.query_one(StartRow).text
         await pilot.press("enter", "y")
         assert calls == []
 

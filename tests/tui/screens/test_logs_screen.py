@@ -143,7 +143,8 @@ async def test_without_a_run_it_says_how_to_get_one(app_of: AppOf, settle: Settl
     app = app_of("logs")
     async with app.run_test(size=(80, 24)) as pilot:
         await settle(pilot)
-        assert f"no runs yet: plan ({key_of('plan')}), then launch ({key_of('launch')})" in text(app)
+        assert "no runs yet. b sets up a first one" in text(app)
+        assert f"plan ({key_of('plan')}) and launch it ({key_of('launch')})" in " ".join(text(app).split())
 
 
 async def test_a_log_that_is_empty_says_so(app_of: AppOf, settle: Settle, logged: Run) -> None:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 from collections.abc import Awaitable, Callable
+from pathlib import Path
 from typing import Any
 
-from textual.widgets import DataTable
+from textual.widgets import DataTable, Input
 
 from finetui.engine.events import EventLog, Step
 from finetui.engine.run import Run
 from finetui.tui.app import FinetuiApp
+from finetui.tui.run_table import SORTS, RunScanner, arranged
+from finetui.tui.widgets.bars import KeyBar
 from finetui.tui.widgets.run_details import RunDetails
 
 AppOf = Callable[..., FinetuiApp]
@@ -112,3 +116,77 @@ async def test_columns_follow_the_width(app_of: AppOf, settle: Settle, fleet: li
         await settle(pilot)
         assert len(rows(app)[0]) == 10
         assert rows(app)[0][8] == "1×H100 SXM"
+
+
+async def test_sorted_and_filtered_the_cursor_stays_on_its_run(app_of: AppOf, settle: Settle, fleet: list[Run]) -> None:
+    app = app_of("runs")
+    async with app.run_test(size=(100, 30)) as pilot:
+        await settle(pilot)
+        await pilot.press("j", "s")
+        figures = [row[4] for row in rows(app)]
+        known = sorted(figure for figure in figures if figure != "–")
+        assert figures == [*known, *["–"] * (len(figures) - len(known))]
+        assert "by held-out loss" in str(app.screen.query_one(DataTable).border_title)
+        table = app.screen.query_one(DataTable)
+        assert rows(app)[table.cursor_row][1] == fleet[1].name
+        await pilot.press("slash")
+        app.screen.query_one(Input).value = "failed qwen3"
+        await pilot.press("enter")
+        await settle(pilot)
+        assert sorted(row[1] for row in rows(app)) == ["qwen3-8b-full", "qwen3-8b-lr1e3"]
+        assert "2 of 5" in str(table.border_title)
+        await pilot.press("slash")
+        app.screen.query_one(Input).value = "no such [run]"
+        await pilot.press("enter")
+        await settle(pilot)
+        assert rows(app) == []
+        assert "no run has 'no such [run]' in it" in app.screen.query_one(RunDetails).text
+        await pilot.press("enter", "x", "D", "y", "slash")
+        app.screen.query_one(Input).value = ""
+        await pilot.press("enter")
+        await settle(pilot)
+        assert len(rows(app)) == 5
+
+
+def test_figures_that_there_are_none_of_come_last(fleet: list[Run], now: float) -> None:
+    found = RunScanner(lambda: fleet, lambda: now).scan()
+    for sort in SORTS:
+        assert sorted(row.run.name for row in arranged(found, sort=sort)) == sorted(run.name for run in fleet)
+    losses = [row.loss for row in arranged(found, sort="loss")]
+    assert math.isnan(losses[-1])
+    assert losses[:-1] == sorted(losses[:-1])
+    assert [row.run.name for row in arranged(found)] == [run.name for run in fleet]
+
+
+async def test_a_first_run_is_two_keys_away(app_of: AppOf, settle: Settle) -> None:
+    app = app_of("runs")
+    async with app.run_test(size=(80, 24)) as pilot:
+        await settle(pilot)
+        assert "b First run" in app.screen.query_one(KeyBar).text
+        await pilot.press("b")
+        await settle(pilot)
+        assert app.current_mode == "launch"
+        assert Path(app.draft["model"]).name == "tiny"
+        assert app.recipe_path is not None
+        assert app.recipe_path.name == "quickstart.yaml"
+
+
+async def test_a_plan_that_is_not_saved_is_not_lost_to_a_first_run(app_of: AppOf, settle: Settle) -> None:
+    app = app_of("runs")
+    async with app.run_test(size=(80, 24), notifications=True) as pilot:
+        await settle(pilot)
+        app.edited = True
+        await pilot.press("b")
+        await settle(pilot)
+        assert app.current_mode == "runs"
+        assert "not saved" in " ".join(notice.message for notice in app._notifications)
+
+
+async def test_with_runs_there_the_first_one_is_not_offered(app_of: AppOf, settle: Settle, fleet: list[Run]) -> None:
+    app = app_of("runs")
+    async with app.run_test(size=(100, 30)) as pilot:
+        await settle(pilot)
+        for mode in ("runs", "monitor", "compare", "logs"):
+            app.switch_mode(mode)
+            await settle(pilot)
+            assert "First run" not in app.screen.query_one(KeyBar).text

@@ -177,3 +177,24 @@ def test_of_a_chart_only_its_newest_part() -> None:
     assert (whole[-1].split()[0], newest[-1].split()[0]) == ("0", "300")
     assert whole[-1].endswith("step 400")
     assert newest[-1].endswith("step 400")
+
+
+def test_a_mean_is_drawn_only_as_far_as_it_lies_on_the_axis() -> None:
+    low, high = series([1.0, 1.1, 1.0, 1.1, 1.0, 1.1, 1.0, 1.1]), series([9.0, 6.0, 3.0, 1.5, 1.05, 1.05, 1.05, 1.05])
+    curves = [Curve(low, "trace"), Curve(high, "accent", derived=True)]
+    scale = scale_for(curves, spikes=False)
+    assert scale is not None
+    assert scale.high < 1.5
+    roles = [{role for text, role in line if text.strip()} for line in plot(curves, 16, 4, scale, 8.0)]
+    first = plot([curves[1]], 16, 4, scale, 8.0)
+    assert any("accent" in line for line in roles)
+    assert not any(text.strip() for text, _ in first[0])  # no line along the upper edge
+
+
+def test_a_line_stands_where_values_are_read_off() -> None:
+    curves = [Curve(series([1.0] * 20))]
+    scale = scale_for(curves)
+    assert scale is not None
+    lines = ["".join(text for text, _ in line) for line in plot(curves, 20, 5, scale, 20.0, at=10.0)]
+    assert [line[10] for line in lines].count("│") == 4  # and the curve before it
+    assert not any("│" in "".join(t for t, _ in line) for line in plot(curves, 20, 5, scale, 20.0, at=99.0))
