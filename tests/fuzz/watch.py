@@ -45,7 +45,9 @@ def _look(event: str, arguments: tuple[Any, ...]) -> None:
 
 def _inside(event: str, path: Any) -> None:
     real = os.path.realpath(os.fsdecode(path))
-    allowed = (_root, os.path.realpath(tempfile.gettempdir()) + "/pymp-", os.devnull)
+    allowed = [_root, os.path.realpath(tempfile.gettempdir()) + "/pymp-", os.devnull]
+    if sys.pycache_prefix:  # where a verb that ran in this process keeps compiled modules
+        allowed.append(os.path.realpath(sys.pycache_prefix))
     if "__pycache__" not in real and not real.startswith(tuple(str(place) for place in allowed)):
         raise Escaped(f"{event} {real}")
 
