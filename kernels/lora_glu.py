@@ -211,7 +211,7 @@ def backward(
     pieces = cdiv(n_rows, length)
     sums = torch.empty(pieces, 3, padded, n_columns, dtype=torch.float32, device=g.device)
     which = 2 if dha is None else 3
-    made = torch.empty(which, n_columns * rank, dtype=torch.float32, device=g.device)
+    made = torch.empty(which, n_columns, rank, dtype=torch.float32, device=g.device)
     down = dh if dha is None else dha
     strides = dh.stride(0), g.stride(0), u.stride(0), xa[0].stride(0), down.stride(0)
     launch(
@@ -222,8 +222,8 @@ def backward(
     )  # fmt: skip
     sizes = n_columns, rank, pieces
     launch(_add_kernel, (cdiv(n_columns, 64), which), (sums, made), sizes, (padded, 64), num_warps=4)
-    db = made[:2].view(2, n_columns, rank)
-    return Gradients(db[0], db[1], made[2].view(rank, n_columns) if dha is not None else None)
+    db_gate, db_up, *da = made.unbind()
+    return Gradients(db_gate, db_up, da[0].view(rank, n_columns) if da else None)
 
 
 def _padded(rank: int) -> int:
