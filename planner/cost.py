@@ -134,12 +134,12 @@ def price_of(offer: Offer, *, spot: bool) -> float | None:
 
 
 def duration(seconds: float) -> str:
-    """A time in the words of messages: ``45 s``, ``12 min``, ``3.4 h``, ``22 days``."""
+    """A time in the words of messages: ``45 s``, ``12 min``, ``3.4 h``, ``22.4 days``."""
     if seconds < 90:
         return f"{seconds:.0f} s"
     if seconds < 5400:
         return f"{seconds / 60:.0f} min"
-    return f"{seconds / 3600:.1f} h" if seconds < 48 * 3600 else f"{seconds / 86400:.0f} days"
+    return f"{seconds / 3600:.1f} h" if seconds < 48 * 3600 else f"{seconds / 86400:.1f} days"
 
 
 def restart_s(plan: Plan) -> float:

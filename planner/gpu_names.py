@@ -14,7 +14,7 @@ _RENTED = "`finetui gpus MODEL` ranks the ones that can be rented"
 _CPU = "hardware.device: cpu (--set hardware.device=cpu) plans for this machine's processor"
 #: Makers whose devices the engine does not train on, by words of their devices' names.
 _OTHERS = {
-    "Apple": r"apple|mac(book)?|mps|m[1-9]( (pro|max|ultra))?",
+    "Apple": r"apple|mac(book)?|mps|^m[1-9]",
     "AMD": r"amd|radeon|rx|vega|instinct|gfx\w+|mi\d+\w*",
     "Intel": r"intel|arc|gaudi\w*|xpu|iris",
     "Google": r"google|tpu|v[2-6][ep]?-\d+",
@@ -56,10 +56,15 @@ def unknown_gpu(name: str, catalog: Iterable[Gpu], names: Mapping[str, str], pla
 
 def _of_size(gb: int, catalog: Iterable[Gpu]) -> str:
     """The cards of so many GB, the newest that people have at home first: those are what they name by their memory."""
-    cards = [gpu for gpu in catalog if abs(gpu.memory_gib / gb - 0.96) < 0.06]
+    cards = [gpu for gpu in catalog if abs(gpu.memory_gib - 0.96 * gb) < 0.06 * gb]
     if not cards:
         return "`finetui gpus` lists those it has, with their memory."
-    at_home = sorted(cards, key=lambda gpu: (gpu.name.startswith("RTX-"), gpu.compute_capability), reverse=True)
-    alike = [gpu.name for gpu in at_home]
+    alike = [gpu.name for gpu in sorted(cards, key=_at_home, reverse=True)]
     more = f" and {len(alike) - _MOST} others (`finetui gpus`)" if len(alike) > _MOST else ""
     return f"Name the card; with {gb} GB there are {', '.join(alike[:_MOST])}{more}."
+
+
+def _at_home(gpu: Gpu) -> tuple[bool, bool, float]:
+    """Cards for people are larger than those for servers, whole ones than a laptop's, and newer than older ones."""
+    newness = float(gpu.compute_capability) if gpu.compute_capability[:1].isdigit() else 0.0  # AMD's are no numbers
+    return gpu.name.startswith("RTX-"), not gpu.name.endswith("-Laptop"), newness

@@ -43,7 +43,28 @@ _BUFFER_S = 1e-4
 
 
 def launched_s(architecture: Architecture, settings: Settings, stack: Stack, gpu: Gpu) -> tuple[float, float]:
-    """Seconds in which the host starts one micro-batch: its forward; its backward, with what is computed again."""
+    """Seconds in which the host starts one micro-batch: its forwards, of a reference and a teacher too; its backward,
+    with what is computed again."""
+    forward_s, backward_s = _trained_s(architecture, settings, stack, gpu)
+    forward_s *= 1.0 + settings.beside.forwards
+    if settings.beside.teacher is not None:
+        forward_s += settings.beside.teacher.launched_s(gpu)
+    return forward_s, backward_s
+
+
+def loop_s(settings: Settings, stack: Stack, gpu: Gpu) -> float:
+    """Seconds of each step in which the device waits for the loop's own Python."""
+    if gpu.kind != "cuda":
+        return 0.0
+    return stack.waits_together_s if agrees(settings, stack) else stack.waits_s
+
+
+def agrees(settings: Settings, stack: Stack) -> bool:
+    """Whether several devices agree after each step on what comes next, so that none runs ahead."""
+    return settings.world_size > 1 and stack.waits_together_s > 0
+
+
+def _trained_s(architecture: Architecture, settings: Settings, stack: Stack, gpu: Gpu) -> tuple[float, float]:
     counted = launches(architecture, settings, stack)
     if gpu.kind == "cpu":
         return counted.forward * LAUNCH_CPU_S, (counted.again + counted.backward) * LAUNCH_CPU_S

@@ -146,7 +146,8 @@ def _ways(settings: Settings, gpu: Gpu, *, splits: bool) -> Iterator[tuple[str, 
             yield "optimizer.name: adamw-8bit", {**lean, "optimizer": "adamw-8bit"}
         yield "tuning: lora", {**adapters, "tuning": "lora", "quantization": "none"}
     if settings.tuning != "qlora":
-        yield "tuning: qlora", {**adapters, "tuning": "qlora", "quantization": "nf4", "strategy": "ddp"}
+        strategy = "fsdp" if splits and settings.strategy == "fsdp" else "ddp"
+        yield "tuning: qlora", {**adapters, "tuning": "qlora", "quantization": "nf4", "strategy": strategy}
 
 
 def _remedy(

@@ -10,7 +10,7 @@ from __future__ import annotations
 from .architecture import Architecture
 from .hardware import Gpu
 from .interval import step_range, unknown_speed
-from .launching import LAUNCH_CPU_S, LAUNCH_S, launched_s, uncompiled, waited_s
+from .launching import LAUNCH_CPU_S, LAUNCH_S, agrees, launched_s, loop_s, uncompiled, waited_s
 from .links import communication_s, offload_s, parking_s
 from .memory import kv_cache_bytes
 from .methods import METHODS
@@ -49,20 +49,17 @@ def step_speed(
     most = host if stack.certain or not stack.compiled else launched_s(architecture, settings, uncompiled(stack), gpu)
     if settings.beside.forwards:  # over the same tokens, without gradients
         terms["reference"] = settings.beside.forwards * (terms["forward"] + terms["attention"] / work.passes)
-        host, most = (((1 + settings.beside.forwards) * one[0], one[1]) for one in (host, most))
     if settings.beside.teacher is not None:
         terms["teacher"] = settings.beside.teacher.seconds(architecture, settings, work, gpu)
-        started = settings.beside.teacher.launched_s(gpu)
-        host, most = ((one[0] + started, one[1]) for one in (host, most))
     busy = _passes(terms, work, settings.recomputed(architecture.num_layers))
-    together = settings.world_size > 1 and stack.waits_together_s > 0
+    ahead = stack.runs_ahead and not agrees(settings, stack)
 
     def waits(slower: float) -> float:
         """Seconds of one micro-batch that are waited for a host that takes ``slower`` times as long."""
         launched = most if slower > 1 else host
         if gpu.kind == "cpu":  # nothing is launched ahead: each operation waits for the one before
             return slower * sum(launched)
-        return waited_s(busy, (slower * launched[0], slower * launched[1]), ahead=stack.runs_ahead and not together)
+        return waited_s(busy, (slower * launched[0], slower * launched[1]), ahead=ahead)
 
     terms["launch"] = waits(1.0)
     if settings.checkpointing == "offload":
@@ -82,7 +79,7 @@ def step_speed(
     if METHODS[settings.method].rollouts:
         terms["rollout"] = _rollout_s(architecture, settings, gpu)
     terms["offload"] = offload_s(architecture, settings, gpu)
-    terms["launch"] += (stack.waits_together_s if together else stack.waits_s) if gpu.kind == "cuda" else 0.0
+    terms["launch"] += loop_s(settings, stack, gpu)
     step_s = sum(terms.values())
     world = settings.world_size
     per_step = work.tokens * settings.accumulation * useful

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from .architecture import Architecture
 from .hardware import Gpu
-from .launching import launched_s
-from .memory_terms import Reckoned
+from .launching import launched_s, loop_s
+from .memory_terms import Part, Reckoned
 from .settings import Settings
 from .speed import step_speed
 from .stacks import Stack
@@ -84,15 +84,29 @@ def speed_parts(
     for name, words in _WORDS.items():
         if name not in total.terms:
             continue
-        how = ""
-        if name == "launch":
-            kernels = launches(architecture, settings, stack).total
-            host, device = sum(launched_s(architecture, settings, stack, gpu)), sum(work.seconds.values())
-            how = f"{kernels:,.0f} kernels a micro-batch: {1e3 * host:,.3g} ms to start, {1e3 * device:,.3g} ms to run"
-        if name == "reference":
-            how = f"{settings.beside.forwards:g} further forward passes{again}"
+        how = f"{settings.beside.forwards:g} further forward passes{again}" if name == "reference" else ""
         found[name] = (words, "", [(name, how, total.terms[name])])
+    found["launch"] = _launch(architecture, settings, stack, gpu, total.terms, work)
     if settings.beside.teacher is not None:
         spent = settings.beside.teacher.spent(architecture, settings, work, gpu)
         found["teacher"] = (_WORDS["teacher"], "", [(what, f"{how}{again}", s * times) for what, how, s in spent])
     return {name: found[name] for name in total.terms if name in found}
+
+
+def _launch(
+    architecture: Architecture, settings: Settings, stack: Stack, gpu: Gpu, terms: dict[str, float], work: Work
+) -> Reckoned:
+    """The waits for the host, and for what the loop does between two steps."""
+    busy = sum(terms.get(name, 0.0) for name in (*work.seconds, "reference", "teacher")) / settings.accumulation
+    counted, beside = launches(architecture, settings, stack), settings.beside
+    kernels = counted.total + beside.forwards * counted.forward + (beside.teacher.kernels if beside.teacher else 0)
+    start_s, own = sum(launched_s(architecture, settings, stack, gpu)), loop_s(settings, stack, gpu)
+    how = f"{kernels:,.0f} kernels a micro-batch: {_ms(start_s)} to start, {_ms(busy)} to run"
+    parts: list[Part] = [("the host's start of kernels", "", terms["launch"] - own)]
+    if own:
+        parts.append(("the training loop's own Python", "once a step", own))
+    return f"{_WORDS['launch']}; {how}", "", parts
+
+
+def _ms(seconds: float) -> str:
+    return f"{1e3 * seconds:,.{0 if seconds >= 0.1 else 1}f} ms"

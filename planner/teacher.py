@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from .architecture import Architecture
-from .errors import ModelError, RecipeError
+from .errors import HubError, ModelError, RecipeError
 from .hardware import GIB, Gpu
 from .hub import find_config, read_config
 from .inside import local_path
@@ -132,14 +132,18 @@ class Teacher:
         """Of one micro-batch: the sum of :meth:`spent`."""
         return sum(seconds for *_, seconds in self.spent(student, settings, work, gpu))
 
+    @property
+    def kernels(self) -> int:
+        """Kernels of one pass."""
+        from .traffic import KERNELS
+
+        return KERNELS * self.architecture.num_layers
+
     def launched_s(self, gpu: Gpu) -> float:
         """Seconds in which the host starts the kernels of its pass."""
         from .launching import LAUNCH_CPU_S, LAUNCH_S
-        from .traffic import KERNELS
 
-        return (
-            KERNELS * self.architecture.num_layers * (LAUNCH_CPU_S if gpu.kind == "cpu" else gpu.launch_s or LAUNCH_S)
-        )
+        return self.kernels * (LAUNCH_CPU_S if gpu.kind == "cpu" else gpu.launch_s or LAUNCH_S)
 
     def lever(self, weights: float, settings: Settings) -> str:
         """What lowers so many bytes of weights, where the teacher's are the larger part of them; else nothing."""
@@ -230,12 +234,17 @@ def teacher_of(recipe: Recipe, student: Architecture) -> Teacher:
 
 @lru_cache(maxsize=16)
 def architecture_of(model: str) -> Architecture:
-    """That of a model by its hub id, folder or config.json.
+    """That of a teacher by its hub id, folder or config.json.
 
     Raises:
         ModelError, HubError: it is not to be had.
     """
-    name, config, _ = find_config(model)
+    try:
+        name, config, _ = find_config(model)
+    except (ModelError, HubError) as error:
+        if error.where != "model":
+            raise
+        raise type(error)(error.what, where="distillation.teacher", do=error.do) from None
     return Architecture.from_config(config, name)
 
 

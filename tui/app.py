@@ -307,9 +307,14 @@ class FinetuiApp(App[None]):
             self.push_screen(Help(str(self.current_mode), self.own_keys))
 
     def action_try_it(self) -> None:
-        """Plan the shipped model and data, on this machine, and go to where they are started."""
+        """Without any run: plan the shipped model and data, on this machine, and go to where they are started."""
         from ..planner.hardware import PRESETS
+        from .screens.base import BaseScreen
 
+        offered = self.screen.keys_shown() if isinstance(self.screen, BaseScreen) else []
+        if not any(key.action == "app.try_it" for key in offered):
+            self.notify("This is for a first run, and there are runs. o on Plan opens another recipe.")
+            return
         if self.edited:
             self.notify("This plan is not saved yet. s on Plan saves it.", severity="warning")
             return

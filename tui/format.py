@@ -26,7 +26,7 @@ CHECK_GLYPHS = {"ok": "✔", "warn": "!", "fail": "✘"}
 def count(value: float) -> str:
     """A count with at most three significant digits: ``8.03 B``, ``41.9 M``, ``512``."""
     for limit, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if abs(value) >= limit:
+        if abs(value) >= 0.9995 * limit:  # what is rounded up to it, too
             return f"{_three(value / limit)} {unit}"
     return f"{value:.0f}"
 

@@ -22,6 +22,8 @@ from finetui.planner.hardware import find_gpu, load_catalog
         ("8GB", ["with 8 GB there are RTX-", "others (`finetui gpus`)"]),
         ("24 GB card", ["RTX-4090", "RTX-3090"]),
         ("7GB", ["with their memory"]),
+        ("0GB", ["with their memory"]),
+        ("Tesla M4", ["in the catalog. "]),
         ("RTX 4099", ["Did you mean RTX-4090"]),
         ("banana", ["`finetui gpus` lists those it has"]),
     ],
@@ -40,6 +42,10 @@ def test_the_cards_told_for_a_size_have_that_size():
     told = str(refused.value).partition("there are ")[2].partition(" and ")[0].split(", ")
     assert len(told) == 6
     assert all(15 < load_catalog()[name].memory_gib < 16 for name in told)
+    generations = [float(load_catalog()[name].compute_capability) for name in told]
+    assert generations == sorted(generations, reverse=True)
+    assert "RTX-5080" in told
+    assert not any(name.endswith("-Laptop") for name in told)
 
 
 @pytest.mark.parametrize(

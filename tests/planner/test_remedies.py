@@ -155,6 +155,15 @@ def test_more_of_the_same_gpus_are_named_where_the_model_can_be_split_over_them(
     assert applied(keys, more[0], "H100", 1)[0].resolved.strategy == "fsdp"
 
 
+def test_four_bits_are_named_where_they_have_to_be_split_too():
+    keys = {"model": "meta-llama/Llama-3.1-70B", "tuning": "lora"}
+    first = planned(keys, "RTX-4090", 4).warnings[0]
+    assert first.startswith("tuning: qlora would fit")
+    plan, _ = applied(keys, first, "RTX-4090", 4)
+    assert plan.fits
+    assert plan.resolved.strategy == "fsdp"
+
+
 def test_what_is_advised_instead_of_a_processor_computes_in_16_bits_and_is_for_rent():
     node = cpu_node()
     plan = make_plan(

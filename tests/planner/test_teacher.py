@@ -175,6 +175,12 @@ def test_a_teacher_is_a_model_a_run_or_an_adapter(tmp_path):
         find_teacher(str(output))
 
 
+def test_a_teacher_that_is_not_there_is_told_by_its_own_field(tmp_path):
+    with pytest.raises(ModelError, match="there is no folder or model") as error:
+        planned(recipe(distillation={"teacher": str(tmp_path / "nowhere")}))
+    assert error.value.where == "distillation.teacher"
+
+
 def test_weights_that_can_not_be_read_so_are_refused(tmp_path):
     config = find_config(TEACHER)[1]
     packed = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}

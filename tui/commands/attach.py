@@ -18,7 +18,7 @@ PlainFlag = Annotated[bool, typer.Option("--plain", help="Lines instead of the a
 def attach(run: RunOrLatest = None, host: HostFlag = None, plain: PlainFlag = False, as_json: JsonFlag = False) -> None:
     """Watch a run; closing this viewer leaves it running. --json prints its events so far, one per line."""
     if host is None:
-        raise typer.Exit(_watch(Run.open(run) if run else latest(), plain=plain, as_json=as_json))
+        raise typer.Exit(_watch(latest() if run is None else Run.open(run), plain=plain, as_json=as_json))
     with runs_of(host) as remote:
         found = remote.open(remote.host.open(run))
         raise typer.Exit(_watch(found, plain=plain, as_json=as_json, backend=remote.backend()))

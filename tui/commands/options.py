@@ -78,7 +78,7 @@ def recipe_from(
             )
     flags: dict[str, Any] = {
         "method": method,
-        "distillation.teacher": local_path(teacher) if teacher is not None else None,
+        "distillation.teacher": local_path(teacher) if teacher else teacher,
         "tuning.type": tuning,
         "tuning.rank": rank,
         "tuning.targets": targets if targets in (None, "all-linear") else targets.split(","),

@@ -42,7 +42,7 @@ def the_run(name: str | None, host: str | None) -> Iterator[Run]:
         RunError: there is none, or the other machine can't be reached.
     """
     if host is None:
-        yield Run.open(name) if name else latest()
+        yield latest() if name is None else Run.open(name)
         return
     with runs_of(host) as remote:
         yield remote.open(remote.host.open(name))

@@ -33,8 +33,9 @@ def _stop(found: Run, wait: bool, now: bool, as_json: bool) -> None:
         found.host.kill(found) if isinstance(found, MirroredRun) else kill(found)
     else:
         request_stop(found)
-        if wait:
-            print(f"{found.name} writes a checkpoint and ends. Ctrl-C stops the waiting.", file=sys.stderr)
+        if wait or not as_json:  # which has the name
+            patience = " Ctrl-C stops the waiting." if wait else ""
+            print(f"{found.name} writes a checkpoint and ends.{patience}", file=sys.stderr)
     while wait and found.status.state in LIVE_STATES:
         time.sleep(0.2)
     status = found.status

@@ -69,11 +69,14 @@ class ModelFacts(Lines):
         if fit is None:
             least = min((one.device_gib for one in row.fits.values()), default=0.0)
             return [head, [(f"✘ needs {format.gib_of(least, self._memory_gib)} at least", "bad")]]
-        price = fit.usd_per_million_tokens
-        rent = f", ${price:.3f}/M tokens" if price is not None else ""
-        memory = format.gib_of(fit.device_gib, self._memory_gib)
-        words = f"{memory}, {fit.optimizer}, checkpointing {fit.checkpointing}{rent}"
-        return [head, [(f"{glyph(fit)} {fit.tuning}  ", _ROLES[glyph(fit)]), (words, "")]]
+        taken = f"{glyph(fit)} {fit.tuning}  "
+        words = [format.gib_of(fit.device_gib, self._memory_gib), fit.optimizer, f"checkpointing {fit.checkpointing}"]
+        if (price := fit.usd_per_million_tokens) is not None:
+            words.append(f"${price:.3f}/M tokens")
+        for least in words[2:0:-1]:  # rather than cut what comes last
+            if len(taken) + len(", ".join(words)) > width:
+                words.remove(least)
+        return [head, [(taken, _ROLES[glyph(fit)]), (", ".join(words), "")]]
 
 
 class Models(ModalScreen[ModelRow | None]):

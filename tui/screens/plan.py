@@ -306,9 +306,11 @@ class PlanScreen(BaseScreen):
         from .models import Models
 
         draft = self.owner.draft
+        # What else is wrong with the draft is no matter here.
+        where = {key: value for key, value in draft.items() if key == "hardware"}
 
         def find() -> ModelList:
-            return self.owner.backend.models_on(form.recipe_of(draft), length_of(draft))
+            return self.owner.backend.models_on(form.recipe_of(where), length_of(draft))
 
         def done(row: ModelRow | None) -> None:
             if row is not None:

@@ -118,6 +118,18 @@ def test_a_run_that_is_not_there(capsys: pytest.CaptureFixture[str], words: list
     assert "there is no run 'none'" in message
 
 
+@pytest.mark.parametrize("verb", ["attach", "stop", "resume", "logs"])
+def test_an_empty_name_is_not_the_latest_run(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, verb: str
+) -> None:
+    """As of a variable of a script that is not set: ``finetui stop "$RUN"``."""
+    for place in ("finetui.engine.run", "finetui.tui.commands.places"):
+        monkeypatch.setattr(f"{place}.list_runs", lambda root=None: [Run("runs/tiny-b"), Run("runs/tiny-a")])
+    code, message = fails(capsys, verb, "")
+    assert code == 2
+    assert message == "finetui: there is no run ''. The latest runs are: tiny-b, tiny-a.\n"
+
+
 @pytest.mark.parametrize("verb", ["attach", "stop", "resume", "logs", "chat", "export"])
 def test_the_beginning_of_several_names(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, verb: str

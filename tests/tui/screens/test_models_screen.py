@@ -6,12 +6,15 @@ from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from typing import Any
 
+import pytest
 from textual.widgets import DataTable, Input
 
 from finetui.planner.errors import HardwareError
+from finetui.planner.fit import Fit
 from finetui.planner.recipe import Recipe
 from finetui.tui.app import FinetuiApp
 from finetui.tui.backend import Backend
+from finetui.tui.model_list import ModelRow
 from finetui.tui.screens.models import ModelFacts, Models
 from finetui.tui.screens.plan import PlanScreen
 
@@ -85,6 +88,36 @@ async def test_a_filter_and_a_way_back(app_of: AppOf, settle: Settle) -> None:
         await pilot.press("escape")
         await settle(pilot)
         assert app.draft == before
+
+
+async def test_a_model_can_be_chosen_while_the_plan_is_not_right_yet(app_of: AppOf, settle: Settle) -> None:
+    app = app_of(recipe=Recipe.build({"model": "a/b", "hardware": {"gpu": "RTX 4090"}}))
+    async with app.run_test(size=(80, 24)) as pilot:
+        await settle(pilot)
+        screen = app.screen
+        assert isinstance(screen, PlanScreen)
+        screen.set_value("method", "distill")  # whose teacher is not said yet
+        await settle(pilot)
+        await pilot.press("b")
+        await settle(pilot)
+        assert isinstance(app.screen, Models)
+        assert str(app.screen.query_one("#dialog").border_title).endswith("fit on one RTX 4090, by size")
+
+
+@pytest.mark.parametrize(
+    ("width", "told"),
+    [
+        (90, "✔ full  21.7 of 23.6 GiB, paged-adamw-8bit, checkpointing selective, $0.122/M tokens"),
+        (70, "✔ full  21.7 of 23.6 GiB, paged-adamw-8bit, $0.122/M tokens"),
+        (50, "✔ full  21.7 of 23.6 GiB, $0.122/M tokens"),
+    ],
+)
+def test_on_a_small_terminal_a_price_is_not_cut(width: int, told: str) -> None:
+    how = ("bf16", "paged-adamw-8bit", "selective", 0.44, "runpod")
+    fit = Fit("RTX-4090", 23.6, "full", 2048, True, 21.7, 22.0, 1000.0, *how)
+    facts = ModelFacts()
+    facts.show(ModelRow("a/b", 8, 8, 4096, {"full": fit}), 23.6, "full")
+    assert "".join(text for text, _ in facts.draw(width, 2)[1]) == told
 
 
 async def test_why_there_are_none(app_of: AppOf, settle: Settle, backend: Backend) -> None:
