@@ -51,6 +51,8 @@ def own_temporary(name: str) -> Path:
     folder = Path(tempfile.gettempdir()) / f"{name}-{os.geteuid()}"
     folder.mkdir(mode=0o700, exist_ok=True)
     found = folder.lstat()
-    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid() or found.st_mode & 0o022:
-        raise PermissionError(errno.EACCES, "this folder belongs to somebody else", str(folder))
+    theirs = not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid()
+    if theirs or found.st_mode & 0o022:
+        what = "this folder belongs to somebody else" if theirs else "others can write to this folder"
+        raise PermissionError(errno.EACCES, what, str(folder))
     return folder

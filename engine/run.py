@@ -123,11 +123,11 @@ class Run:
         if (direct / "run.json").is_file():
             return cls(direct.resolve())
         runs = list_runs(root)
+        whole = cls((root or default_root()) / name_or_path)
+        if (whole.path / "run.json").is_file() and all(run.name != whole.name for run in runs):
+            whole.recorded  # noqa: B018 - raises what is wrong with it, before a run whose name goes on is taken for it
         if found := named(runs, str(name_or_path)):
             return cls(found.path)
-        unlisted = cls((root or default_root()) / name_or_path)
-        if (unlisted.path / "run.json").is_file():
-            unlisted.recorded  # noqa: B018 - raises what is wrong with it
         known = ", ".join(run.name for run in runs[:5])
         raise RunError(
             f"there is no run {str(name_or_path)!r}",
@@ -384,9 +384,9 @@ def list_runs(root: Path | None = None) -> list[Run]:
     found: dict[Path, float] = {}
     root = (root or default_root()).resolve()
     candidates = list(root.iterdir()) if root.is_dir() else []
-    with contextlib.suppress(OSError, RuntimeError, ValueError):  # no index yet, or no home folder that can be read
-        lines = (state_dir() / "runs").read_text(encoding="utf-8").splitlines()
-        candidates += [Path(json.loads(line) if line.startswith('"') else line) for line in lines if line]
+    with contextlib.suppress(OSError, RuntimeError):  # no index yet, or no home folder that can be read
+        lines = (state_dir() / "runs").read_text(encoding="utf-8", errors="replace").splitlines()
+        candidates += [path for line in lines if (path := _remembered(line)) is not None]
     for path in candidates:
         if path.name.startswith(".") or path in found:
             continue
@@ -425,3 +425,12 @@ def _remember(path: Path) -> None:
         with open(state_dir() / "runs", "a", encoding="utf-8") as file:
             plain = str(path).isprintable()  # neither of several lines nor of bytes that are no text
             file.write(f"{path if plain else json.dumps(str(path))}\n")
+
+
+def _remembered(line: str) -> Path | None:
+    """The path that :func:`_remember` wrote as a line; None if a full disk, say, has left a part of it."""
+    try:
+        told = json.loads(line) if line.startswith('"') else line
+    except ValueError:
+        return None
+    return Path(told) if told else None

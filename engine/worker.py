@@ -195,6 +195,7 @@ def work(run: Run, rank: Rank, log: EventLog, pulse: Pulse) -> None:
         recipe,
         resolved,
         model=model_mark(folder),
+        teacher=_teacher_mark(recipe, teacher),
         data=rows_mark(rows.train),
         rows=rows.facts.mark,
         device=_device_name(device),
@@ -323,6 +324,16 @@ def _teacher(recipe: Recipe, student: Path, rank: Rank, say: Any) -> Path | None
     remote_code.check(folder, wanted=recipe.trust_remote_code and remote_code.needed(folder), model=base)
     require_same_words(student, folder, named)
     return folder
+
+
+def _teacher_mark(recipe: Recipe, base: Path | None) -> str:
+    """Of a teacher's weights, and of its adapter's."""
+    if base is None:
+        return ""
+    from .models.teacher import find_teacher
+
+    adapter = find_teacher(recipe.distillation.teacher).adapter
+    return model_mark(base) + (model_mark(adapter) if adapter is not None else "")
 
 
 def _newest_checkpoint(run: Run, rank: Rank, say: Any) -> Any:

@@ -70,12 +70,13 @@ class Change:
 
 
 def identity(
-    recipe: Recipe, resolved: Resolved, *, model: str = "", data: str = "", rows: str = "", device: str = ""
-) -> dict[str, Any]:
+    recipe: Recipe, resolved: Resolved, *, model: str = "", teacher: str = "", data: str = "", rows: str = "",
+    device: str = "",
+) -> dict[str, Any]:  # fmt: skip
     """What a checkpoint notes down about the run that it belongs to, as JSON values.
 
     Args:
-        model: mark of the base model's weights (:func:`model_mark`).
+        model: mark of the base model's weights (:func:`model_mark`); teacher: of those of a student's teacher.
         data: mark of some of the training rows, as they are read.
         rows: mark of all of them, as they were written.
         device: what it runs on.
@@ -86,6 +87,7 @@ def identity(
         "resolved": _json({**dataclasses.asdict(resolved), "batch_size": resolved.batch_size}),
         "libraries": dict(_versions()),
         "model": model,
+        "teacher": teacher,
         "data": data,
         "content": rows,
         "device": device,
@@ -99,6 +101,7 @@ def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[Change]:
     found += [c for c in _recipe_changes(before.get("recipe", {}), now["recipe"]) if c.what not in planned]
     for key, what, why in (
         ("model", "the base model's weights", _OTHER_WEIGHTS),
+        ("teacher", "the teacher's weights", ""),
         ("data", "the training rows", _OTHER_ROWS),
         ("content", "the training rows", _OTHER_ROWS),
         ("device", "device", ""),

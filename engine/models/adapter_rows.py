@@ -1,9 +1,9 @@
 """Adapters beside a base in shards: whole where they compute, by rows where they are trained.
 
-Each rank has them whole, for they are small, and gradients add up on them as on any parameters. Behind the last
-micro-batch of a step one reduce-scatter gives each rank the averaged gradients of its rows, over which its optimiser
-steps, and before the next forward one all-gather brings all rows back. All tensors lie in the one buffer that is sent,
-so a step costs four kernels however many adapters there are.
+Each rank has them whole, for they are small, and gradients add up on them as on any parameters, in fp32 where they are
+of a narrower format. Behind the last micro-batch of a step one reduce-scatter gives each rank the averaged gradients of
+its rows, over which its optimiser steps, and before the next forward one all-gather brings all rows back. All tensors
+lie in the one buffer that is sent, so a step costs four kernels however many adapters there are.
 """
 
 from __future__ import annotations
@@ -56,11 +56,15 @@ class AdapterRows:
             start += share
         self.rows = {name: self._row(self._mine, name) for name in named}
         """This rank's rows by name: an optimiser steps over their memory."""
+        self._earlier: list[Tensor] = []
+        """Gradients of earlier micro-batches of the step, where those of the latest are narrower than their sum."""
         self._due = False
         self._stale = False
 
     def begin_micro_batch(self) -> None:
         """Gradients are on their way."""
+        if self._due and self._all.dtype != self._summed:  # where they are they would add up in that many bits
+            self._add_up()
         self._due = True
 
     def let_go(self) -> None:
@@ -88,9 +92,9 @@ class AdapterRows:
         if not self._due:
             return {}
         self._due = False
-        whole = [p.new_zeros(p.shape) if p.grad is None else p.grad for p in self._named.values()]
-        for parameter in self._named.values():
-            parameter.grad = None
+        if self._earlier:
+            self._add_up()
+        whole, self._earlier = self._earlier or self._latest(), []
         sent = torch.empty(self._world, self._mine.numel(), dtype=self._summed, device=self._mine.device)
         torch._chunk_cat(whole, 0, self._world, out=sent)
         del whole
@@ -100,6 +104,20 @@ class AdapterRows:
         reduce_scatter(got, sent.view(-1))
         got = got.div_(self._world).to(self._mine.dtype)
         return {name: self._row(got, name) for name in self._named}
+
+    def _latest(self) -> list[Tensor]:
+        latest = [p.new_zeros(p.shape) if p.grad is None else p.grad for p in self._named.values()]
+        for parameter in self._named.values():
+            parameter.grad = None
+        return latest
+
+    @torch.no_grad()
+    def _add_up(self) -> None:
+        latest = self._latest()
+        if self._earlier:
+            torch._foreach_add_(self._earlier, latest)
+        else:
+            self._earlier = [gradient.to(self._summed) for gradient in latest]
 
     def _row(self, flat: Tensor, name: str) -> Tensor:
         start, shape = self._shapes[name]

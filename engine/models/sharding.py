@@ -204,6 +204,7 @@ def _split_base(model: Any, resolved: Resolved, device: torch.device, twin: Any)
     """The frozen weights of all layers, and the embedding's; what else there is each rank has whole."""
     layers = list(decoder_layers(model.get_base_model()))
     require_one_format(model, [])
+    _require_own(model, layers)
     lowered = lowered_to(resolved)
     shards: list[BaseShards | LoneTable] = [BaseShards(layers, lambda layer: _place(layer, device), device, lowered)]
     _place(model, device, without=layers)
@@ -331,6 +332,14 @@ def _require_alike(model: Any) -> None:
     if len(set(marks)) > 1:
         do = "Use hardware.strategy: ddp."
         raise ModelError("the ranks can't build it alike without its weights", where=type(model).__name__, do=do)
+
+
+def _require_own(model: Any, layers: Sequence[nn.Module]) -> None:
+    """Refuse layers with weights in common, whose places in one layer's bytes would be overwritten by the other's."""
+    held = [id(p) for layer in layers for p in layer.parameters()]
+    if len(set(held)) < len(held):
+        what = "weights that several layers share can't be split"
+        raise ModelError(what, where=type(model).__name__, do="Use hardware.strategy: ddp.")
 
 
 def _tensors(model: Any) -> Iterator[tuple[str, Tensor]]:

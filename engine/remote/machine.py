@@ -226,7 +226,7 @@ class Host:
         if name is not None and name.startswith("/"):  # in a folder that nobody lists; whether it is there shows later
             return self.mirror(name.rstrip("/"))
         known = ", ".join(run.name for run in runs[:5])
-        what = f"there is no run {name!r}" if name else "there are no runs"
+        what = f"there is no run {name!r}" if name is not None else "there are no runs"
         raise RunError(what, where=self.address, do=f"The latest runs there are: {known}." if known else "")
 
     def close(self) -> None:

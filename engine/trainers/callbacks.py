@@ -185,7 +185,8 @@ class Reporter(TrainerCallback):
 
     def saved(self, step: int) -> None:
         """The checkpoint of a step is on the disk: if it was asked for, that is done."""
-        if self._serving is not None and step >= self._serving and self.rank == 0:
+        served = self._serving  # which another thread may set
+        if served is not None and step >= served and self.rank == 0:
             self.run.withdraw("checkpoint")
             self._serving = None
 

@@ -20,6 +20,8 @@ from ...planner.errors import RunError
 from .shards import BLOCK, WRAPPED
 
 _MOMENTS = (("exp_avg", "1"), ("exp_avg_sq", "2"))
+#: Values that are translated at a time: whole blocks.
+_PIECE = BLOCK * 2**16
 
 
 def translated(optimizer: Any, told: dict[str, Any]) -> tuple[dict[str, Any], bool]:
@@ -33,6 +35,8 @@ def translated(optimizer: Any, told: dict[str, Any]) -> tuple[dict[str, Any], bo
     Raises:
         RunError: the states are those of the fused AdamW, and Triton is missing, without which nobody can read them.
     """
+    if "param_groups" not in told:  # several optimisers as one, none of which has a stand-in
+        return told, False
     inner = getattr(optimizer, "optimizer", optimizer)  # accelerate's wrapper
     parameters = [p for group in inner.param_groups for p in group["params"]]
     numbers = [number for group in told["param_groups"] for number in group["params"]]
@@ -60,13 +64,12 @@ def _to_fused(state: dict[str, Any], device: torch.device) -> dict[str, Any]:
 
     made: dict[str, Any] = {"step": int(state["step"])}
     for name, number in _MOMENTS:
-        stored = state[f"state{number}"].to(device)
+        stored, signed = state[f"state{number}"], name == "exp_avg"
         if stored.is_floating_point():
             made[name] = stored
             continue
-        moment = _spread(state[f"qmap{number}"].to(device)[stored.long()], state[f"absmax{number}"].to(device))
-        signed = name == "exp_avg"
-        codes, made[f"{name}_scale"] = _nearest(moment, values(signed).to(device), 128 if signed else None)
+        tables = state[f"qmap{number}"].to(device), values(signed).to(device)
+        codes, made[f"{name}_scale"] = _recoded(stored, state[f"absmax{number}"], *tables, 128 if signed else None)
         made[name] = codes.view(torch.int8) if signed else codes
     return made
 
@@ -74,13 +77,13 @@ def _to_fused(state: dict[str, Any], device: torch.device) -> dict[str, Any]:
 def _to_bitsandbytes(optimizer: Any, state: dict[str, Any], device: torch.device) -> dict[str, Any]:
     made: dict[str, Any] = {"step": int(state["step"])}
     for name, number in _MOMENTS:
-        stored = state[name].to(device)
+        stored = state[name]
         if stored.is_floating_point():
             made[f"state{number}"] = stored.float()
             continue
         table = optimizer.name2qmap["dynamic" if name == "exp_avg" else "udynamic"].to(device)
-        moment = _spread(_codes_of_fused(name, device)[stored.view(torch.uint8).long()], state[f"{name}_scale"])
-        made[f"state{number}"], made[f"absmax{number}"] = _nearest(moment, table)
+        tables = _codes_of_fused(name, device), table
+        made[f"state{number}"], made[f"absmax{number}"] = _recoded(stored, state[f"{name}_scale"], *tables)
         made[f"qmap{number}"] = table
     return made
 
@@ -96,29 +99,41 @@ def _codes_of_fused(name: str, device: torch.device) -> Tensor:
     return values(signed=name == "exp_avg").to(device)
 
 
-def _spread(units: Tensor, scales: Tensor) -> Tensor:
-    """Moments of units of their block's scale."""
-    each = scales.to(units.device).repeat_interleave(BLOCK)[: units.numel()]
-    return units * each.view(units.shape)
+def _recoded(
+    stored: Tensor, scales: Tensor, before: Tensor, after: Tensor, unused: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """Codes and scales of a moment by another table, where the old ones lie; ``unused`` as in :func:`_nearest`.
+
+    A piece at a time is on the tables' device, which has little room beside a model.
+    """
+    flat = stored.reshape(-1).view(torch.uint8)
+    codes, tops = [flat[:0]], [scales[:0]]  # some ranks have no rows of a small tensor
+    for start in range(0, flat.numel(), _PIECE):
+        part = flat[start : start + _PIECE].to(before.device)
+        each = scales[start // BLOCK : (start + _PIECE) // BLOCK].to(before.device).repeat_interleave(BLOCK)
+        made, top = _nearest(before[part.int()] * each[: part.numel()], after, unused)
+        codes.append(made.to(stored.device))
+        tops.append(top.to(scales.device))
+    return torch.cat(codes).view(stored.shape), torch.cat(tops)
 
 
 def _nearest(moment: Tensor, table: Tensor, unused: int | None = None) -> tuple[Tensor, Tensor]:
-    """Codes (uint8, of the moment's shape) and scales (fp32, one per block) by which a table says nearly the same.
+    """Codes (uint8) and scales (fp32, one per block) by which a table says nearly the same.
 
     A second moment that is not 0 gets no code of 0: the next update of its weight would be enormous.
 
     Args:
-        moment: fp32.
+        moment: fp32, of one dimension.
         table: what the 256 codes stand for, in units of the scale; ``unused``: a code that is never written.
     """
     order = table.argsort()
     if unused is not None:
         order = order[order != unused]
     ordered = table[order]
-    blocks = torch.nn.functional.pad(moment.reshape(-1), (0, -moment.numel() % BLOCK)).view(-1, BLOCK)
+    blocks = torch.nn.functional.pad(moment, (0, -moment.numel() % BLOCK)).view(-1, BLOCK)
     scales = blocks.abs().amax(dim=1)
     units = (blocks / scales.clamp(min=torch.finfo(torch.float32).tiny)[:, None]).reshape(-1)[: moment.numel()]
-    codes = order[torch.bucketize(units, (ordered[1:] + ordered[:-1]) / 2)]
+    codes = order[torch.bucketize(units, (ordered[1:] + ordered[:-1]) / 2, out_int32=True)]
     if ordered[0] >= 0:
         codes = torch.where((units > 0) & (table[codes] == 0), order[ordered > 0][0], codes)
-    return codes.to(torch.uint8).view(moment.shape), scales
+    return codes.to(torch.uint8), scales

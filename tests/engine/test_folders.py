@@ -52,5 +52,6 @@ def test_a_temporary_folder_that_others_can_fill_is_refused(
         me = os.geteuid()
         monkeypatch.setattr(os, "geteuid", lambda: me + 1)
         folder.rename(no_cache / f"finetui-{me + 1}")
-    with pytest.raises(UserError, match="XDG_CACHE_HOME"):
+    with pytest.raises(UserError, match="XDG_CACHE_HOME") as refused:
         folders.cache_folder()
+    assert ("others can write" if how == "open to all" else "belongs to somebody else") in refused.value.what

@@ -26,6 +26,7 @@ from finetui.engine.run import RESERVE_BYTES, SILENCE_S, Run, list_runs
 from finetui.planner.errors import RunError
 from finetui.planner.plan import Plan
 from finetui.planner.recipe import Recipe
+from finetui.planner.state import state_dir
 
 RECIPE = Recipe.build({"model": "some/Model-1B"})
 
@@ -315,11 +316,13 @@ def test_requests_are_files(make_run: Callable[..., Run]) -> None:
 def test_what_is_wrong_with_a_run_that_is_named(make_run: Callable[..., Run]) -> None:
     run = make_run(name="damaged")
     (run.path / "run.json").write_text('{"state": 7', encoding="utf-8")
+    longer = make_run(name="damaged-2")  # which is not taken for it
     with pytest.raises(RunError, match="this is not a run"):
         Run.open("damaged", root=run.path.parent)
     shutil.rmtree(run.path)
     with pytest.raises(RunError, match=r"the run's directory is gone: deleted or moved"):
         _ = run.recorded
+    shutil.rmtree(longer.path)
     with pytest.raises(RunError, match="there is no run 'damaged'"):
         Run.open("damaged", root=run.path.parent)
 
@@ -336,4 +339,7 @@ def test_a_folder_of_runs_whose_name_is_no_text(make_plan: Callable[..., Plan], 
 def test_a_run_in_a_folder_of_several_lines_is_found_again(make_plan: Callable[..., Plan], tmp_path: Path) -> None:
     run = Run.create(Recipe.build({"model": "tiny"}), make_plan(), root=tmp_path / "two\nlines", name="one")
     plain = Run.create(Recipe.build({"model": "tiny"}), make_plan(), root=tmp_path / "plain", name="two")
+    assert {found.path for found in list_runs(tmp_path / "elsewhere")} == {run.path, plain.path}
+    index = state_dir() / "runs"
+    index.write_text('"a part of a line\n' + index.read_text(encoding="utf-8"), encoding="utf-8")
     assert {found.path for found in list_runs(tmp_path / "elsewhere")} == {run.path, plain.path}

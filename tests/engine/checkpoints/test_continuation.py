@@ -86,6 +86,12 @@ def test_other_rows_and_other_weights_are_refused() -> None:
     assert other.why
 
 
+def test_another_teacher_of_the_same_name_is_told() -> None:
+    (other,) = changes({**known(), "teacher": "a"}, {**known(), "teacher": "b"})
+    assert str(other) == "the teacher's weights: a -> b"
+    assert not changes(known(), {**known(), "teacher": "b"})  # of a run that had none, or of an earlier release
+
+
 def test_marks_change_with_content_and_not_with_place(tmp_path: Path) -> None:
     for name in ("here", "there"):
         (tmp_path / name).mkdir()

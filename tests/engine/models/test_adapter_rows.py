@@ -83,3 +83,23 @@ def test_gradients_of_all_micro_batches_are_averaged_once(ranks: Any, monkeypatc
         assert torch.equal(total[rank, start : start + b[cut].numel()].view(shape), b[cut])
         scale, length = rows._shapes["scale"]
         assert not total[rank, scale : scale + length[0]].any(), "what nobody used has no gradient"
+
+
+def test_gradients_of_few_bits_add_up_in_as_many_as_one_process_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Added to 256 in bf16, ones are rounded away."""
+    monkeypatch.setattr(adapter_rows.dist, "get_world_size", lambda: 1)
+    monkeypatch.setattr(adapter_rows.dist, "get_rank", lambda: 0)
+    for name in ("reduce_scatter_single", "reduce_scatter_tensor"):
+        monkeypatch.setattr(adapter_rows.dist, name, lambda got, whole: got.copy_(whole), raising=False)
+    whole = named()
+    rows = AdapterRows(whole, torch.bfloat16)
+    for _ in range(2):
+        for factor in (256.0, 1.0, 1.0):
+            rows.begin_micro_batch()
+            (factor * whole["a"].sum()).backward()
+            assert whole["a"].grad is not None
+            assert whole["a"].grad.dtype == torch.bfloat16
+        taken = rows.take_gradients()
+        assert taken["a"].dtype == torch.float32
+        assert (taken["a"] == 258).all()
+        assert not taken["b"].any()

@@ -102,12 +102,13 @@ def test_a_pass_begins_with_the_layers_that_the_one_before_ended_with(monkeypatc
 
 def test_bytes_tied_and_lowered_weights_keep_their_places() -> None:
     layer = Layer(0)
-    layer.second = layer.up  # type: ignore[assignment]
+    layer.second = nn.Linear(6, 6, bias=False).requires_grad_(False)  # type: ignore[assignment]
+    layer.second.weight = layer.up.weight
     layer.bits = nn.Parameter(torch.arange(7, dtype=torch.uint8), requires_grad=False)
     pieces = pieces_of(layer, torch.bfloat16)
     assert {piece.dtype for piece in pieces} == {torch.uint8, torch.bfloat16}
     assert all(piece.start % 256 == 0 for piece in pieces)
-    assert sorted(len(piece.places) for piece in pieces) == [1, 1, 1, 1, 1]
+    assert sorted(len(piece.places) for piece in pieces) == [1, 1, 1, 1, 2]
     expected = layer.up.weight.detach().bfloat16()
     others = [Layer(1), Layer(2)]
     base: Any = BaseShards([layer, *others], lambda _: None, CPU, torch.bfloat16)

@@ -20,6 +20,7 @@ import finetui  # noqa: E402
 from finetui.engine.models import sharding  # noqa: E402
 from finetui.engine.models.sharding import load_whole, rows_of, twin_of  # noqa: E402
 from finetui.engine.models.stand_in import stood_in  # noqa: E402
+from finetui.planner.errors import ModelError  # noqa: E402
 from finetui.planner.plan import Plan  # noqa: E402
 
 
@@ -86,6 +87,15 @@ class Words(nn.Module):
 def test_an_embedding_is_gathered_alone_where_its_look_up_is_all_it_does(tied: bool, trained: bool) -> None:
     model = Words(tied=tied, trained=trained)
     assert sharding._table_alone(model) is (None if tied or trained else model.table)
+
+
+def test_weights_that_layers_share_are_not_split() -> None:
+    layers = [nn.Linear(2, 2), nn.Linear(2, 2)]
+    sharding._require_own(Words(tied=False, trained=False), layers)
+    layers[1].weight = layers[0].weight
+    with pytest.raises(ModelError, match="several layers share") as refused:
+        sharding._require_own(Words(tied=False, trained=False), layers)
+    assert refused.value.do
 
 
 def test_a_rank_without_the_checkpoint_answers_as_the_one_that_read_it(

@@ -13,6 +13,7 @@ pytest.importorskip("triton")
 pytest.importorskip("bitsandbytes")
 import bitsandbytes
 
+from finetui.engine.trainers.optimizers import Muon
 from finetui.engine.trainers.translated import translated
 from finetui.kernels.adamw import AdamW
 from finetui.kernels.blockwise import dequantised
@@ -98,6 +99,16 @@ def test_what_needs_no_other_format_stays_as_it_is() -> None:
     assert not changed
     assert told["state"] is saved["state"]
     assert told["param_groups"] == saved["param_groups"]
+
+
+def test_several_optimisers_as_one_keep_what_they_wrote() -> None:
+    params = [torch.nn.Parameter(torch.randn(4, 4)), torch.nn.Parameter(torch.randn(4))]
+    muon = Muon(
+        [{"params": params, "weight_decay": 0.0}], lr=1e-3, matrices={id(params[0])}, momentum=0.95,
+        betas=(0.9, 0.99), eps=1e-8,
+    )  # fmt: skip
+    saved = muon.state_dict()
+    assert translated(muon, saved) == (saved, False)
 
 
 def test_settings_that_another_adamw_does_not_have_are_ones_own() -> None:
