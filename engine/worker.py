@@ -21,7 +21,7 @@ from typing import Any
 from ..planner.recipe import Recipe
 from ..planner.rollout import ROLLOUT_METHODS
 from . import cuda_context, imports, standby
-from .checkpoints.continuation import changes, identity, model_mark, require_readable, require_same_run, rows_mark
+from .checkpoints import continuation
 from .events import EventLog, LogLine, Phase, Warn
 from .models import remote_code
 from .modes import keep_private
@@ -191,12 +191,12 @@ def work(run: Run, rank: Rank, log: EventLog, pulse: Pulse) -> None:
         say(LogLine(0, f"data: {path}: {told}"))
     rows = usable_rows(recipe, resolved, rows, say)
 
-    known = identity(
+    known = continuation.identity(
         recipe,
         resolved,
-        model=model_mark(folder),
-        teacher=_teacher_mark(recipe, teacher),
-        data=rows_mark(rows.train),
+        model=continuation.model_mark(folder),
+        teacher=continuation.teacher_mark(recipe, teacher),
+        data=continuation.rows_mark(rows.train),
         rows=rows.facts.mark,
         device=_device_name(device),
     )
@@ -326,16 +326,6 @@ def _teacher(recipe: Recipe, student: Path, rank: Rank, say: Any) -> Path | None
     return folder
 
 
-def _teacher_mark(recipe: Recipe, base: Path | None) -> str:
-    """Of a teacher's weights, and of its adapter's."""
-    if base is None:
-        return ""
-    from .models.teacher import find_teacher
-
-    adapter = find_teacher(recipe.distillation.teacher).adapter
-    return model_mark(base) + (model_mark(adapter) if adapter is not None else "")
-
-
 def _newest_checkpoint(run: Run, rank: Rank, say: Any) -> Any:
     """The checkpoint that rank 0 finds sound, for all ranks."""
     from .checkpoints.store import latest
@@ -357,9 +347,9 @@ def _newest_checkpoint(run: Run, rank: Rank, say: Any) -> Any:
 
 def _require_same_run(run: Run, resume: Any, known: dict[str, Any], say: Any) -> None:
     """Tell what has changed since the checkpoint was written, and refuse what would corrupt what comes out."""
-    require_readable(resume.path, resume.facts, run)
-    found = changes(resume.facts, known)
-    require_same_run(found, run, resume.step)
+    continuation.require_readable(resume.path, resume.facts, run)
+    found = continuation.changes(resume.facts, known)
+    continuation.require_same_run(found, run, resume.step)
     for change in found:
         say(LogLine(0, f"changed since {resume.path.name}: {change}"))
 

@@ -23,6 +23,7 @@ from ...planner.errors import RunError
 from ...planner.plan import Resolved
 from ...planner.recipe import Recipe
 from ...planner.rollout import ROLLOUT_METHODS
+from ...planner.teacher import find_teacher
 from ...planner.version import VERSION
 from ..run import Run
 from .store import find
@@ -172,6 +173,18 @@ def model_mark(folder: Path) -> str:
                 file.seek(size * sixteenth // 16)
                 digest.update(file.read(65536))
     return digest.hexdigest()[:24]
+
+
+def teacher_mark(recipe: Recipe, base: Path | None) -> str:
+    """Mark of the weights of a student's teacher and of its adapter's, empty without a teacher.
+
+    Args:
+        base: where the teacher's own weights lie.
+    """
+    if base is None:
+        return ""
+    adapter = find_teacher(recipe.distillation.teacher).adapter
+    return model_mark(base) + (model_mark(adapter) if adapter is not None else "")
 
 
 def rows_mark(rows: Any) -> str:

@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from trl import SFTConfig
 
 from ...planner.distillation import Distillation
 from ...planner.errors import ModelError
@@ -25,7 +24,7 @@ from ..models.load import Emit
 from ..models.teacher import load_teacher
 from .distilled_head import DistilledLoss, Head, Lesson, give_lessons, labelled, unfit
 from .job import Job
-from .sft import TokenMeanTrainer
+from .sft import TokenMeanTrainer, finished_rows
 from .unasked import no_masks, told
 
 #: Sums of nats are counted in whole parts of this many to one, so that they add up alike in any order.
@@ -182,16 +181,10 @@ def distill_trainer(job: Job) -> DistillTrainer:
     causal = load_teacher(
         find_teacher(wanted.teacher), job.teacher, job.recipe, job.resolved, job.device, job.emit
     )  # fmt: skip
-    args = SFTConfig(
-        **job.arguments(),
-        average_tokens_across_devices=True,
-        dataset_kwargs={"skip_prepare_dataset": True},
-        max_length=None,
-        packing=False,
-        padding_free=False,
-    )
     collate = Collator(job.tokenizer.pad_token_id, multiple_of=job.multiple_of)
-    trainer = DistillTrainer(teacher=Teacher(causal), wanted=wanted, collate=collate, args=args, **job.common())
+    trainer = DistillTrainer(
+        teacher=Teacher(causal), wanted=wanted, collate=collate, args=finished_rows(job), **job.common()
+    )
     trainer.whole_layers = job.whole_layers
     trainer.learn(job.emit)
     return trainer

@@ -210,11 +210,9 @@ def _documents(lengths: tuple[int, ...], device: torch.device) -> Documents:
     return Documents(lengths, starts.to(device, non_blocking=True))
 
 
-def sft_trainer(job: Job) -> TokenMeanTrainer:
-    """The trainer of sft and pretrain."""
-    from ..data.packing import Collator
-
-    args = SFTConfig(
+def finished_rows(job: Job) -> SFTConfig:
+    """TRL's settings for rows that are tokenised, packed and cut already."""
+    return SFTConfig(
         **job.arguments(),
         average_tokens_across_devices=True,
         dataset_kwargs={"skip_prepare_dataset": True},
@@ -222,8 +220,14 @@ def sft_trainer(job: Job) -> TokenMeanTrainer:
         packing=False,
         padding_free=False,
     )
+
+
+def sft_trainer(job: Job) -> TokenMeanTrainer:
+    """The trainer of sft and pretrain."""
+    from ..data.packing import Collator
+
     collate = Collator(job.tokenizer.pad_token_id, multiple_of=job.multiple_of)
-    trainer = TokenMeanTrainer(collate=collate, args=args, **job.common())
+    trainer = TokenMeanTrainer(collate=collate, args=finished_rows(job), **job.common())
     trainer.whole_layers, trainer.weighting = job.whole_layers, job.recipe.loss
     if job.device.type == "cuda" and job.resolved.kernels != "off":
         trainer.fuse_loss()
